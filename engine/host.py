@@ -1,0 +1,223 @@
+"""What the backends that compute in ordinary memory have in common: ``HostBuffer`` and ``HostSession``."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dnp.engine.errors import BackendError, BundleError, SettingsError
+from dnp.engine.manifest import GraphSpec, TensorSpec
+from dnp.engine.schema import REMEDY, nearest
+from dnp.engine.session import Array, Buffer, Session
+
+_ALIGNMENT: Final = 64  # bytes: a cache line, and the widest vector
+
+
+class HostBuffer(Buffer):
+    """A buffer in ordinary memory: ``view`` is the front part of a store that only ever grows."""
+
+    device = "cpu"
+
+    def __init__(self, name: str, dtype: str) -> None:
+        self.name, self.dtype = name, np.dtype(dtype)
+        self._store: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
+        self.view: Array = np.zeros(0, self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The present shape; ``(0,)`` before the first reshape."""
+        return self.view.shape
+
+    def reserve(self, shape: tuple[int, ...]) -> None:
+        """Make room for ``shape`` and leave ``view`` alone. Raises MemoryError or ValueError when impossible."""
+        size = math.prod(shape) * self.dtype.itemsize
+        if size > self._store.nbytes:
+            whole = np.zeros(size + _ALIGNMENT, np.uint8)
+            start = -whole.ctypes.data % _ALIGNMENT
+            self._store = whole[start : start + size]
+
+    def shape_to(self, shape: tuple[int, ...]) -> None:
+        """Take on a shape that ``reserve`` made room for; the old ``view`` is no longer the buffer."""
+        size = math.prod(shape) * self.dtype.itemsize
+        self.view = self._store[:size].view(self.dtype).reshape(shape)
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._store, self.view = np.zeros(0, np.uint8), np.zeros(0, self.dtype)
+
+    def write(self, array: Array) -> None:
+        """See ``Buffer.write``."""
+        self._check(array.shape, array.dtype, "was given")
+        np.copyto(self.view, array)
+
+    def read(self) -> Array:
+        """See ``Buffer.read``."""
+        contents: Array = self.view.copy()
+        return contents
+
+    def copy(self, other: Buffer) -> None:
+        """See ``Buffer.copy``."""
+        self._check(other.shape, other.dtype, f"{other.name!r} holds")
+        np.copyto(self.view, other.view if isinstance(other, HostBuffer) else other.read())
+
+
+class HostSession(Session):
+    """A session on a library that computes in ordinary memory, on the buffers it is told to use.
+
+    A backend says how to bind one array to one name, and how to run; everything else is here. What is bound
+    is compared with the buffers at every run, so a linked buffer may grow or move without telling its readers.
+    """
+
+    def __init__(self, graph: GraphSpec, backend: str) -> None:
+        self.graph, self.backend = graph, backend
+        self._inputs = {name: HostBuffer(name, spec.dtype) for name, spec in graph.inputs.items()}
+        self._outputs = {name: HostBuffer(name, spec.dtype) for name, spec in graph.outputs.items()}
+        self.inputs = MappingProxyType(self._inputs)
+        self.outputs = MappingProxyType(self._outputs)
+        self._linked: set[str] = set()
+        self._bound: dict[str, Array] = {}
+        self._dims: dict[str, int] | None = None
+        self._closed = False
+
+    @abstractmethod
+    def _bind(self, name: str, array: Array, is_input: bool) -> None:
+        """Tell the library to read or write ``array``; it is kept alive until it is replaced."""
+
+    @abstractmethod
+    def _execute(self) -> None:
+        """Run the graph on what is bound. Raises any exception, also for an output of another shape."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Drop what the library holds."""
+
+    def reshape(self, **dims: int) -> None:
+        """See ``Session.reshape``."""
+        self._require_open()
+        dims = self._checked(dims)
+        if dims == self._dims:
+            return
+        inputs = [(self._inputs[n], s) for n, s in self.graph.inputs.items() if n not in self._linked]
+        outputs = [(self._outputs[n], s) for n, s in self.graph.outputs.items()]
+        shapes = [(buffer, spec.resolve(dims)) for buffer, spec in [*inputs, *outputs]]
+        try:
+            for buffer, shape in shapes:
+                buffer.reserve(shape)
+        except (MemoryError, ValueError, OverflowError) as error:
+            raise SettingsError(
+                f"graph {self.graph.name!r}: no memory for {buffer.name!r} of {list(shape)}; ask for less"
+            ) from error
+        for buffer, shape in shapes:
+            buffer.shape_to(shape)
+        self._dims = dims
+        self._bound.clear()
+
+    def link(self, name: str, buffer: Buffer) -> None:
+        """See ``Session.link``."""
+        self._require_open()
+        where = f"graph {self.graph.name!r}"
+        if name not in self.graph.inputs:
+            raise SettingsError(f"{where}: no input {name!r} to link, {nearest(name, self.graph.inputs)}")
+        if not isinstance(buffer, HostBuffer):
+            raise BackendError(f"{where}: {buffer.name!r} lies on {buffer.device}, out of reach here; copy it instead")
+        if any(buffer is output for output in self._outputs.values()):
+            raise SettingsError(f"{where}: input {name!r} cannot be its own output {buffer.name!r}; copy it instead")
+        wanted = np.dtype(self.graph.inputs[name].dtype)
+        if buffer.dtype != wanted:
+            raise SettingsError(f"{where}: input {name!r} is {wanted}, {buffer.name!r} holds {buffer.dtype}")
+        if name not in self._linked:
+            self._inputs[name].free()
+            self._linked.add(name)
+        self._inputs[name] = buffer
+
+    def run(self) -> None:
+        """See ``Session.run``."""
+        self._require_open()
+        if self._dims is None:
+            raise SettingsError(f"graph {self.graph.name!r} has no sizes yet; call reshape first")
+        self._bind_all(self._inputs, self.graph.inputs, is_input=True)
+        self._bind_all(self._outputs, self.graph.outputs, is_input=False)
+        try:
+            self._execute()
+        except Exception as error:
+            raise BackendError(
+                f"graph {self.graph.name!r} failed on {self.backend} with {self._dims}: {first_line(error)}"
+            ) from error
+
+    def close(self) -> None:
+        """See ``Session.close``."""
+        if not self._closed:
+            self._closed = True
+            self._release()
+            self._bound.clear()
+            for name, buffer in [*self._inputs.items(), *self._outputs.items()]:
+                if name not in self._linked:
+                    buffer.free()
+
+    def _bind_all(self, buffers: Mapping[str, HostBuffer], specs: Mapping[str, TensorSpec], *, is_input: bool) -> None:
+        assert self._dims is not None
+        for name, buffer in buffers.items():
+            view = buffer.view
+            if self._bound.get(name) is view:
+                continue
+            expected = specs[name].resolve(self._dims)
+            if view.shape != expected:
+                raise SettingsError(
+                    f"graph {self.graph.name!r}: input {name!r} must be {list(expected)} for {self._dims}, but "
+                    f"the linked {buffer.name!r} is {list(view.shape)}; give both sessions the same sizes"
+                )
+            self._bind(name, view, is_input)
+            self._bound[name] = view
+
+    def _checked(self, dims: Mapping[str, Any]) -> dict[str, int]:
+        where = f"graph {self.graph.name!r}"
+        for name, size in dims.items():
+            if name not in self.graph.symbols:
+                raise SettingsError(f"{where}: unknown size {name!r}, {nearest(name, self.graph.symbols)}")
+            if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
+                raise SettingsError(f"{where}: {name} must be an integer from 1, not {size!r}")
+        if missing := [name for name in self.graph.symbols if name not in dims]:
+            raise SettingsError(f"{where}: no size given for {', '.join(missing)}")
+        return {name: int(size) for name, size in dims.items()}
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise BackendError(f"the session of graph {self.graph.name!r} is closed; open another")
+
+
+def check_border(graph: GraphSpec, found: Mapping[str, Mapping[str, tuple[str, tuple[Any, ...]]]]) -> None:
+    """Hold the inputs and outputs that a library found in the file against the manifest's.
+
+    ``found["inputs"][name]`` is a numpy dtype name and a shape, in which only the integers are compared.
+
+    Raises BundleError when a name, a dtype, a rank or a fixed size differs.
+    """
+    for side, specs in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        for name in {**specs, **found[side]}:
+            spec, tensor = specs.get(name), found[side].get(name)
+            if spec is None or tensor is None or spec.dtype != tensor[0] or not _fits(spec.shape, tensor[1]):
+                declared = f"{spec.dtype} {list(spec.shape)}" if spec else "absent"
+                actual = f"{tensor[0]} {list(tensor[1])}" if tensor else "absent"
+                raise BundleError(
+                    f"{graph.path}: {side}.{name} is {actual} in the file, {declared} in the manifest; {REMEDY}"
+                )
+
+
+def _fits(declared: tuple[int | str, ...], actual: tuple[Any, ...]) -> bool:
+    return len(declared) == len(actual) and all(
+        a == d for d, a in zip(declared, actual, strict=True) if isinstance(a, int)
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The line of a library's error that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # OpenVINO begins with places in its own source; what happened comes after them.
+    told = [line for line in lines if not line.startswith("Exception from ")] or lines
+    return told[0] if told else type(error).__name__

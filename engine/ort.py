@@ -1,0 +1,101 @@
+"""The ``cpu`` backend: ONNX Runtime's CPU provider, bound to our buffers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from dnp.engine.errors import BackendError, BundleError, missing_extra
+from dnp.engine.host import HostSession, check_border, first_line
+from dnp.engine.manifest import GraphSpec
+from dnp.engine.processor import core_count
+from dnp.engine.schema import REMEDY
+from dnp.engine.session import Array, BackendOptions
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+PROVIDER: Final = "CPUExecutionProvider"
+PRECISIONS: Final = ("f32",)
+_FATAL: Final = 4  # log nothing less: an error comes back as an exception, once
+_DTYPES: Final = {"tensor(float)": "float32"}  # the others have numpy's names
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module. Raises BackendError with the line that installs it, or that repairs it."""
+    repair = "repair it: pip install --force-reinstall 'dnp-engine[cpu]'"
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        if error.name == "onnxruntime":
+            raise missing_extra("onnxruntime", "cpu", "the backend 'cpu'") from error
+        raise BackendError(f"onnxruntime is installed but lacks {error.name}; {repair}") from error
+    except ImportError as error:
+        raise BackendError(f"onnxruntime is installed but does not load ({error}); {repair}") from error
+    if not hasattr(onnxruntime, "InferenceSession"):  # what stays when one of its two packages is uninstalled
+        raise BackendError(f"onnxruntime is installed but empty; {repair}")
+    return onnxruntime
+
+
+class OrtSession(HostSession):
+    """A graph on ONNX Runtime's CPU provider, with IO binding: a run allocates nothing at the border."""
+
+    def __init__(self, graph: GraphSpec, options: BackendOptions) -> None:
+        ort = import_onnxruntime()
+        if options.precision not in (None, *PRECISIONS):
+            other = ", or use the backend 'openvino'" if options.precision == "bf16" else ""
+            raise BackendError(
+                f"the backend 'cpu' has no precision {options.precision!r}; known: {', '.join(PRECISIONS)}{other}"
+            )
+        threads = options.threads or core_count()
+        try:
+            self._session: onnxruntime.InferenceSession = ort.InferenceSession(
+                str(graph.path), _settings(ort, threads), providers=[PROVIDER]
+            )
+        except Exception as error:
+            if type(error).__name__ == "NotImplemented":
+                raise BackendError(
+                    f"{graph.path}: ONNX Runtime {ort.__version__} lacks an operator: {first_line(error)}"
+                ) from error
+            raise BundleError(
+                f"{graph.path}: no graph that ONNX Runtime can load: {first_line(error)}; {REMEDY}"
+            ) from error
+        running = self._session.get_providers()
+        if running != [PROVIDER]:
+            raise BackendError(f"ONNX Runtime was asked for {PROVIDER} and runs {', '.join(running)}")
+        sides = {"inputs": self._session.get_inputs(), "outputs": self._session.get_outputs()}
+        check_border(
+            graph,
+            {side: {v.name: (_dtype(v.type), tuple(v.shape)) for v in values} for side, values in sides.items()},
+        )
+        self._value = ort.OrtValue.ortvalue_from_numpy
+        self._binding = self._session.io_binding()
+        super().__init__(graph, f"cpu (ONNX Runtime {ort.__version__}, {running[0]}, f32, threads: {threads})")
+
+    def _bind(self, name: str, array: Array, is_input: bool) -> None:
+        bind = self._binding.bind_ortvalue_input if is_input else self._binding.bind_ortvalue_output
+        bind(name, self._value(array))
+
+    def _execute(self) -> None:
+        # An output whose shape is not the bound one is an error in ONNX Runtime itself.
+        self._session.run_with_iobinding(self._binding)
+
+    def _release(self) -> None:
+        del self._binding, self._session
+
+
+def _settings(ort: Any, threads: int) -> Any:
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    settings.log_severity_level = _FATAL
+    # Threads that wait by spinning take the cores from the next graph, and from everyone else. On free cores a
+    # step takes as long without; on cores shared with other work, spinning took up to 5 times as long.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return settings
+
+
+def _dtype(name: str) -> str:
+    """ONNX Runtime's ``tensor(uint8)`` as numpy's ``uint8``."""
+    return _DTYPES.get(name, name.removeprefix("tensor(").removesuffix(")"))

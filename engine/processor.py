@@ -1,0 +1,38 @@
+"""The processor under this process: how many cores it may keep busy, and what it is called."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+_CPUS = Path("/sys/devices/system/cpu")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def core_count() -> int:
+    """Physical cores that this process may use: hyper-threads count once, affinity and quota are respected."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cpus = affinity(0) if affinity else range(os.cpu_count() or 1)
+    cores = {_read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
+    return max(1, min(len(cores), _quota() or len(cores)))
+
+
+def processor_name() -> str:
+    """What the processor calls itself."""
+    match = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _quota() -> int | None:
+    """Whole processors that the control group grants, None when it sets no limit."""
+    match = re.fullmatch(r"(\d+) (\d+)", _read(_QUOTA))
+    return max(1, round(int(match[1]) / int(match[2]))) if match else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

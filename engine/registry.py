@@ -1,0 +1,153 @@
+"""Backends by name: ``open_session`` opens a graph on one, ``doctor`` tries each of them for real."""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from dnp.engine.bundle import Bundle
+from dnp.engine.errors import BackendError
+from dnp.engine.manifest import GraphSpec, TensorSpec
+from dnp.engine.processor import core_count, processor_name
+from dnp.engine.schema import nearest
+from dnp.engine.session import BackendOptions, Session
+
+
+def _open_cpu(graph: GraphSpec, options: BackendOptions) -> Session:
+    from dnp.engine.ort import OrtSession
+
+    return OrtSession(graph, options)
+
+
+def _open_openvino(graph: GraphSpec, options: BackendOptions) -> Session:
+    from dnp.engine.openvino import OpenVinoSession
+
+    return OpenVinoSession(graph, options)
+
+
+@dataclass(frozen=True)
+class _Backend:
+    open: Callable[[GraphSpec, BackendOptions], Session]
+    package: str
+    extra: str
+    precisions: tuple[str, ...]  # the first is the one in use when none is asked for
+
+
+_BACKENDS: Final = {
+    "cpu": _Backend(_open_cpu, "onnxruntime", "cpu", ("f32",)),
+    "openvino": _Backend(_open_openvino, "openvino", "openvino", ("f32", "bf16")),
+}
+
+
+def backend_names() -> tuple[str, ...]:
+    """The backends of this version, installed or not."""
+    return tuple(_BACKENDS)
+
+
+def open_session(bundle: Bundle, graph: str, backend: str = "cpu", options: BackendOptions | None = None) -> Session:
+    """Open one of the bundle's graphs on a backend, and on no other one.
+
+    Raises BackendError when the backend is unknown, not installed, or cannot run here; BundleError when the
+    bundle has no such graph, or when its file is no graph that the backend can load.
+    """
+    return open_graph(bundle.graph(graph), backend, options)
+
+
+def open_graph(graph: GraphSpec, backend: str = "cpu", options: BackendOptions | None = None) -> Session:
+    """``open_session`` for a graph that is in no bundle. Raises what it raises."""
+    if backend not in _BACKENDS:
+        raise BackendError(f"unknown backend {backend!r}, {nearest(backend, _BACKENDS)}")
+    return _BACKENDS[backend].open(graph, options or BackendOptions())
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """What ``doctor`` found out about one backend.
+
+    Attributes:
+        works: whether a small graph, run on it just now, gave the right numbers.
+        version: the installed package, as ``onnxruntime 1.32.0``; empty when there is none.
+        device: what it runs on, and with how many threads.
+        precisions: those that it computed the small graph in, the usual one first.
+        why_not: what is wrong; may be set although it works. Empty when all is well.
+        remedy: what to do about it, empty when all is well.
+    """
+
+    name: str
+    works: bool
+    version: str
+    device: str
+    precisions: tuple[str, ...]
+    why_not: str
+    remedy: str
+
+
+def doctor() -> list[BackendReport]:
+    """Run a small graph on every backend of this version and tell how it went. Raises nothing."""
+    with tempfile.TemporaryDirectory(prefix="dnp-doctor-") as folder:
+        graph = GraphSpec("doctor", Path(folder) / "tiny.onnx", {"x": _TINY_SPEC}, {"y": _TINY_SPEC})
+        graph.path.write_bytes(base64.b64decode(_TINY))
+        return [_examine(name, backend, graph) for name, backend in _BACKENDS.items()]
+
+
+def _examine(name: str, backend: _Backend, graph: GraphSpec) -> BackendReport:
+    works, why_not, remedy = [], "", ""
+    for precision in backend.precisions:
+        failure = _try(name, graph, precision)
+        if not failure:
+            works.append(precision)
+        elif precision == backend.precisions[0]:
+            why_not = failure
+            remedy = f"pip install --force-reinstall 'dnp-engine[{backend.extra}]'"
+    installed = _installed(backend.package)
+    if why_not and not installed:
+        why_not, remedy = f"{backend.package} is not installed", f"pip install 'dnp-engine[{backend.extra}]'"
+    if backend.package == "onnxruntime":
+        gpu = _installed("onnxruntime-gpu")
+        if installed and gpu:
+            why_not = f"{installed} and {gpu} are both installed, and have overwritten each other's files"
+            remedy = "pip uninstall --yes onnxruntime onnxruntime-gpu; then pip install 'dnp-engine[cpu]' or [gpu]"
+        installed = installed or gpu
+    return BackendReport(
+        name=name,
+        works=bool(works) and works[0] == backend.precisions[0],
+        version=installed,
+        device=f"{processor_name()}, {core_count()} threads",
+        precisions=tuple(works),
+        why_not=why_not,
+        remedy=remedy,
+    )
+
+
+def _try(name: str, graph: GraphSpec, precision: str) -> str:
+    """Run the small graph; returns what went wrong, nothing when it did not."""
+    x = np.array([-1.5, 0.0, 3.25], np.float32)  # exact in bf16 too
+    try:
+        with open_graph(graph, name, BackendOptions(precision=precision)) as session:
+            session.reshape(n=3)
+            session.inputs["x"].write(x)
+            session.run()
+            y = session.outputs["y"].read()
+    except Exception as error:  # whatever a broken installation may raise
+        return str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
+    return "" if np.array_equal(y, x + x) else f"{name} computes wrong numbers: {x} + {x} = {y}"
+
+
+def _installed(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return ""
+
+
+# y = x + x, float32 [n], opset 20: made with onnx.helper (make_node, make_graph, make_model with ir_version=10),
+# serialised and encoded in base64.
+_TINY: Final = "CAoSADo3Cg4KAXgKAXgSAXkiA0FkZBIBZ1oQCgF4EgsKCQgBEgUKAxIBbmIQCgF5EgsKCQgBEgUKAxIBbkIECgAQFA=="
+_TINY_SPEC: Final = TensorSpec(("n",))
