@@ -1,0 +1,1 @@
+"""PyTorch to ONNX: the five graphs of a bundle, and their parity with PyTorch."""

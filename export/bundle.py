@@ -1,0 +1,225 @@
+"""A bundle from a Stable Diffusion folder and a captioner: all of it, checked, or nothing."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from dnp.engine.bundle import MANIFEST, SCHEMA, Defaults, seal
+from dnp.engine.errors import BundleError, ExportError, OutputError
+from dnp.engine.schema import REMEDY, record
+from dnp.export import stable_diffusion
+from dnp.export.blip import blip_graphs, caption_manifest, caption_tokenizer, load_blip
+from dnp.export.graph import GraphExport, GraphRecord, export_graph
+from dnp.export.memory import PeakMemory
+from dnp.export.precision import Precision, check_precision
+from dnp.export.source import read_source
+from dnp.export.tokenizer import prompt_tokenizer
+
+FAMILY = "stable-diffusion-1"
+STAGES = ("encode_text", "denoise", "decode_latents", "encode_image", "caption_step", "seal")
+# s is diffusers' usual guidance less 1, for there the base branch is the prompt: see the architecture's "denoise".
+DEFAULTS: Mapping[str, Any] = {
+    "sampler": "ddim",
+    "steps": 25,
+    "guidance": 7.5,
+    "dns_sampler": "ddim",
+    "dns_steps": 25,
+    "dns_guidance": 6.5,
+}
+
+Progress = Callable[[str, int, int], None]
+"""Called as each stage begins: its name out of ``STAGES``, how many are done, how many there are."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export made and what it cost.
+
+    Attributes:
+        path: the bundle.
+        graphs: the five graphs, with their errors against PyTorch, sizes, times and memory.
+        bytes: the size of the whole bundle.
+        seconds: from the first check to the last rename.
+        peak_memory: the process's largest resident size meanwhile, in bytes.
+    """
+
+    path: Path
+    name: str
+    precision: Precision
+    graphs: tuple[GraphRecord, ...]
+    bytes: int
+    seconds: float
+    peak_memory: int
+
+
+def export_bundle(
+    source: Path,
+    out: Path,
+    *,
+    captioner: Path,
+    precision: str = "fp32",
+    name: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Export the diffusers folder ``source`` (Stable Diffusion 1.x) and the BLIP folder ``captioner`` to ``out``.
+
+    Everything is made in a hidden folder beside ``out``, which takes its name when all is well. Whatever stops the
+    work, an error, Ctrl-C or an exception from ``progress``, leaves neither behind, and an old ``out`` untouched.
+
+    Args:
+        precision: the arithmetic of the graphs, ``fp32`` or ``fp16``.
+        name: the bundle's name; that of the folder ``out`` when left out.
+        defaults: what replaces single ones of ``DEFAULTS``.
+        overwrite: replace a bundle that is already there.
+        progress: see ``Progress``.
+
+    Raises:
+        ExportError: the models cannot be exported, or a graph differs from PyTorch by more than its bound.
+        OutputError: ``out`` is in use or cannot be written.
+    """
+    started = time.perf_counter()
+    out = Path(out).absolute()
+    records: list[GraphRecord] = []
+    with PeakMemory() as memory, _without_bars():
+        exact = check_precision(precision)
+        settings = _merge_defaults(defaults or {})
+        _check_out(out, overwrite)
+        model = read_source(Path(source))
+        name = out.name if name is None else name
+        prompt = prompt_tokenizer(model)
+        captions = load_blip(Path(captioner))
+        with _staging(out) as folder:
+            for index, stage in enumerate(STAGES[:-1]):
+                _tell(progress, stage, index)
+                make = stable_diffusion.GRAPHS.get(stage)
+                build: Callable[[], GraphExport]
+                if make is not None:
+                    build = partial(make, model, exact)
+                else:
+                    build = partial(_caption_graph, captions, exact, stage)
+                records.append(export_graph(build(), folder))
+            _tell(progress, STAGES[-1], len(STAGES) - 1)
+            caption = caption_manifest(captions)
+            for tokenizer, file in (
+                (prompt.tokenizer, prompt.manifest["tokenizer"]),
+                (caption_tokenizer(captions), caption["tokenizer"]),
+            ):
+                (folder / file).parent.mkdir(exist_ok=True)
+                (folder / file).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+            manifest = {
+                "schema": SCHEMA,
+                "name": name,
+                "family": FAMILY,
+                "precision": exact,
+                "created_with": {package: version(package) for package in _PACKAGES},
+                "text": prompt.manifest,
+                "latents": model.latents_manifest(),
+                "schedule": dict(model.schedule),
+                "caption": caption,
+                "defaults": settings,
+                "graphs": {record.name: record.manifest for record in records},
+            }
+            seal(folder, manifest)
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            _replace(out, folder)
+    seconds = time.perf_counter() - started
+    return ExportReport(out, name, exact, tuple(records), size, seconds, memory.peak)
+
+
+_PACKAGES = ("dnp-engine", "torch", "diffusers", "transformers", "onnx", "onnxscript", "tokenizers")
+
+
+def _caption_graph(parts: Any, precision: Precision, name: str) -> GraphExport:
+    (graph,) = (graph for graph in blip_graphs(parts, precision) if graph.name == name)
+    return graph
+
+
+def _tell(progress: Progress | None, stage: str, index: int) -> None:
+    if progress is not None:
+        progress(stage, index, len(STAGES))
+
+
+def _merge_defaults(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises ExportError for what the manifest's schema would refuse when everything else is done."""
+    merged = {**DEFAULTS, **changes}
+    try:
+        record(Defaults, merged, "defaults")
+    except BundleError as error:
+        raise ExportError(str(error).removesuffix(f"; {REMEDY}")) from None
+    return merged
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Raises OutputError unless ``out`` is new, empty, or a bundle that may be replaced."""
+    if not out.name:
+        raise OutputError(f"{out} cannot be a bundle; name a folder in it")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out} exists and is no folder; choose another place")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{out} exists and is not empty; choose another folder, or overwrite it (--overwrite)")
+    if not (out / MANIFEST).is_file():
+        raise OutputError(f"{out} exists and is no bundle, so it is not overwritten; choose another folder")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars from the libraries that load the models: progress is told by stages."""
+    shown = [lib for lib in (diffusers_logging, transformers_logging) if lib.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` to work in; afterwards it is gone, and so are the parents made for it if all failed."""
+    made = [parent for parent in out.parents if not parent.exists()]  # innermost first
+    folder = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    try:
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: the bundle is in it
+                parent.rmdir()
+
+
+def _replace(out: Path, folder: Path) -> None:
+    """Give ``folder`` the name ``out``; what had it before is removed only once that has worked."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = folder.with_suffix(".old")
+    out.rename(old)
+    try:
+        folder.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,211 @@
+"""One graph, from a torch module to a checked ONNX file: ``GraphExport`` in, ``GraphRecord`` out."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from dnp.engine import open_graph
+from dnp.engine.errors import ExportError
+from dnp.engine.manifest import GraphSpec, TensorSpec
+from dnp.export.attention import translations
+from dnp.export.memory import PeakMemory
+from dnp.export.onnx_file import save_graph
+
+Array = npt.NDArray[Any]
+Dims = Mapping[str, int]
+Tensor = TensorSpec  # what crosses a graph's border
+OPSET = 20  # the last one at which scaled_dot_product_attention stays decomposed, see docs/architecture.md
+
+
+@dataclass(frozen=True)
+class GraphExport:
+    """Everything needed to export one graph and to check it.
+
+    Attributes:
+        name: the graph's name in the bundle; its file is ``graphs/<name>.onnx``.
+        module: called with the inputs by position, in the order of ``inputs``; returns one tensor, or a tuple
+            in the order of ``outputs``. In evaluation mode, of the precision that the graph shall have.
+        inputs, outputs: the borders by name. Symbols in input shapes become the graph's dynamic axes.
+        fresh_inputs: makes random inputs for given sizes, numpy arrays of the declared dtypes and shapes.
+        example: the sizes to trace with. No symbol may be 1 here, torch takes a 1 for a constant.
+        checks: the sizes at which the file is compared with PyTorch; at least one differs from ``example``.
+        bounds: the largest error allowed, per output: absolute for integers; for floats relative to the
+            largest value that PyTorch gives, or to 1 if that is larger.
+        reference: what outputs are compared with, when not ``module``: the float32 module of an fp16 graph.
+        multiples: symbols that only take multiples of a number, such as ``{"height": 4}``.
+        traced: the largest size to promise torch for a symbol, where code branches on it without need. It
+            saves torch a second attempt and is no limit of the graph: ONNX holds no such assertion.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    fresh_inputs: Callable[[np.random.Generator, Dims], dict[str, Array]]
+    example: Dims
+    checks: Sequence[Dims]
+    bounds: Mapping[str, float]
+    reference: nn.Module | None = None
+    multiples: Mapping[str, int] = field(default_factory=dict)
+    traced: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The largest absolute difference of one output from PyTorch, and what was allowed."""
+
+    error: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """What became of one graph: its manifest entry and what making it cost.
+
+    Attributes:
+        manifest: the graph's entry in ``bundle.json``.
+        parity: the largest difference from PyTorch, and the bound it was held to, per output.
+        nodes: nodes in the ONNX graph.
+        bytes: size on disk, external data included.
+        seconds: for export, saving and comparison.
+        peak_memory: the process's largest resident size meanwhile, in bytes.
+    """
+
+    name: str
+    manifest: dict[str, Any]
+    parity: dict[str, Parity]
+    nodes: int
+    bytes: int
+    seconds: float
+    peak_memory: int
+
+
+def export_graph(spec: GraphExport, folder: Path) -> GraphRecord:
+    """Export ``spec`` to ``folder/graphs/<name>.onnx`` and compare the file with PyTorch.
+
+    Raises ExportError when torch cannot export the module, or when an output differs by more than its bound.
+    """
+    started = time.perf_counter()
+    file = f"graphs/{spec.name}.onnx"
+    with PeakMemory() as memory:
+        program = _trace(spec)
+        shapes = {name: tensor.shape for name, tensor in [*spec.inputs.items(), *spec.outputs.items()]}
+        nodes, size = save_graph(program.model, folder / file, shapes)
+        del program
+        parity = _compare(spec, folder / file)
+    for name, found in parity.items():
+        if not found.error <= found.bound:  # also when the error is NaN
+            raise ExportError(
+                f"graph {spec.name!r} differs from PyTorch: output {name!r} by {found.error:.3g}, allowed is "
+                f"{found.bound:.3g}. If this is precision fp16, export fp32: the model may need it"
+            )
+    manifest = {
+        "file": file,
+        "inputs": {name: tensor.to_dict() for name, tensor in spec.inputs.items()},
+        "outputs": {name: tensor.to_dict() for name, tensor in spec.outputs.items()},
+        "parity": {name: {"max_abs_error": p.error, "bound": p.bound} for name, p in parity.items()},
+    }
+    seconds = time.perf_counter() - started
+    return GraphRecord(spec.name, manifest, parity, nodes, size, seconds, memory.peak)
+
+
+def _trace(spec: GraphExport) -> torch.onnx.ONNXProgram:
+    arrays = spec.fresh_inputs(np.random.default_rng(0), spec.example)
+    _check_inputs(spec, arrays, spec.example)
+    dims: dict[str, Any] = {}
+    for symbol in dict.fromkeys(s for tensor in spec.inputs.values() for s in tensor.symbols):
+        multiple, largest = spec.multiples.get(symbol, 1), spec.traced.get(symbol, 1 << 16)
+        if multiple > 1:
+            dims[symbol] = multiple * torch.export.Dim(f"{symbol}_{multiple}", min=1, max=largest // multiple)
+        else:
+            dims[symbol] = torch.export.Dim(symbol, min=1, max=largest)
+    dynamic = tuple(
+        {axis: dims[entry] for axis, entry in enumerate(tensor.shape) if isinstance(entry, str)}
+        for tensor in spec.inputs.values()
+    )
+    try:
+        with torch.inference_mode(), _quiet():
+            program = torch.onnx.export(
+                spec.module,
+                tuple(torch.from_numpy(arrays[name]) for name in spec.inputs),
+                dynamo=True,
+                dynamic_shapes=dynamic,
+                input_names=list(spec.inputs),
+                output_names=list(spec.outputs),
+                opset_version=OPSET,
+                custom_translation_table=translations(),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"torch could not export graph {spec.name!r}: {error}") from error
+    assert program is not None
+    return program
+
+
+def _compare(spec: GraphExport, path: Path) -> dict[str, Parity]:
+    """The largest absolute error of each output over all ``spec.checks``; NaN where any value is NaN."""
+    reference = spec.module if spec.reference is None else spec.reference
+    errors, largest = dict.fromkeys(spec.outputs, 0.0), dict.fromkeys(spec.outputs, 1.0)
+    rng = np.random.default_rng(1)
+    graph = GraphSpec(spec.name, path, dict(spec.inputs), dict(spec.outputs))
+    with open_graph(graph, "cpu") as session:
+        for dims in spec.checks:
+            arrays = spec.fresh_inputs(rng, dims)
+            _check_inputs(spec, arrays, dims)
+            with torch.inference_mode():
+                result = reference(*(_like_reference(arrays[name], spec) for name in spec.inputs))
+            expected = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+            session.reshape(**dims)
+            for name, array in arrays.items():
+                session.inputs[name].write(array)
+            session.run()
+            for name, want in zip(spec.outputs, expected, strict=True):
+                got = session.outputs[name].read()
+                # np.maximum keeps a NaN, max() may lose it
+                error = np.max(np.abs(got.astype(np.float64) - want.double().numpy()), initial=0.0)
+                errors[name] = float(np.maximum(errors[name], error))
+                if want.is_floating_point():
+                    largest[name] = max(largest[name], float(want.abs().max()))
+    return {name: Parity(errors[name], spec.bounds[name] * largest[name]) for name in spec.outputs}
+
+
+def _like_reference(array: Array, spec: GraphExport) -> torch.Tensor:
+    """A float32 reference takes its key/value caches in float32."""
+    tensor = torch.from_numpy(array)
+    return tensor.float() if spec.reference is not None and tensor.dtype == torch.float16 else tensor
+
+
+def _check_inputs(spec: GraphExport, arrays: Mapping[str, Array], dims: Dims) -> None:
+    declared = {name: (tensor.resolve(dims), tensor.dtype) for name, tensor in spec.inputs.items()}
+    made = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
+    if made != declared:
+        raise ValueError(f"{spec.name}: fresh_inputs gives {made}, declared are {declared}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch's own exporter says and its caller can do nothing about."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)  # "torchvision is not installed": none of its operators are used
+    try:
+        with warnings.catch_warnings():
+            # torch copies its own tree specifications in a way that it deprecates.
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+            # An axis that several inputs share is named once for each of them.
+            warnings.filterwarnings("ignore", message="# The axis name: .* will not be used")
+            yield
+    finally:
+        registration.setLevel(level)

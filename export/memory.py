@@ -1,0 +1,38 @@
+"""Peak memory of a stretch of work, measured by looking at the process now and then."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+import psutil
+
+
+class PeakMemory:
+    """Context manager; ``peak`` is the largest resident size of this process seen inside it, in bytes.
+
+    A thread looks every ``interval`` seconds: ``ru_maxrss`` knows only the peak since the process began.
+    """
+
+    def __init__(self, interval: float = 0.02) -> None:
+        self.peak = 0
+        self._interval = interval
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while True:
+            self.peak = max(self.peak, process.memory_info().rss)
+            if self._done.wait(self._interval):
+                return
