@@ -1,0 +1,1 @@
+"""Tokenizers, starting noise, sampler tables, the DNS/DNP loop, captioning. numpy only, no torch."""

@@ -1,0 +1,372 @@
+"""The whole request: DNS, caption, regenerate; on one bundle and one backend."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dnp.engine.bundle import Bundle
+from dnp.engine.errors import Cancelled, DnpError, SettingsError
+from dnp.engine.registry import open_session
+from dnp.engine.session import BackendOptions, Session
+from dnp.runtime.captioner import Captioner
+from dnp.runtime.denoise import Sample, denoise, finite, load_samples
+from dnp.runtime.request import Request, Result, Step
+from dnp.runtime.samplers import SamplerTable
+from dnp.runtime.schedule import NoiseSchedule
+from dnp.runtime.tokenizer import PromptTokenizer
+
+# Larger requests are sampled in batches of this size: a constant, because the batch size decides the last bits of
+# an image, and an image must be reproducible from its settings alone.
+BATCH = 8
+
+S = TypeVar("S")
+T = TypeVar("T")
+Pixels = npt.NDArray[np.uint8]
+Callback = Callable[[Step], object]
+
+
+class Pipeline:
+    """Diffusion-negative prompting on one bundle: call it with a prompt.
+
+    >>> pipeline = Pipeline.open()
+    >>> result = pipeline("a large red circle left of a small blue square", seed=7)
+    >>> result.images[0].save("dnp.png"); result.negatives[0]
+
+    One request at a time: the buffers are the pipeline's own. Open one pipeline per thread.
+    """
+
+    def __init__(self, bundle: Bundle, backend: str = "cpu", options: BackendOptions | None = None) -> None:
+        self.bundle = bundle
+        self._backend = backend
+        self._options = options or BackendOptions()
+        self._schedule = NoiseSchedule.from_config(bundle.schedule)
+        self._busy = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path | None = None,
+        backend: str = "cpu",
+        *,
+        threads: int | None = None,
+        precision: str | None = None,
+    ) -> Pipeline:
+        """Open a bundle, the shipped default one when none is named.
+
+        Raises BundleError when it is missing or damaged, BackendError when ``backend`` cannot run here.
+        """
+        opened = Bundle.default() if bundle is None else Bundle.open(Path(bundle))
+        pipeline = cls(opened, backend, BackendOptions(threads=threads, precision=precision))
+        pipeline._encode_text  # noqa: B018  opened now, so that a backend that cannot run says so here
+        return pipeline
+
+    @property
+    def runs_on(self) -> str:
+        """What really runs the graphs, as the library itself says."""
+        return self._encode_text.backend
+
+    # Each graph is opened when it is first needed: plain guidance never loads the captioner.
+
+    @cached_property
+    def _encode_text(self) -> Session:
+        return self._session("encode_text")
+
+    @cached_property
+    def _denoise(self) -> Session:
+        return self._session("denoise")
+
+    @cached_property
+    def _decode(self) -> Session:
+        session = self._session("decode_latents")
+        session.link("latents", self._denoise.outputs["latents"])
+        return session
+
+    @cached_property
+    def _captioner(self) -> Captioner:
+        return Captioner(self.bundle, self._session("encode_image"), self._session("caption_step"))
+
+    @cached_property
+    def tokenizer(self) -> PromptTokenizer:
+        """The prompt tokenizer of the bundle."""
+        return PromptTokenizer(self.bundle)
+
+    def _session(self, graph: str) -> Session:
+        return open_session(self.bundle, graph, self._backend, self._options)
+
+    def warm_up(self, *, captioner: bool = True) -> None:
+        """Open every graph now rather than with the first request that needs it."""
+        self._decode  # noqa: B018  reads the latents of the denoise session, so that one is opened too
+        if captioner:
+            self._captioner  # noqa: B018
+
+    def __call__(self, prompt: str, *, progress: Callback | None = None, **settings: Any) -> Result:
+        """Generate images for ``prompt``; ``settings`` are those of ``Request``.
+
+        ``progress`` is called with each ``Step``; when it returns ``False`` the work stops there.
+
+        Raises SettingsError for settings that cannot be honoured, Cancelled when ``progress`` stopped the work.
+        """
+        return self.run(Request.from_dict({"prompt": prompt, **settings}), progress)
+
+    def run(self, request: Request, progress: Callback | None = None) -> Result:
+        """``steps`` driven to its end: the whole request. See ``__call__``."""
+        return drive(self.steps(request), progress)
+
+    def dns(self, prompt: str, *, progress: Callback | None = None, **settings: Any) -> Result:
+        """Only the first half: the DNS images are the result's ``arrays``, their captions its ``negatives``."""
+        request = self.resolve(Request.from_dict({"prompt": prompt, **settings}))
+        if not request.runs_dns:
+            raise SettingsError("DNS finds n*; it takes no negative prompt of your own and cannot be switched off")
+        return drive(self._dns_steps(request), progress)
+
+    def caption(
+        self,
+        images: Sequence[Image.Image],
+        *,
+        beams: int = 1,
+        prefix: str = "",
+        min_length: int = 0,
+        max_length: int | None = None,
+    ) -> list[str]:
+        """Put each image into words; sizes may differ."""
+        with self._exclusive():
+            return [
+                self._captioner.captions(
+                    np.asarray(image.convert("RGB"))[None],
+                    beams=beams,
+                    prefix=prefix,
+                    min_length=min_length,
+                    max_length=max_length,
+                )[0]
+                for image in images
+            ]
+
+    def resolve(self, request: Request) -> Request:
+        """``request`` with nothing left open, and everything about it checked.
+
+        Raises SettingsError for whatever cannot be honoured.
+        """
+        request = request.resolve(self.bundle)
+        if request.runs_dns:
+            self._captioner.check(
+                beams=request.beams,
+                prefix=request.prefix,
+                min_length=request.min_length,
+                max_length=request.max_length,
+            )
+        return request
+
+    def steps(self, request: Request) -> Generator[Step, None, Result]:
+        """The request as a generator: yields each ``Step``, returns the ``Result``.
+
+        Dropping the generator cancels the request within the step it is in. Raises SettingsError as ``resolve`` does.
+        """
+        request = self.resolve(request)
+        clock = Clock()
+        with self._exclusive():
+            with clock.phase("open"):
+                self.warm_up(captioner=request.runs_dns)
+            seeds = [request.seed + i for i in range(request.images)]
+            dns = plain = None
+            negatives = [request.negative or ""] * request.images
+            if request.runs_dns:
+                dns, negatives = yield from self._find_negatives(request, clock)
+            final = request.final_table(self._schedule)
+            prompts = [request.prompt] * request.images
+            if request.compare:
+                empty = [""] * request.images
+                plain = yield from self._sample("plain", prompts, empty, final, seeds, request, clock)
+            arrays = yield from self._sample("final", prompts, negatives, final, seeds, request, clock)
+        return self._result(request, clock, arrays, negatives, dns, plain)
+
+    def sample(
+        self, prompts: Sequence[str], negatives: Sequence[str], request: Request
+    ) -> Generator[Step, None, Pixels]:
+        """Sample pairs (prompt, negative) as they stand, with the final settings of ``request``.
+
+        The empty string is ∅ in both places. Image ``i`` uses ``request.seed + i``. Returns uint8 ``[B, H, W, 3]``.
+        """
+        if len(prompts) != len(negatives) or not prompts:
+            raise SettingsError(f"{len(prompts)} prompts and {len(negatives)} negatives do not pair up")
+        request = request.resolve(self.bundle)
+        seeds = [request.seed + i for i in range(len(prompts))]
+        table = request.final_table(self._schedule)
+        with self._exclusive():
+            return (yield from self._sample("final", prompts, negatives, table, seeds, request, Clock()))
+
+    def _dns_steps(self, request: Request) -> Generator[Step, None, Result]:
+        clock = Clock()
+        with self._exclusive():
+            with clock.phase("open"):
+                self.warm_up()
+            arrays, negatives = yield from self._find_negatives(request, clock)
+        return self._result(request, clock, arrays, negatives, arrays, None)
+
+    def _find_negatives(self, request: Request, clock: Clock) -> Generator[Step, None, tuple[Pixels, list[str]]]:
+        assert request.dns_seed is not None
+        seeds = [request.dns_seed + i for i in range(request.images)]
+        prompts, empty = [request.prompt] * request.images, [""] * request.images
+        table = request.dns_table(self._schedule)
+        images = yield from self._sample("dns", prompts, empty, table, seeds, request, clock)
+        negatives: list[str] = []
+        for start in range(0, request.images, BATCH):
+            negatives += yield from clock.timed("caption", self._describe(images[start : start + BATCH], request))
+        return images, negatives
+
+    def _describe(self, images: Pixels, request: Request) -> Generator[Step, None, list[str]]:
+        assert request.max_length is not None
+        steps = self._captioner.steps(
+            images,
+            beams=request.beams,
+            prefix=request.prefix,
+            min_length=request.min_length,
+            max_length=request.max_length,
+        )
+        while True:
+            try:
+                length = next(steps)
+            except StopIteration as stop:
+                captions: list[str] = stop.value
+                return captions
+            yield Step("caption", length, request.max_length, images.copy)
+
+    def _sample(
+        self,
+        phase: str,
+        prompts: Sequence[str],
+        negatives: Sequence[str],
+        table: SamplerTable,
+        seeds: Sequence[int],
+        request: Request,
+        clock: Clock,
+    ) -> Generator[Step, None, Pixels]:
+        """Sample every (prompt, negative, seed) with ``table``, in batches; returns uint8 ``[B, H, W, 3]``."""
+        images = []
+        batches = range(0, len(seeds), BATCH)
+        total = len(table.rows) * len(batches)
+        for number, start in enumerate(batches):
+            part = slice(start, start + BATCH)
+            with clock.phase(phase):
+                rows = self._load(prompts[part], negatives[part], table, seeds[part], request)
+            for row in clock.timed(phase, denoise(self._denoise, rows)):
+                yield Step(phase, number * rows + row, total, self._decode_now)
+            with clock.phase("decode"):
+                if not finite(self._denoise.outputs["latents"].read()):
+                    raise DnpError(
+                        f"the latents of the {phase} pass are no longer finite numbers; lower the guidance, "
+                        "or use a bundle of higher precision"
+                    )
+                images.append(self._decode_now())
+        return np.concatenate(images)
+
+    def _load(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str],
+        table: SamplerTable,
+        seeds: Sequence[int],
+        request: Request,
+    ) -> int:
+        latents = self.bundle.latents
+        assert request.height is not None and request.width is not None
+        shape = (latents.channels, request.height // latents.pixels, request.width // latents.pixels)
+        rows = load_samples(self._denoise, [Sample(table, seed) for seed in seeds], shape)
+        self._encode_text.reshape(batch=len(prompts))
+        for name, texts in (("base_context", negatives), ("prompt_context", prompts)):
+            self._encode_text.inputs["ids"].write(self.tokenizer.encode(texts))
+            self._encode_text.run()
+            self._denoise.inputs[name].copy(self._encode_text.outputs["context"])
+        return rows
+
+    def _decode_now(self) -> Pixels:
+        """The present latents as uint8 ``[B, H, W, 3]``."""
+        batch, _, height, width = self._denoise.outputs["latents"].shape
+        self._decode.reshape(batch=batch, height=height, width=width)
+        self._decode.run()
+        return self._decode.outputs["image"].read().astype(np.uint8, copy=False)
+
+    def _result(
+        self,
+        request: Request,
+        clock: Clock,
+        arrays: Pixels,
+        negatives: list[str],
+        dns: Pixels | None,
+        plain: Pixels | None,
+    ) -> Result:
+        return Result(
+            arrays=arrays,
+            dns_arrays=dns,
+            plain_arrays=plain,
+            negatives=negatives,
+            request=request,
+            seconds=clock.total(),
+            bundle=self.bundle.fingerprint,
+            backend=self._backend,
+            precision=self._options.precision,
+            runs_on=self.runs_on,
+        )
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise DnpError("this pipeline is busy with another request; finish or close it, or open one per thread")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+
+def drive(steps: Generator[Step, None, T], progress: Callback | None = None) -> T:
+    """Run a generator of steps to its end and return what it returns; ``progress`` may stop it with ``False``."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        if progress is not None and progress(step) is False:
+            steps.close()
+            raise Cancelled(f"stopped by the progress callback in {step.phase} step {step.index} of {step.total}")
+
+
+class Clock:
+    """Seconds spent per phase; what the consumer of a generator does between steps is not counted."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def timed(self, name: str, steps: Generator[S, None, T]) -> Generator[S, None, T]:
+        """The same generator, with the time inside it added to ``name``."""
+        while True:
+            with self.phase(name):
+                try:
+                    step = next(steps)
+                except StopIteration as stop:
+                    result: T = stop.value
+                    return result
+            yield step
+
+    def total(self) -> dict[str, float]:
+        """The seconds by phase and their ``total``, wall-clock."""
+        return {**self.seconds, "total": time.perf_counter() - self._start}

@@ -1,0 +1,109 @@
+"""Text to ids and back with the ``tokenizers`` library, as transformers' CLIPTokenizer and BertTokenizer do it."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+
+from dnp.engine.bundle import Bundle
+from dnp.engine.errors import BundleError, SettingsError
+
+MAX_CHARACTERS = 100_000  # the slowest such prompt takes about a second, and at most 75 tokens of it count
+
+
+def check_text(text: object, name: str = "prompt") -> str:
+    """``text`` itself, when it is a string that can be tokenized.
+
+    Raises SettingsError for anything but a string, for more than ``MAX_CHARACTERS``, and for text that holds NUL or
+    half of a surrogate pair, as binary data does.
+    """
+    if not isinstance(text, str):
+        raise SettingsError(f"the {name} must be text, not {type(text).__name__}: {reprlib.repr(text)}")
+    if len(text) > MAX_CHARACTERS:
+        raise SettingsError(
+            f"the {name} has {len(text)} characters, at most {MAX_CHARACTERS} are read: {reprlib.repr(text)}"
+        )
+    if "\0" in text:
+        raise SettingsError(f"the {name} holds a NUL character, so it is not text: {reprlib.repr(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SettingsError(
+            f"the {name} holds half of a surrogate pair at {error.start}, so it is not text: {reprlib.repr(text)}"
+        ) from None
+    return text
+
+
+class PromptTokenizer:
+    """The text encoder's tokenizer: CLIP's byte-level BPE, cut and padded to the length the model was trained with."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._tokenizer = _load(bundle.path / bundle.text.tokenizer)
+        self._length = bundle.text.length
+        self._pad = bundle.text.pad
+
+    def encode(self, prompts: Sequence[str]) -> npt.NDArray[np.int64]:
+        """``prompts`` as int64 ids ``[B, L]``: begin, at most L − 2 tokens, end, padding.
+
+        Equal to transformers' ``CLIPTokenizer(prompts, padding="max_length", truncation=True, max_length=L)``.
+        Raises SettingsError for what ``check_text`` refuses.
+        """
+        if isinstance(prompts, str | bytes):
+            raise SettingsError(f"encode takes a list of prompts, not one: {reprlib.repr(prompts)}")
+        ids = np.full((len(prompts), self._length), self._pad, np.int64)
+        for row, encoding in zip(ids, self._encode(prompts), strict=True):
+            tokens = encoding.ids
+            if len(tokens) > self._length:
+                tokens = [*tokens[: self._length - 1], tokens[-1]]
+            row[: len(tokens)] = tokens
+        return ids
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> str:
+        """The text of one row of ids, begin, end and padding left out; lower case, as the tokenizer sees it."""
+        text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text.replace("</w>", " ").strip()
+
+    def truncated(self, prompt: str) -> str | None:
+        """The end of ``prompt`` that ``encode`` cuts off, as it was written; ``None`` when everything fits."""
+        (encoding,) = self._encode([prompt])
+        if len(encoding.ids) <= self._length:
+            return None
+        return prompt[encoding.offsets[self._length - 1][0] :]
+
+    def _encode(self, prompts: Sequence[str]) -> list[Encoding]:
+        return list(self._tokenizer.encode_batch([check_text(prompt) for prompt in prompts]))
+
+
+class CaptionTokenizer:
+    """The captioner's tokenizer: BERT's WordPiece."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._tokenizer = _load(bundle.path / bundle.caption.tokenizer)
+
+    def encode(self, prefix: str) -> list[int]:
+        """The ids of ``prefix``, without [CLS] and [SEP]. Raises SettingsError for what ``check_text`` refuses."""
+        ids = self._tokenizer.encode(check_text(prefix, "caption prefix"), add_special_tokens=False).ids
+        return [int(i) for i in ids]
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> str:
+        """The text of ``ids``, equal to transformers' ``BertTokenizer.decode(ids, skip_special_tokens=True)``.
+
+        Ids that the tokenizer does not know, as BLIP's own begin token, are left out.
+        """
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
+
+
+def _load(path: Path) -> Any:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BundleError(f"{path} is no tokenizer that the tokenizers library can read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
