@@ -1,0 +1,203 @@
+"""Measure the packaged models on held-out compositions: ``python models/evaluate.py``.
+
+Prints the gates of the model card as JSON and, with ``--sheet``, writes a contact sheet. The judge is the scorer; the
+captioner is judged on its captions, parsed. Every picture starts from the noise of its own seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from networks import LATENT_SIDE, Scorer
+from PIL import Image
+from safetensors.torch import load_file
+from scenes import Scene, adherence, examples, parse
+from tqdm import tqdm
+from train_scorer import read
+from train_vae import to_model, to_uint8
+from transformers import BlipForConditionalGeneration, BlipProcessor
+
+HERE = Path(__file__).parent
+SEED = 1  # of the held-out scenes; training used 0
+CONDITIONS = {"unconditional": 0.0, "plain w=2": 2.0, "plain w=4": 4.0, "DNS s=1": -1.0, "DNS s=2": -2.0}
+
+
+@dataclass
+class Models:
+    """The packaged models in float32, and their judge."""
+
+    pipeline: StableDiffusionPipeline
+    blip: BlipForConditionalGeneration
+    processor: BlipProcessor
+    scorer: Scorer
+
+    @classmethod
+    def open(cls, folder: Path, scorer: Path) -> Models:
+        """Open a package folder and the scorer's weights."""
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            folder / "stable-diffusion", torch_dtype=torch.float32, local_files_only=True
+        )
+        blip = BlipForConditionalGeneration.from_pretrained(folder / "blip", dtype=torch.float32).eval()
+        judge = Scorer().eval()
+        judge.load_state_dict({name: weight.float() for name, weight in load_file(scorer).items()})
+        return cls(pipeline, blip, BlipProcessor.from_pretrained(folder / "blip"), judge)
+
+    def context(self, texts: list[str]) -> torch.Tensor:
+        """Text states ``[B, 32, width]``."""
+        ids = self.pipeline.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return self.pipeline.text_encoder(ids).last_hidden_state
+
+    @torch.inference_mode()
+    def sample(self, prompts: list[str], scale: float, base: list[str] | None = None, steps: int = 25) -> np.ndarray:
+        """``out = out_base + scale (out_prompt - out_base)``, DDIM; a negative ``scale`` is DNS with s = -scale.
+
+        ``base`` is the empty prompt unless given. Returns uint8 ``[B, 64, 64, 3]``.
+        """
+        parts = [
+            self._sample(prompts[at : at + 20], scale, (base or [""] * len(prompts))[at : at + 20], steps, at)
+            for at in range(0, len(prompts), 20)
+        ]
+        return np.concatenate(parts)
+
+    def _sample(self, prompts: list[str], scale: float, base: list[str], steps: int, seed: int) -> np.ndarray:
+        unet, scheduler, vae = self.pipeline.unet, self.pipeline.scheduler, self.pipeline.vae
+        shape = (1, unet.config.in_channels, LATENT_SIDE, LATENT_SIDE)
+        x_t = torch.cat(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed + n)) for n in range(len(prompts))]
+        )
+        context = self.context([*base, *prompts])
+        scheduler.set_timesteps(steps)
+        for t in scheduler.timesteps:
+            out_base, out_prompt = unet(torch.cat([x_t, x_t]), t, context, return_dict=False)[0].chunk(2)
+            x_t = scheduler.step(out_base + scale * (out_prompt - out_base), t, x_t, return_dict=False)[0]
+        return to_uint8(vae.decode(x_t / vae.config.scaling_factor, return_dict=False)[0]).numpy()
+
+    @torch.inference_mode()
+    def reconstruct(self, pictures: np.ndarray) -> np.ndarray:
+        """Through the VAE and back, uint8 in and out ``[B, 64, 64, 3]``."""
+        parts = []
+        for chunk in torch.from_numpy(pictures).split(50):
+            latents = self.pipeline.vae.encode(to_model(chunk)).latent_dist.mode()
+            parts.append(to_uint8(self.pipeline.vae.decode(latents, return_dict=False)[0]).numpy())
+        return np.concatenate(parts)
+
+    @torch.inference_mode()
+    def caption(self, pictures: np.ndarray) -> list[str]:
+        """Greedy captions of uint8 pictures."""
+        captions = []
+        for at in range(0, len(pictures), 50):
+            inputs = self.processor(images=[Image.fromarray(p) for p in pictures[at : at + 50]], return_tensors="pt")
+            ids = self.blip.generate(**inputs, max_new_tokens=24)
+            captions += self.processor.batch_decode(ids, skip_special_tokens=True)
+        return captions
+
+
+def mean_adherence(wanted: list[Scene], seen: list[Scene | None]) -> float:
+    """Mean over the pictures; a caption outside the grammar sees nothing."""
+    return float(np.mean([adherence(a, b) if b else 0.0 for a, b in zip(wanted, seen, strict=True)]))
+
+
+def strict(wanted: list[Scene], seen: list[Scene | None]) -> float:
+    """Share of pictures with every attribute right."""
+    return float(np.mean([a == b for a, b in zip(wanted, seen, strict=True)]))
+
+
+def per_attribute(wanted: list[Scene], seen: list[Scene | None]) -> dict[str, float]:
+    """Share right of each kind of attribute, objects matched in their places."""
+    right: dict[str, list[bool]] = {name: [] for name in ("size", "colour", "shape", "relation", "ground", "texture")}
+    for a, b in zip(wanted, seen, strict=True):
+        right["relation"].append(b is not None and a.layout == b.layout)
+        right["ground"].append(b is not None and a.ground == b.ground)
+        right["texture"].append(b is not None and a.texture == b.texture)
+        for n, thing in enumerate(a.things):
+            other = b.things[n] if b is not None and n < len(b.things) else None
+            for name in ("size", "colour", "shape"):
+                right[name].append(other is not None and getattr(thing, name) == getattr(other, name))
+    return {name: round(float(np.mean(values)), 3) for name, values in right.items()}
+
+
+def judge(wanted: list[Scene], seen: list[Scene | None]) -> dict[str, object]:
+    """The three views of one condition."""
+    return {
+        "adherence": round(mean_adherence(wanted, seen), 3),
+        "strict": round(strict(wanted, seen), 3),
+        **per_attribute(wanted, seen),
+    }
+
+
+def paired(differences: np.ndarray) -> dict[str, object]:
+    """Mean of a paired difference in adherence and its 95 % bootstrap interval over the prompts."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(differences, (4000, len(differences))).mean(axis=1)
+    return {
+        "adherence": round(float(differences.mean()), 3),
+        "95 %": np.percentile(means, (2.5, 97.5)).round(3).tolist(),
+    }
+
+
+def contact_sheet(columns: list[np.ndarray], path: Path, rows: int = 12, zoom: int = 2) -> None:
+    """One row for each prompt, one column for each condition."""
+    picture = np.concatenate([np.concatenate(list(column[:rows])) for column in columns], axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = picture.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    Image.fromarray(picture).save(path)
+
+
+def evaluate(models: Models, count: int, sheet: Path | None) -> dict[str, dict[str, object]]:
+    """All conditions on ``count`` held-out scenes (the real pictures and captions on five times as many)."""
+    drawn = list(examples(SEED, 5 * count, held_out=True))
+    scenes, pictures = [scene for scene, _, _ in drawn], np.stack([picture for _, picture, _ in drawn])
+    prompts, wanted = [scene.caption() for scene in scenes[:count]], scenes[:count]
+    report: dict[str, dict[str, object]] = {}
+    bar = tqdm(total=6 + len(CONDITIONS), desc="conditions")
+
+    def note(name: str, scenes: list[Scene], seen: list[Scene | None]) -> None:
+        report[name] = judge(scenes, seen)
+        bar.update()
+
+    rebuilt = models.reconstruct(pictures)
+    note("scorer on real pictures", scenes, read(models.scorer, pictures))
+    note("scorer on VAE reconstructions", scenes, read(models.scorer, rebuilt))
+    note("captions of real pictures", scenes, [parse(text) for text in models.caption(pictures)])
+    note("captions of VAE reconstructions", scenes, [parse(text) for text in models.caption(rebuilt)])
+    note("another prompt's real picture (chance)", wanted, scenes[1 : count + 1])
+
+    shown = [pictures[:count]]
+    scores = {}
+    for name, scale in CONDITIONS.items():
+        shown.append(models.sample(prompts, scale))
+        seen = read(models.scorer, shown[-1])
+        note(name, wanted, seen)
+        scores[name] = np.array([adherence(a, b) for a, b in zip(wanted, seen, strict=True)])
+    for name in (name for name, scale in CONDITIONS.items() if scale < 0):
+        report[f"{name} minus unconditional, paired"] = paired(scores[name] - scores["unconditional"])
+    captions = models.caption(shown[-1])
+    agreed = [(scene, parse(text)) for scene, text in zip(read(models.scorer, shown[-1]), captions, strict=True)]
+    note("captions of DNS s=2 against the scorer", [a for a, _ in agreed], [b for _, b in agreed])
+    bar.close()
+    if sheet:
+        contact_sheet(shown, sheet)
+    return report
+
+
+def main() -> None:
+    """Print the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=HERE / "tiny")
+    parser.add_argument("--scorer", type=Path, default=HERE / "scorer" / "scorer.safetensors")
+    parser.add_argument("--prompts", type=int, default=100, help="held-out prompts that are sampled")
+    parser.add_argument("--sheet", type=Path, help="write a contact sheet here (PNG)")
+    arguments = parser.parse_args()
+    report = evaluate(Models.open(arguments.models, arguments.scorer), arguments.prompts, arguments.sheet)
+    for name, figures in report.items():
+        print(f"{name:42}", json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
