@@ -1,0 +1,66 @@
+"""The ``dnp`` command. Results go to files and stdout, everything else to stderr.
+
+Exit codes: 0 done, 2 bad settings or usage, 3 bundle, 4 backend, 5 export, 6 output, 130 cancelled, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    an error of any other kind
+  2    a setting, prompt or image that cannot be honoured
+  3    a bundle that is missing, damaged or too new
+  4    a backend that cannot run here
+  5    a model that cannot be exported
+  6    a place that cannot be written to
+  130  cancelled (Ctrl-C); nothing was written
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with the documented code."""
+    try:
+        code = run(arguments)
+    except KeyboardInterrupt:
+        print("dnp: cancelled; nothing was written", file=sys.stderr)
+        code = 130
+    # A reader that went away (`dnp inspect | head`) is met while flushing; the work itself was done.
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The command line as a function: does the work, prints errors, returns the exit code."""
+    import click
+
+    from dnp.cli.bundles import doctor, export, inspect
+    from dnp.cli.images import caption, dns, explore, generate
+    from dnp.engine.errors import DnpError
+
+    @click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+    @click.version_option(package_name="dnp-engine", prog_name="dnp")
+    def dnp() -> None:
+        """Diffusion-negative prompting: find the image a model thinks least like the prompt, put it into words,
+        and generate with the pair (p, n*)."""
+
+    for command in (generate, dns, explore, caption, export, inspect, doctor):
+        dnp.add_command(command)
+    try:
+        returned = dnp.main(arguments, prog_name="dnp", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:  # click's own name for Ctrl-C
+        raise KeyboardInterrupt from None
+    except DnpError as error:
+        print(f"dnp: {error}", file=sys.stderr)
+        return error.exit_code
+    return returned if isinstance(returned, int) else 0

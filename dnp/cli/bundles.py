@@ -1,0 +1,175 @@
+"""The commands about bundles and backends: export, inspect, doctor."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dnp.cli.options import json_option, say
+
+if TYPE_CHECKING:
+    from dnp.engine.bundle import Bundle
+    from dnp.engine.manifest import TensorSpec
+    from dnp.engine.registry import BackendReport
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--captioner", required=True, type=click.Path(path_type=Path), help="A BLIP folder (transformers).")
+@click.option("--precision", default="fp32", show_default=True, help="Arithmetic of the graphs: fp32 or fp16.")
+@click.option("--name", help="Name of the bundle; that of the folder OUT when left out.")
+@click.option(
+    "--default",
+    "defaults",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="What requests use that say nothing: sampler, steps, guidance, dns_sampler, dns_steps, dns_guidance.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT when it exists.")
+@json_option
+def export(
+    source: Path,
+    out: Path,
+    captioner: Path,
+    precision: str,
+    name: str | None,
+    defaults: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Export SOURCE, a diffusers folder of Stable Diffusion 1.x, and a BLIP captioner to the bundle OUT.
+
+    Every graph is compared with PyTorch, and the export fails when one differs. Pickle files are never loaded.
+    """
+    from tqdm import tqdm
+
+    try:
+        from dnp.export.bundle import export_bundle
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("dnp"):
+            raise
+        from dnp.engine.errors import missing_extra
+
+        raise missing_extra(error.name, "cpu,export", "exporting") from error
+
+    with tqdm(total=5, unit="graph", disable=None) as bar:
+
+        def progress(stage: str, index: int, total: int) -> None:
+            bar.total = total
+            bar.set_description(stage)
+            bar.update(index - bar.n)
+
+        report = export_bundle(
+            source,
+            out,
+            captioner=captioner,
+            precision=precision,
+            name=name,
+            defaults=dict(map(_setting, defaults)),
+            overwrite=overwrite,
+            progress=progress,
+        )
+    lines = [f"{'graph':<16}{'nodes':>7}{'MB':>10}{'seconds':>9}{'peak MB':>9}  largest error against PyTorch (bound)"]
+    for graph in report.graphs:
+        errors = ", ".join(
+            f"{output} {entry['max_abs_error']:.1e} ({entry['bound']:.0e})"
+            for output, entry in graph.manifest["parity"].items()
+        )
+        lines.append(
+            f"{graph.name:<16}{graph.nodes:>7}{graph.bytes / 1e6:>10.2f}{graph.seconds:>9.1f}"
+            f"{graph.peak_memory / 1e6:>9.0f}  {errors}"
+        )
+    lines.append(f"wrote {out} in {report.seconds:.0f} s, peak memory {report.peak_memory / 1e6:.0f} MB")
+    say({**asdict(report), "path": str(out)}, as_json, "\n".join(lines))
+
+
+@click.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@json_option
+def inspect(bundle: Path | None, as_json: bool) -> None:
+    """Verify BUNDLE, the shipped default when none is named, and show what is in it."""
+    from dnp.engine.bundle import Bundle
+
+    opened = Bundle.default() if bundle is None else Bundle.open(bundle)
+    say(_described(opened), as_json, _bundle_page(opened))
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Try every backend on this machine, and say why one does not work and what to do about it."""
+    from dnp.engine.registry import doctor
+
+    reports = doctor()
+    say({"backends": [asdict(report) for report in reports]}, as_json, "\n".join(map(_backend_line, reports)))
+
+
+def _setting(text: str) -> tuple[str, str | int | float]:
+    """``steps=25`` as a name and a value of the obvious type."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{text!r} is no NAME=VALUE, such as steps=25", param_hint="--default")
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def _backend_line(report: BackendReport) -> str:
+    line = f"{report.name:<10} {'works' if report.works else 'does not work'}"
+    if report.works:
+        line += f": {report.version}, {', '.join(report.precisions)}, on {report.device}"
+    if report.why_not:
+        line += f": {report.why_not}\n{'':<10} remedy: {report.remedy}"
+    return line
+
+
+def _described(bundle: Bundle) -> dict[str, Any]:
+    """The manifest as JSON can hold it, with where the bundle is and its fingerprint."""
+    described = {key: value for key, value in asdict(bundle).items() if key != "graphs"}
+    graphs = {}
+    for name, graph in bundle.graphs.items():
+        graphs[name] = {
+            "file": graph.path.relative_to(bundle.path).as_posix(),
+            "bytes": graph.path.stat().st_size,
+            "inputs": {tensor: spec.to_dict() for tensor, spec in graph.inputs.items()},
+            "outputs": {tensor: spec.to_dict() for tensor, spec in graph.outputs.items()},
+            "parity": {output: asdict(parity) for output, parity in graph.parity.items()},
+        }
+    return {**described, "path": str(bundle.path), "graphs": graphs}
+
+
+def _bundle_page(bundle: Bundle) -> str:
+    latents, caption, defaults = bundle.latents, bundle.caption, bundle.defaults
+    size = sum(record.size for record in bundle.files.values())
+    grain = latents.multiple * latents.pixels
+    lines = [
+        f"{bundle.name}: {bundle.family}, {bundle.precision}, {size / 1e6:.1f} MB, every file verified",
+        f"  path         {bundle.path}",
+        f"  fingerprint  {bundle.fingerprint}",
+        f"  made with    {', '.join(f'{name} {version}' for name, version in bundle.created_with.items())}",
+        f"  images       {latents.width * latents.pixels} x {latents.height * latents.pixels} pixels by default; "
+        f"multiples of {grain} up to {latents.max_width * latents.pixels} x {latents.max_height * latents.pixels}",
+        f"  prompts      {bundle.text.length} tokens",
+        f"  captions     up to {caption.max_length} tokens, from {caption.image_size} x {caption.image_size} pixels",
+        f"  final pass   {defaults.sampler}, {defaults.steps} steps, w = {defaults.guidance:g}",
+        f"  DNS pass     {defaults.dns_sampler}, {defaults.dns_steps} steps, s = {defaults.dns_guidance:g}",
+    ]
+    for name, graph in bundle.graphs.items():
+        lines.append(f"\n{name}  ({graph.path.relative_to(bundle.path)}, {graph.path.stat().st_size / 1e6:.2f} MB)")
+        lines += [f"  in   {tensor:<16}{_shown(spec)}" for tensor, spec in graph.inputs.items()]
+        for tensor, spec in graph.outputs.items():
+            parity = graph.parity.get(tensor)
+            error = f"   max error {parity.max_abs_error:.1e} (bound {parity.bound:.0e})" if parity else ""
+            lines.append(f"  out  {tensor:<16}{_shown(spec)}{error}")
+    return "\n".join(lines)
+
+
+def _shown(spec: TensorSpec) -> str:
+    return f"{spec.dtype:<8} [{', '.join(map(str, spec.shape))}]"

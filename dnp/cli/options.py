@@ -1,0 +1,154 @@
+"""Options that several commands share, and what they turn into."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from dnp.runtime.pipeline import Pipeline
+    from dnp.runtime.request import Step
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _stacked(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where the model comes from and what runs it; None where nothing was said."""
+
+    bundle: Path | None
+    backend: str | None
+    precision: str | None
+    threads: int | None
+
+    def open(self) -> Pipeline:
+        """The pipeline asked for; raises what ``Pipeline.open`` raises."""
+        from dnp.runtime.pipeline import Pipeline
+
+        return Pipeline.open(self.bundle, self.backend or "cpu", precision=self.precision, threads=self.threads)
+
+
+def engine_options(function: F) -> F:
+    """The options behind ``Engine``, which the command gets as ``engine``."""
+
+    @wraps(function)
+    def packed(*arguments: Any, **settings: Any) -> Any:
+        engine = Engine(*(settings.pop(name) for name in ("bundle", "backend", "precision", "threads")))
+        return function(*arguments, engine=engine, **settings)
+
+    return _stacked(
+        click.option(
+            "--bundle", type=click.Path(path_type=Path), help="A bundle folder; the shipped default when left out."
+        ),
+        click.option("--backend", help="What runs the graphs, cpu when left out; `dnp doctor` lists them."),
+        click.option("--precision", help="Arithmetic of the openvino backend: f32 (its default) or bf16."),
+        click.option("--threads", type=int, help="Threads of the backend; all cores when left out."),
+    )(packed)  # type: ignore[return-value]
+
+
+def json_option(function: F) -> F:
+    """One machine-readable line on stdout."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one line of JSON on stdout.")(function)
+
+
+def out_option(function: F) -> F:
+    """Where the pictures go."""
+    return click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        default=Path("out"),
+        show_default=True,
+        help="Folder for the pictures.",
+    )(function)
+
+
+def caption_options(function: F) -> F:
+    """How the captioner searches; lengths in tokens."""
+    return _stacked(
+        click.option("--beams", type=int, default=1, show_default=True, help="Beams of the captioner; 1 is greedy."),
+        click.option("--prefix", default="", help="Text that every caption begins with."),
+        click.option("--min-length", type=int, default=0, help="Fewest tokens of a caption, prefix included."),
+        click.option("--max-length", type=int, help="Most tokens of a caption; the bundle's own when left out."),
+    )(function)
+
+
+def sampling_options(function: F) -> F:
+    """The settings of both passes. What is left out is the bundle's default."""
+    return _stacked(
+        click.option("--seed", type=int, default=0, show_default=True, help="Starting noise; image i uses seed + i."),
+        click.option("--height", type=int, help="In pixels."),
+        click.option("--width", type=int, help="In pixels."),
+        click.option("--sampler", help="Sampler of the final pass, e.g. ddim, euler, dpmpp_2m, unipc."),
+        click.option("--steps", type=int, help="Steps of the final pass."),
+        click.option("--guidance", type=float, help="Guidance scale w of the final pass."),
+        click.option("--eta", type=float, default=0.0, help="Share of fresh noise in the final pass (ddim), 0 to 1."),
+        click.option("--spacing", help="Timesteps of the final pass: leading, linspace or trailing."),
+        click.option("--dns-seed", type=int, help="Starting noise of the DNS pass; --seed when left out."),
+        click.option("--dns-sampler", help="Sampler of the DNS pass."),
+        click.option("--dns-steps", type=int, help="Steps of the DNS pass."),
+        click.option("--dns-guidance", type=float, help="Guidance scale s of the DNS pass."),
+        click.option("--dns-eta", type=float, default=0.0, help="Share of fresh noise in the DNS pass (ddim), 0 to 1."),
+        click.option("--dns-spacing", help="Timesteps of the DNS pass."),
+    )(function)
+
+
+def warn_if_truncated(pipeline: Pipeline, *texts: str | None) -> None:
+    """Say on stderr what the text encoder will not see."""
+    for text in texts:
+        lost = pipeline.tokenizer.truncated(text) if text else None
+        if lost:
+            shown = lost if len(lost) <= 60 else f"{lost[:57]}..."
+            click.echo(f"dnp: the prompt is too long for the model; left out: {shown!r}", err=True)
+
+
+class Progress:
+    """A progress bar per phase on a terminal, nothing otherwise. A callback for ``Pipeline``."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self._tqdm = tqdm
+        self._bar: Any = None
+        self._phase = ""
+
+    def __call__(self, step: Step) -> None:
+        """Move the bar to ``step``; a new phase, or one that begins again, gets a new bar."""
+        if step.phase != self._phase or step.index < self._bar.n:
+            self.close()
+            self._phase = step.phase
+            self._bar = self._tqdm(
+                total=step.total, desc=f"{step.phase:>7}", unit="step", disable=None, file=sys.stderr
+            )
+        self._bar.update(step.index - self._bar.n)
+
+    def close(self) -> None:
+        """End the present bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def say(report: dict[str, Any], as_json: bool, text: str) -> None:
+    """The outcome of a command on stdout: a line of JSON, or text for people."""
+    click.echo(json.dumps(report, ensure_ascii=False) if as_json else text)
