@@ -1,0 +1,47 @@
+# The commands of the project. None needs root, a GPU, or any network beyond the package index.
+
+PYTHON ?= python3
+PROMPT ?= a large red circle left of a small blue square on a plain yellow background
+SEED ?= 0
+SOURCES := $(shell find dnp engine runtime export -type f -not -path '*/__pycache__/*')
+
+.PHONY: demo test test-fast lint bundle gallery clean
+
+demo: .venv/installed  ## plain, DNS and DNP image of one prompt, side by side, in out/
+	.venv/bin/dnp generate "$(PROMPT)" --seed $(SEED) --compare --out out
+
+test: .venv-test/installed  ## the whole test suite, against the built wheel
+	.venv-test/bin/pytest
+
+test-fast: .venv-test/installed  ## without the slow tests
+	.venv-test/bin/pytest -m "not slow"
+
+lint: .venv-test/installed  ## ruff and mypy
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	cd .venv-test && bin/mypy --config-file ../pyproject.toml -p dnp
+
+bundle: .venv-test/installed  ## export the default model to the bundle that the package ships
+	.venv-test/bin/dnp export models/tiny/stable-diffusion dnp/default --captioner models/tiny/blip --overwrite \
+	    --name dnp-tiny --default guidance=4 --default dns_guidance=1
+
+gallery: .venv-test/installed  ## the pictures of the README
+	.venv-test/bin/python benchmarks/gallery.py docs/images/gallery.png
+
+clean:
+	rm -rf .venv .venv-test build dist out *.egg-info
+
+.venv/installed: pyproject.toml setup.py $(SOURCES)
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check ".[cpu]"
+	touch $@
+
+.venv-test/installed: pyproject.toml setup.py tests/constraints.txt $(SOURCES)
+	$(PYTHON) -m venv .venv-test
+	rm -rf build dist
+	.venv-test/bin/pip install --quiet --disable-pip-version-check -c tests/constraints.txt build
+	.venv-test/bin/python -m build --wheel --outdir dist . > dist.log 2>&1 || (cat dist.log; false)
+	rm -f dist.log
+	.venv-test/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.whl
+	.venv-test/bin/pip install --quiet --disable-pip-version-check -c tests/constraints.txt "dnp-engine[dev] @ file://$(CURDIR)/$$(ls dist/*.whl)"
+	touch $@

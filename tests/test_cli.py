@@ -1,0 +1,308 @@
+"""The ``dnp`` command as its users run it: files, stdout, stderr and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dnp.cli import run
+
+PROMPT = "a large red circle left of a small blue square on a plain yellow background"
+QUICK = ["--steps", "3", "--dns-steps", "2"]
+COMMANDS = ["generate", "dns", "explore", "caption", "export", "inspect", "doctor"]
+
+
+@pytest.fixture
+def dnp(tmp_path, capsys, monkeypatch):
+    """Run a command in an empty folder: ``code, stdout, stderr``."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = run([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(dnp, command):
+    code, out, _ = dnp(command, "--help")
+    assert code == 0
+    assert "Usage: dnp " + command in out
+
+
+def test_help_documents_commands_and_exit_codes(dnp):
+    code, out, _ = dnp("--help")
+    assert code == 0
+    for word in [*COMMANDS, "130", "Exit codes"]:
+        assert word in out
+
+
+def test_generate_writes_pictures_and_one_line_of_json(dnp, tmp_path):
+    code, out, err = dnp("generate", PROMPT, "--compare", "--json", "--seed", 3, *QUICK)
+    assert code == 0, err
+    assert out.count("\n") == 1
+    report = json.loads(out)
+    assert sorted(report["images"]) == files(tmp_path)
+    kinds = [Path(p).stem.rsplit("-", 1)[-1] for p in report["images"]]
+    assert kinds == ["dnp", "dns", "plain", "compared"]
+    assert {"dns", "caption", "plain", "final", "decode", "total"} <= set(report["seconds"])
+    assert report["request"]["seed"] == 3
+    assert report["negatives"][0]
+    assert report["backend"] == "cpu"
+    assert report["runs_on"].startswith("cpu (ONNX Runtime")
+    for path in report["images"]:
+        with Image.open(path) as image:
+            image.load()
+
+
+def test_a_picture_reproduces_itself(dnp, tmp_path):
+    _, out, _ = dnp("generate", PROMPT, "--images", 2, "--seed", 5, "--json", *QUICK, "--out", "first")
+    picture = json.loads(out)["images"][1]
+    code, out, err = dnp("generate", "--from-image", picture, "--out", "second", "--json")
+    assert code == 0, err
+    assert files(tmp_path / "first") == files(tmp_path / "second")
+    for name in files(tmp_path / "first"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_a_picture_remembers_what_ran_it(dnp, tmp_path):
+    """bf16 gives other bits than f32, so that the precision has to come along."""
+    arguments = ["--no-dnp", "--steps", 2, "--backend", "openvino", "--precision", "f32", "--json"]
+    code, out, err = dnp("generate", PROMPT, *arguments, "--out", "first")
+    assert code == 0, err
+    code, out, err = dnp("generate", "--from-image", json.loads(out)["images"][0], "--out", "second", "--json")
+    assert code == 0, err
+    assert "OpenVINO" in json.loads(out)["runs_on"]
+    assert (json.loads(out)["backend"], json.loads(out)["precision"]) == ("openvino", "f32")
+    (name,) = files(tmp_path / "first")
+    assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_from_image_takes_no_other_settings(dnp):
+    dnp("generate", PROMPT, "--no-dnp", "--steps", 1)
+    picture = next(Path("out").iterdir())
+    code, _, err = dnp("generate", "--from-image", picture, "--steps", 7)
+    assert code == 2
+    assert "steps" in err
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "plain png", "foreign settings"])
+def test_from_image_refuses_what_is_not_ours(dnp, tmp_path, kind):
+    path = tmp_path / "picture.png"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "plain png":
+        Image.new("RGB", (4, 4)).save(path)
+    elif kind == "foreign settings":
+        from dnp.runtime.pictures import png
+
+        settings = {"request": {"prompt": "x", "stepz": 3}, "bundle": "0"}
+        path.write_bytes(png(Image.new("RGB", (4, 4)), settings))
+    code, out, err = dnp("generate", "--from-image", path)
+    assert code == 2
+    assert not out
+    assert "steps" in err if kind == "foreign settings" else "picture.png" in err
+
+
+def test_dns_gives_the_image_and_its_caption(dnp):
+    code, out, err = dnp("dns", PROMPT, "--json", "--dns-steps", 2)
+    assert code == 0, err
+    report = json.loads(out)
+    assert [Path(p).stem.rsplit("-", 1)[-1] for p in report["images"]] == ["dns"]
+    code, out, _ = dnp("caption", report["images"][0], "--json")
+    assert json.loads(out)["captions"][0]["caption"] == report["negatives"][0]
+
+
+def test_explore_draws_a_row_for_each_seed(dnp):
+    code, out, err = dnp("explore", PROMPT, "--images", 2, "--json", *QUICK)
+    assert code == 0, err
+    report = json.loads(out)
+    assert len(report["negatives"]) == 2
+    with Image.open(report["images"][0]) as page:
+        assert page.width > 4 * 192
+        assert page.height > 2 * 192
+
+
+def test_caption_reads_pictures_of_any_size_and_mode(dnp):
+    for i, (mode, size) in enumerate([("RGB", (200, 77)), ("L", (64, 64)), ("RGBA", (10, 300)), ("P", (64, 65))]):
+        Image.new(mode, size).save(f"{i}.png")
+    code, out, err = dnp("caption", *[f"{i}.png" for i in range(4)], "--beams", 3, "--json")
+    assert code == 0, err
+    assert [c["image"] for c in json.loads(out)["captions"]] == [f"{i}.png" for i in range(4)]
+
+
+def test_several_captions_name_their_pictures(dnp):
+    Image.new("RGB", (64, 64)).save("a.png")
+    _, one, _ = dnp("caption", "a.png", "--prefix", "a large")
+    assert one.startswith("a large")
+    _, two, _ = dnp("caption", "a.png", "a.png", "--prefix", "a large")
+    assert two == f"a.png: {one}a.png: {one}"
+
+
+def test_inspect_names_every_graph(dnp):
+    code, out, _ = dnp("inspect")
+    assert code == 0
+    for name in ("encode_text", "denoise", "decode_latents", "encode_image", "caption_step"):
+        assert name in out
+    code, out, _ = dnp("inspect", "--json")
+    assert code == 0
+    assert json.loads(out)["graphs"]
+
+
+def test_doctor_tells_what_works(dnp):
+    code, out, _ = dnp("doctor", "--json")
+    assert code == 0
+    backends = {b["name"]: b for b in json.loads(out)["backends"]}
+    assert backends["cpu"]["works"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        ([], 2, "PROMPT"),
+        ([""], 2, "empty"),
+        (["x" * 120_000], 2, "characters"),
+        ([os.fsdecode(b"\xff\xfe\x00".replace(b"\x00", b"\x80"))], 2, "surrogate"),
+        ([PROMPT, "--steps", "0"], 2, "steps"),
+        ([PROMPT, "--steps", "-5"], 2, "steps"),
+        ([PROMPT, "--steps", "1000000"], 2, "1000000"),
+        ([PROMPT, "--steps", "many"], 2, "many"),
+        ([PROMPT, "--guidance", "nan"], 2, "nan"),
+        ([PROMPT, "--guidance", "inf"], 2, "inf"),
+        ([PROMPT, "--dns-guidance", "-inf"], 2, "inf"),
+        ([PROMPT, "--height", "63"], 2, "multiple"),
+        ([PROMPT, "--sampler", "dimm"], 2, "ddim"),
+        ([PROMPT, "--backend", "cpuu"], 4, "cpu"),
+        ([PROMPT, "--threads", "0"], 2, "threads"),
+        ([PROMPT, "--precision", "f8"], 4, "f8"),
+        ([PROMPT, "--negative", "x", "--no-dnp"], 2, "DNP"),
+        ([PROMPT, "--bundle", "nowhere"], 3, "nowhere"),
+        ([PROMPT, "--nonsense"], 2, "nonsense"),
+    ],
+)
+def test_bad_input_has_a_code_and_a_sentence_and_leaves_nothing(dnp, tmp_path, arguments, code, word):
+    got, out, err = dnp("generate", *arguments)
+    assert got == code, err
+    assert word in err
+    assert "Traceback" not in err
+    assert not out
+    assert files(tmp_path) == []
+
+
+def test_a_long_prompt_is_cut_with_a_word_about_it(dnp):
+    code, _, err = dnp("generate", PROMPT + " and a dog" * 40, "--no-dnp", "--steps", 1)
+    assert code == 0
+    assert "left out" in err
+
+
+def test_an_output_folder_that_is_a_file(dnp, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    code, _, err = dnp("generate", PROMPT, "--out", "taken", *QUICK)
+    assert code == 6
+    assert "taken" in err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder", ["closed/out", "/proc/out"])
+def test_an_unwritable_output_folder(dnp, tmp_path, folder):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    if folder.startswith("closed") and os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    code, out, err = dnp("generate", PROMPT, "--out", folder, *QUICK)
+    assert code == 6
+    assert "cannot write" in err
+    assert not out
+
+
+@pytest.mark.parametrize("damage", ["truncated", "edited", "missing file", "newer", "not json", "empty folder"])
+def test_a_damaged_bundle(dnp, tmp_path, default_bundle, damage):
+    copy = tmp_path / "bundle"
+    shutil.copytree(default_bundle.path, copy)
+    graph, manifest = copy / "graphs/denoise.onnx", copy / "bundle.json"
+    if damage == "truncated":
+        graph.write_bytes(graph.read_bytes()[:-1])
+    elif damage == "edited":
+        data = bytearray(graph.read_bytes())
+        data[len(data) // 2] ^= 1
+        graph.write_bytes(data)
+    elif damage == "missing file":
+        graph.unlink()
+    elif damage == "newer":
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema": 99}))
+    elif damage == "not json":
+        manifest.write_text("{")
+    else:
+        shutil.rmtree(copy)
+        copy.mkdir()
+    code, _, err = dnp("generate", PROMPT, "--bundle", copy, "--out", tmp_path / "out", *QUICK)
+    assert code == 3
+    assert {"newer": "99", "not json": "bundle.json", "empty folder": "bundle.json"}.get(damage, "denoise") in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("when", ["starting", "DNS", "caption", "plain", "final"])
+def test_ctrl_c_in_every_phase(tmp_path, when):
+    """A real process, a real SIGINT: exit code 130, one line, no file, no traceback."""
+    marker = {"starting": None, "DNS": "dns", "caption": "caption", "plain": "plain", "final": "final"}[when]
+    code = f"""
+import os, signal, sys, time
+import dnp.cli, dnp.cli.options as options
+marker = {marker!r}
+plain = options.Progress.__call__
+def interrupting(self, step):
+    plain(self, step)
+    if step.phase == marker:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+options.Progress.__call__ = interrupting
+if marker is None:
+    import threading
+    threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+dnp.cli.main(["generate", {PROMPT!r}, "--compare", "--steps", "400", "--dns-steps", "{400 if when == "DNS" else 2}"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1] == "dnp: cancelled; nothing was written"
+    assert "Traceback" not in done.stderr
+    assert files(tmp_path) == []
+
+
+def test_ctrl_c_from_outside(tmp_path):
+    command = [sys.executable, "-c", "from dnp.cli import main; main()", "generate", PROMPT]
+    command += ["--steps", "900", "--images", "8"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    time.sleep(4)
+    assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert files(tmp_path) == []
+
+
+def test_saved_pixels_are_the_results_pixels(dnp):
+    from dnp import Pipeline
+
+    _, out, _ = dnp("generate", PROMPT, "--seed", 2, "--json", *QUICK)
+    path = json.loads(out)["images"][0]
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    assert np.array_equal(pixels, Pipeline.open()(PROMPT, seed=2, steps=3, dns_steps=2).arrays[0])

@@ -1,0 +1,439 @@
+"""The exporter: the graphs against diffusers, what is refused, and that a failed export leaves nothing."""
+
+import json
+import shutil
+
+import diffusers
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from dnp.engine import Bundle, GraphSpec, TensorSpec, layout, open_graph, open_session
+from dnp.engine.errors import ExportError, OutputError
+from dnp.export import bundle as bundle_module
+from dnp.export import graph as graph_module
+from dnp.export import onnx_file, stable_diffusion
+from dnp.export.bundle import STAGES, export_bundle
+from dnp.export.graph import export_graph
+from dnp.export.source import read_source
+from dnp.export.tokenizer import PROBES
+
+W = (-3.0, 0.0, 1.0, 7.5)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_export):
+    return Bundle.open(tiny_export.path)
+
+
+@pytest.fixture(scope="module")
+def unet(tiny_sd_folder):
+    return diffusers.UNet2DConditionModel.from_pretrained(tiny_sd_folder / "unet")
+
+
+@pytest.fixture
+def sd_copy(tiny_sd_folder, tmp_path):
+    return shutil.copytree(tiny_sd_folder, tmp_path / "source")
+
+
+def run(graph, inputs, **dims):
+    """Outputs by name of a session, or of a graph file."""
+    graph.reshape(**dims)
+    for name, array in inputs.items():
+        graph.inputs[name].write(array)
+    graph.run()
+    return {name: buffer.read() for name, buffer in graph.outputs.items()}
+
+
+def step_inputs(rng, batch, rows, draws, height, width, guidance=W):
+    def normal(*shape):
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    table = 0.5 * normal(batch, rows, layout.ROW)
+    table[..., layout.TIMESTEP] = rng.uniform(0, 999, (batch, rows))
+    table[..., layout.GUIDANCE] = np.resize(guidance, (batch, rows))
+    return {
+        "state": normal(batch, layout.SLOTS, 4, height, width),
+        "index": rng.integers(0, rows, batch),
+        "table": table,
+        "noise": normal(batch, draws, 4, height, width),
+        "base_context": normal(batch, 16, 32),
+        "prompt_context": normal(batch, 16, 32),
+    }
+
+
+def step_by_hand(unet, inputs):
+    """The step of docs/architecture.md, one sample and one guidance branch after the other: ``next_state``."""
+    states = []
+    for b, index in enumerate(inputs["index"]):
+        row = inputs["table"][b, min(index, inputs["table"].shape[1] - 1)]
+        z = inputs["noise"][b, min(index, inputs["noise"].shape[1] - 1)]
+        s = inputs["state"][b]
+        x = torch.from_numpy(np.tensordot(row[2:6], s, 1))[None]
+        with torch.no_grad():
+            ob, op = (
+                unet(x, torch.tensor([row[0]]), torch.from_numpy(inputs[name][b : b + 1])).sample[0].numpy()
+                for name in ("base_context", "prompt_context")
+            )
+        o = ob + row[1] * (op - ob)
+        a, weight_o, weight_z = row[6:22].reshape(4, 4), row[22:26], row[26:30]
+        states.append(np.tensordot(a, s, 1) + np.multiply.outer(weight_o, o) + np.multiply.outer(weight_z, z))
+    return np.stack(states)
+
+
+# The graphs
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "draws", "height", "width"), [(4, 5, 1, 8, 8), (1, 1, 1, 2, 6), (3, 2, 2, 16, 4)]
+)
+def test_denoise_is_the_step_of_the_contract(bundle, unet, batch, rows, draws, height, width):
+    inputs = step_inputs(np.random.default_rng(batch), batch, rows, draws, height, width)
+    with open_session(bundle, "denoise") as session:
+        got = run(session, inputs, batch=batch, rows=rows, draws=draws, height=height, width=width)
+    np.testing.assert_allclose(got["next_state"], step_by_hand(unet, inputs), atol=1e-4)
+    np.testing.assert_array_equal(got["latents"], got["next_state"][:, 0])
+    np.testing.assert_array_equal(got["next_index"], inputs["index"] + 1)
+
+
+def test_guidance_is_data_of_any_sign(bundle, unet):
+    """The same sample at every w, in one batch: the results lie on a line, 0 is the base branch, −3 is DNS."""
+    rng = np.random.default_rng(0)
+    inputs = {name: np.repeat(array, len(W), 0) for name, array in step_inputs(rng, 1, 1, 1, 8, 8).items()}
+    inputs["table"][:, 0, layout.GUIDANCE] = W
+    with open_session(bundle, "denoise") as session:
+        next_state = run(session, inputs, batch=len(W), rows=1, draws=1, height=8, width=8)["next_state"]
+    np.testing.assert_allclose(next_state, step_by_hand(unet, inputs), atol=1e-4)
+    per_w = next_state[2] - next_state[1]
+    assert np.abs(per_w).max() > 1e-3
+    for w, state in zip(W, next_state, strict=True):
+        np.testing.assert_allclose(state, next_state[1] + w * per_w, atol=1e-4)
+
+
+def test_an_index_past_the_end_stays_on_the_last_row(bundle, unet):
+    inputs = step_inputs(np.random.default_rng(1), 3, 4, 2, 8, 8)
+    inputs["index"] = np.array([3, 4, 1000])
+    with open_session(bundle, "denoise") as session:
+        got = run(session, inputs, batch=3, rows=4, draws=2, height=8, width=8)
+    np.testing.assert_allclose(got["next_state"], step_by_hand(unet, inputs), atol=1e-4)
+    np.testing.assert_array_equal(got["next_index"], [4, 5, 1001])
+
+
+def test_a_batch_larger_than_the_traced_one(bundle, unet):
+    inputs = step_inputs(np.random.default_rng(2), 33, 1, 1, 2, 2)
+    with open_session(bundle, "denoise") as session:
+        got = run(session, inputs, batch=33, rows=1, draws=1, height=2, width=2)
+    np.testing.assert_allclose(got["next_state"], step_by_hand(unet, inputs), atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_encode_text_is_the_text_encoder(bundle, tiny_sd_folder, batch):
+    model = transformers.CLIPTextModel.from_pretrained(tiny_sd_folder / "text_encoder")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tiny_sd_folder / "tokenizer")
+    ids = tokenizer(list(PROBES[:batch]), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model(ids)[0].numpy()
+    with open_session(bundle, "encode_text") as session:
+        np.testing.assert_allclose(run(session, {"ids": ids.numpy()}, batch=batch)["context"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 8, 8), (3, 2, 10)])
+def test_decode_latents_is_what_the_pipeline_shows(bundle, tiny_sd_folder, batch, height, width):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd_folder, safety_checker=None)
+    latents = np.random.default_rng(3).standard_normal((batch, 4, height, width), dtype=np.float32)
+    with torch.no_grad():
+        image = pipe.vae.decode(torch.from_numpy(latents) / pipe.vae.config.scaling_factor).sample
+    expected = np.stack([np.asarray(picture) for picture in pipe.image_processor.postprocess(image)])
+    with open_session(bundle, "decode_latents") as session:
+        got = run(session, {"latents": latents}, batch=batch, height=height, width=width)["image"]
+    assert got.shape == (batch, 4 * height, 4 * width, 3)
+    assert np.abs(got.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_the_tokenizer_file_alone_gives_transformers_ids(bundle, tiny_sd_folder):
+    from tokenizers import Tokenizer
+
+    theirs = transformers.CLIPTokenizer.from_pretrained(tiny_sd_folder / "tokenizer")
+    ours = Tokenizer.from_file(str(bundle.path / bundle.text.tokenizer))
+    for text in (*PROBES, "Zażółć gęślą jaźń", "a" * 300):
+        assert ours.encode(text).ids == theirs(text)["input_ids"]
+    assert (bundle.text.bos, bundle.text.eos) == (theirs.bos_token_id, theirs.eos_token_id)
+
+
+# fp16
+
+
+@pytest.fixture(scope="module")
+def half_denoise(tiny_sd_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("half")
+    return folder, export_graph(stable_diffusion.denoise(read_source(tiny_sd_folder), "fp16"), folder)
+
+
+def borders(record):
+    return (
+        {name: TensorSpec(tuple(t["shape"]), t["dtype"]) for name, t in record.manifest[side].items()}
+        for side in ("inputs", "outputs")
+    )
+
+
+def test_fp16_is_close_to_float32(half_denoise, unet):
+    folder, record = half_denoise
+    inputs = step_inputs(np.random.default_rng(4), 4, 3, 1, 8, 8)
+    graph = GraphSpec("denoise", folder / record.manifest["file"], *borders(record))
+    with open_graph(graph) as session:
+        got = run(session, inputs, batch=4, rows=3, draws=1, height=8, width=8)["next_state"]
+    expected = step_by_hand(unet, inputs)
+    assert 0 < np.abs(got - expected).max() < 5e-3 * np.abs(expected).max()
+
+
+def test_fp16_computes_in_fp16_but_for_its_islands(half_denoise):
+    folder, record = half_denoise
+    model = onnx.shape_inference.infer_shapes(onnx.load(folder / record.manifest["file"]), strict_mode=True)
+    known = [*model.graph.value_info, *model.graph.input, *model.graph.output]
+    types = {value.name: value.type.tensor_type.elem_type for value in known}
+    types |= {weight.name: weight.data_type for weight in model.graph.initializer}
+    used = {}
+    for node in model.graph.node:
+        used.setdefault(node.op_type, set()).update(types[name] for name in node.input[:1])
+    half, single = {onnx.TensorProto.FLOAT16}, {onnx.TensorProto.FLOAT}
+    for op in ("Conv", "MatMul", "Gemm", "Sigmoid", "Gelu"):
+        assert used[op] == half, op
+    for op in ("InstanceNormalization", "LayerNormalization", "Softmax", "Sin", "Cos", "ReduceSum"):
+        assert used[op] == single, op
+    assert not any(types[name] == onnx.TensorProto.FLOAT16 for name in (*record.manifest["outputs"],))
+
+
+# The files
+
+
+def test_files_tell_nothing_of_the_machine_that_made_them(tiny_export):
+    graphs = sorted(tiny_export.path.glob("graphs/*.onnx"))
+    assert len(graphs) == 5
+    for path in graphs:
+        content = path.read_bytes()
+        for trace in (b".py", b"site-packages", b'File "', b"torch.nn", b"/home", b"/tmp", b"stack_trace"):
+            assert trace not in content, (path.name, trace)
+        model = onnx.load_from_string(content)
+        onnx.checker.check_model(model)
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
+        assert not model.metadata_props and not model.functions and not model.graph.value_info
+        assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+        assert not any(node.op_type == "Attention" for node in model.graph.node)
+
+
+def test_weights_that_fp16_holds_are_stored_in_fp16(tiny_export, tiny_sd_folder):
+    model = onnx.load(tiny_export.path / "graphs/denoise.onnx")
+    sizes = {weight.name: (weight.data_type, np.prod(weight.dims)) for weight in model.graph.initializer}
+    assert not [n for n, (kind, size) in sizes.items() if kind == onnx.TensorProto.FLOAT and size >= 64]
+    whole = (tiny_sd_folder / "unet/diffusion_pytorch_model.safetensors").stat().st_size
+    assert (tiny_export.path / "graphs/denoise.onnx").stat().st_size < 0.7 * whole
+
+
+def test_compaction_is_without_loss():
+    exact = np.arange(100, dtype=np.float32) / 8
+    weights = {"exact": exact, "inexact": exact + 1e-4, "large": exact * 1e6, "small": exact[:5]}
+    x = onnx_ir.Value(name="x", shape=onnx_ir.Shape((1,)), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+    values = [onnx_ir.Value(name=n, const_value=onnx_ir.tensor(w, name=n)) for n, w in weights.items()]
+    nodes = [onnx_ir.node("Mul", [x, value]) for value in values]
+    outputs = [node.outputs[0] for node in nodes]
+    graph = onnx_ir.Graph([x], outputs, nodes=nodes, initializers=values, opset_imports={"": 20})
+    onnx_file.compact(onnx_ir.Model(graph, ir_version=10))
+    assert sorted(graph.initializers) == ["exact.fp16", "inexact", "large", "small"]
+    np.testing.assert_array_equal(graph.initializers["exact.fp16"].const_value.numpy().astype(np.float32), exact)
+
+
+def test_large_weights_lie_beside_the_graph(tiny_sd_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "EXTERNAL_ABOVE", 1000)
+    record = export_graph(stable_diffusion.encode_text(read_source(tiny_sd_folder), "fp32"), tmp_path)
+    data = tmp_path / "graphs/encode_text.onnx.data"
+    assert record.bytes == data.stat().st_size + (tmp_path / "graphs/encode_text.onnx").stat().st_size
+    assert data.stat().st_size > 0.8 * record.bytes
+
+
+def test_the_manifest_and_the_report_hold_what_was_measured(tiny_export, bundle):
+    assert bundle.name == "bundle" and bundle.precision == "fp32"
+    assert bundle.latents.multiple == 2 and bundle.latents.pixels == 4 and bundle.latents.max_height == 64
+    assert bundle.schedule["beta_schedule"] == "scaled_linear" and bundle.defaults.steps == 25
+    assert [graph.name for graph in tiny_export.graphs] == list(STAGES[:-1])
+    for record in tiny_export.graphs:
+        assert record.seconds > 0 and record.nodes > 10 and record.peak_memory > 1 << 20
+        parity = bundle.graphs[record.name].parity
+        for name, found in record.parity.items():
+            assert found.error <= found.bound == parity[name].bound and parity[name].max_abs_error == found.error
+    assert tiny_export.seconds >= sum(record.seconds for record in tiny_export.graphs)
+    assert tiny_export.peak_memory >= max(record.peak_memory for record in tiny_export.graphs)
+
+
+# What is refused
+
+
+def edit(file, **changes):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, **changes}))
+
+
+def pickle_only(folder):
+    (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.bin")
+
+
+def drop_a_weight(folder):
+    file = folder / "text_encoder/model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    del weights[next(name for name in weights if "final_layer_norm.weight" in name)]
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+
+
+def truncate(folder):
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+REFUSED = {
+    "pickle is never loaded.*safe_serialization": pickle_only,
+    "StableDiffusionXLPipeline": lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+    "text_encoder is 'T5": lambda f: edit(f / "model_index.json", text_encoder=["transformers", "T5EncoderModel"]),
+    "has no model_index.json": lambda f: (f / "model_index.json").unlink(),
+    "no JSON object": lambda f: (f / "model_index.json").write_text("[]"),
+    "cannot be read": lambda f: (f / "vae/config.json").write_text("{"),
+    "scheduler_config.json is missing": lambda f: (f / "scheduler/scheduler_config.json").unlink(),
+    "no model.safetensors": lambda f: (f / "text_encoder/model.safetensors").unlink(),
+    "inpainting": lambda f: edit(f / "unet/config.json", in_channels=9),
+    "class embeddings": lambda f: edit(f / "unet/config.json", class_embed_type="timestep"),
+    "added embeddings": lambda f: edit(f / "unet/config.json", addition_embed_type="text_time"),
+    "guidance as a network input": lambda f: edit(f / "unet/config.json", time_cond_proj_dim=256),
+    "32 channels, the text encoder gives 48|48 channels": lambda f: edit(
+        f / "unet/config.json", cross_attention_dim=48
+    ),
+    "incomplete or damaged": lambda f: edit(f / "unet/config.json", block_out_channels=None),
+    "shifted latents": lambda f: edit(f / "vae/config.json", shift_factor=0.1),
+    "prediction_type = 'sample'": lambda f: edit(f / "scheduler/scheduler_config.json", prediction_type="sample"),
+    "not linear in the latents": lambda f: edit(f / "scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
+    "lacks beta_end": lambda f: edit(f / "scheduler/scheduler_config.json", beta_end=None),
+    "model_max_length is 77": lambda f: edit(f / "tokenizer/tokenizer_config.json", model_max_length=77),
+    "lacks 1 weights": drop_a_weight,
+    "cannot be loaded": truncate,
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_exported_is_refused(sd_copy, tmp_path, tiny_blip_folder, monkeypatch, message):
+    REFUSED[message](sd_copy)
+    monkeypatch.setattr(graph_module, "_trace", None)  # nothing may be exported before
+    with pytest.raises(ExportError, match=message):
+        if message == "cannot be loaded":
+            stable_diffusion.denoise(read_source(sd_copy), "fp32")
+        else:
+            export_bundle(sd_copy, tmp_path / "out", captioner=tiny_blip_folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_or_nothing_is_no_source(tmp_path, tiny_blip_folder):
+    file = tmp_path / "model.ckpt"
+    file.touch()
+    for source, message in ((file, "from_single_file"), (tmp_path / "none", "does not exist"), (tmp_path, "ckpt")):
+        with pytest.raises(ExportError, match=message):
+            export_bundle(source, tmp_path / "out", captioner=tiny_blip_folder)
+
+
+def test_unknown_settings_are_refused(tiny_sd_folder, tiny_blip_folder, tmp_path):
+    for setting, message in (
+        ({"precision": "fp8"}, "unknown precision 'fp8'.*fp32"),
+        ({"defaults": {"step": 3}}, "unknown key 'step'.*'steps'"),
+        ({"defaults": {"steps": 0}}, "steps.*from 1, not 0$"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            export_bundle(tiny_sd_folder, tmp_path / "out", captioner=tiny_blip_folder, **setting)
+
+
+def test_a_folder_with_the_fp16_variant_alone_is_read(sd_copy):
+    for name, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        (sd_copy / name / f"{stem}.safetensors").rename(sd_copy / name / f"{stem}.fp16.safetensors")
+    source = read_source(sd_copy)
+    assert source.variants == {"unet": "fp16", "text_encoder": "fp16", "vae": None}
+    for make in stable_diffusion.GRAPHS.values():
+        assert next(make(source, "fp32").module.parameters()).dtype == torch.float32
+
+
+# All or nothing
+
+
+@pytest.fixture
+def quick(monkeypatch, tiny_export):
+    """Export within a second: the graphs are copies of those that ``tiny_export`` made."""
+    records = {record.name: record for record in tiny_export.graphs}
+
+    def copy(spec, folder):
+        file = records[spec.name].manifest["file"]
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copy(tiny_export.path / file, folder / file)
+        return records[spec.name]
+
+    monkeypatch.setattr(bundle_module, "export_graph", copy)
+
+
+@pytest.fixture
+def export(quick, tiny_sd_folder, tiny_blip_folder):
+    def call(out, **settings):
+        return export_bundle(tiny_sd_folder, out, captioner=tiny_blip_folder, **settings)
+
+    return call
+
+
+def test_an_unfaithful_export_leaves_nothing(tiny_sd_folder, tiny_blip_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(stable_diffusion.BOUNDS, "encode_text", {"fp32": 0.0})
+    with pytest.raises(ExportError, match="'encode_text' differs from PyTorch: output 'context'"):
+        export_bundle(tiny_sd_folder, tmp_path / "deep" / "out", captioner=tiny_blip_folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_leaves_nothing(export, tmp_path, stage):
+    def progress(name, index, total):
+        assert (index, total) == (STAGES.index(name), len(STAGES))
+        if name == stage:
+            assert any(tmp_path.iterdir())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(tmp_path / "out", progress=progress)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_replaces_a_bundle_and_only_a_bundle(export, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "out").mkdir()
+    export(out, name="first")  # an empty folder is free
+    with pytest.raises(OutputError, match="not empty"):
+        export(out, name="second")
+    (out / "stray").write_text("of the old one")
+
+    def stop(name, index, total):
+        if name == "seal":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(out, name="second", overwrite=True, progress=stop)
+    assert Bundle.open(out).name == "first"
+    assert export(out, name="second", overwrite=True, defaults={"steps": 3}).path == out
+    assert Bundle.open(out).name == "second" and Bundle.open(out).defaults.steps == 3
+    assert sorted(path.name for path in out.iterdir()) == ["bundle.json", "graphs", "tokenizers"]
+    assert list(tmp_path.iterdir()) == [out]
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.jpg").touch()
+    with pytest.raises(OutputError, match="no bundle"):
+        export(photos, overwrite=True)
+    with pytest.raises(OutputError, match="no folder"):
+        export(photos / "cat.jpg", overwrite=True)
+    assert (photos / "cat.jpg").exists()
+
+
+def test_a_place_that_cannot_be_written_is_an_output_error(export, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        export(tmp_path / "file" / "out")

@@ -1,0 +1,417 @@
+"""Sampler tables against diffusers' own schedulers: the same latents from the same noise."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import schedulers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dnp.engine.errors import SettingsError
+from dnp.engine.layout import GUIDANCE as W
+from dnp.engine.layout import INPUT as E
+from dnp.engine.layout import NOISE as C
+from dnp.engine.layout import OUTPUT as B
+from dnp.engine.layout import ROW, SLOTS
+from dnp.engine.layout import STATE as A
+from dnp.engine.layout import TIMESTEP as T
+from dnp.runtime.noise import TorchNoise
+from dnp.runtime.samplers import SamplerTable, identity_row, sampler_names, sampler_table, stack_tables
+from dnp.runtime.schedule import BETA_SCHEDULES, PREDICTION_TYPES, SPACINGS, NoiseSchedule
+
+# diffusers mixes numpy and torch in a way that numpy 2 warns about.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+SD15 = {
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+REFERENCE: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+OWN_TIMESTEPS = ("dpmpp_2m_karras", "lcm")
+ZERO_SNR = ("ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "euler", "euler_a", "lcm", "unipc")
+TOLERANCE = 1e-4
+SHAPE = (4, 4, 4)
+CASES = [
+    (sampler, spacing)
+    for sampler in REFERENCE
+    for spacing in (None, *SPACINGS)
+    if spacing is None or sampler not in OWN_TIMESTEPS
+]
+
+Array = np.ndarray
+Network = Callable[[Array, float, int], Array]
+
+
+def reference(sampler: str, **config: Any) -> Any:
+    name, options = REFERENCE[sampler]
+    config = {key: value for key, value in config.items() if value is not None}
+    return getattr(schedulers, name).from_config({**SD15, **config}, **options)
+
+
+def make_network(seed: int = 0) -> Network:
+    """A small stand-in for the UNet: float64 inside, nonlinear in x, t and the context (a number here)."""
+    rng = np.random.default_rng(seed)
+    size = math.prod(SHAPE)
+    mix, back = rng.normal(size=(2, size, size)) / math.sqrt(size)
+    contexts, phases = 0.3 * rng.normal(size=(4, size)), rng.normal(size=size)
+
+    def network(x: Array, t: float, context: int) -> Array:
+        hidden = mix @ x.astype(np.float64).ravel() + contexts[context] + np.sin(t / 100 + phases)
+        return (back @ np.tanh(hidden) + 0.3 * np.cos(t / 300)).reshape(SHAPE).astype(np.float32)
+
+    return network
+
+
+def run_table(table: SamplerTable, network: Network, base: int, prompt: int, seed: int) -> Array:
+    """The step graph in numpy, float32: what every engine computes."""
+    generator = TorchNoise(seed)
+    state = np.zeros((SLOTS, *SHAPE), np.float32)
+    state[0] = generator.randn(SHAPE) * np.float32(table.init_noise_sigma)
+    for number, row in enumerate(table.rows):
+        x = np.tensordot(row[E], state, 1)
+        ob, op = network(x, row[T], base), network(x, row[T], prompt)
+        o = ob + row[W] * (op - ob)
+        z = generator.randn(SHAPE) if number in table.noise_rows else np.zeros(SHAPE, np.float32)
+        state = (
+            np.tensordot(row[A].reshape(SLOTS, SLOTS), state, 1)
+            + np.multiply.outer(row[B], o)
+            + np.multiply.outer(row[C], z)
+        )
+        assert state.dtype == np.float32
+    return state[0]
+
+
+def run_diffusers(
+    scheduler: Any,
+    steps: int,
+    network: Network,
+    uncond: int,
+    text: int,
+    guidance_scale: float | Sequence[float],
+    seed: int,
+    eta: float = 0.0,
+) -> Array:
+    """The loop of StableDiffusionPipeline.__call__, with ``network`` for the UNet."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    scheduler.set_timesteps(steps)
+    latents = torch.randn((1, *SHAPE), generator=generator) * scheduler.init_noise_sigma
+    known = inspect.signature(scheduler.step).parameters
+    extra = {key: value for key, value in {"eta": eta, "generator": generator}.items() if key in known}
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.scale_model_input(torch.cat([latents] * 2), t).numpy()
+        noise_uncond, noise_text = (
+            torch.from_numpy(network(x[half], t.item(), context))[None] for half, context in ((0, uncond), (1, text))
+        )
+        scale = guidance_scale if isinstance(guidance_scale, int | float) else guidance_scale[i]
+        noise_pred = noise_uncond + scale * (noise_text - noise_uncond)
+        latents = scheduler.step(noise_pred, t, latents, **extra).prev_sample
+    return latents[0].numpy()
+
+
+def relative_error(actual: Array, expected: Array) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(("sampler", "spacing"), CASES)
+def test_final_latents_equal_diffusers(sampler: str, spacing: str | None, prediction_type: str) -> None:
+    config = {"prediction_type": prediction_type, "timestep_spacing": spacing}
+    schedule = NoiseSchedule.from_config({**SD15, "prediction_type": prediction_type})
+    empty, prompt, other = range(3)
+    network = make_network()
+    for steps in (1, 2, 3, 20, 50):
+        table = sampler_table(schedule, sampler, steps, 7.5, spacing=spacing)
+        ours = run_table(table, network, other, prompt, seed=steps)
+        theirs = run_diffusers(reference(sampler, **config), steps, network, other, prompt, 7.5, seed=steps)
+        assert relative_error(ours, theirs) <= TOLERANCE, f"{steps} steps, CFG"
+        if steps in (3, 20):
+            s = 4.0
+            table = sampler_table(schedule, sampler, steps, -s, spacing=spacing)
+            ours = run_table(table, network, empty, prompt, seed=steps)
+            theirs = run_diffusers(reference(sampler, **config), steps, network, prompt, empty, s + 1, seed=steps)
+            assert relative_error(ours, theirs) <= TOLERANCE, f"{steps} steps, DNS"
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_with_fresh_noise_equals_diffusers(eta: float, prediction_type: str) -> None:
+    schedule = NoiseSchedule(prediction_type=prediction_type)
+    network = make_network()
+    for steps in (1, 3, 20):
+        table = sampler_table(schedule, "ddim", steps, 7.5, eta=eta)
+        scheduler = reference("ddim", prediction_type=prediction_type)
+        theirs = run_diffusers(scheduler, steps, network, 0, 1, 7.5, seed=3, eta=eta)
+        assert relative_error(run_table(table, network, 0, 1, seed=3), theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("sampler", ZERO_SNR)
+def test_zero_terminal_snr_equals_diffusers(sampler: str) -> None:
+    config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    spacing = None if sampler in OWN_TIMESTEPS else "trailing"
+    table = sampler_table(NoiseSchedule.from_config({**SD15, **config}), sampler, 20, 7.5, spacing=spacing)
+    network = make_network()
+    scheduler = reference(sampler, timestep_spacing=spacing, **config)
+    theirs = run_diffusers(scheduler, 20, network, 0, 1, 7.5, seed=3)
+    # diffusers scales the betas in float32 with cancellation, and starts from sigma 4096.
+    assert relative_error(run_table(table, network, 0, 1, seed=3), theirs) <= 5 * TOLERANCE
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [True, False, None])
+@pytest.mark.parametrize("sampler", ["ddim", "pndm"])
+def test_the_end_of_the_last_step_equals_diffusers(sampler: str, set_alpha_to_one: bool | None) -> None:
+    config = {key: value for key, value in SD15.items() if key != "set_alpha_to_one"}
+    if set_alpha_to_one is not None:
+        config["set_alpha_to_one"] = set_alpha_to_one
+    scheduler = getattr(schedulers, REFERENCE[sampler][0]).from_config(config)
+    table = sampler_table(NoiseSchedule.from_config(config), sampler, 4, 7.5)
+    theirs = run_diffusers(scheduler, 4, make_network(), 0, 1, 7.5, seed=3)
+    assert relative_error(run_table(table, make_network(), 0, 1, seed=3), theirs) <= TOLERANCE / 10
+
+
+def responses_of_table(table: SamplerTable) -> Iterator[tuple[Array, Array]]:
+    """Each row's network input and next latents, as linear maps of (starting noise, outputs, fresh noise)."""
+    rows = len(table.rows)
+    state = np.zeros((SLOTS, 1 + 2 * rows))
+    state[0, 0] = table.init_noise_sigma
+    for number, row in enumerate(table.rows.astype(np.float64)):
+        x = row[E] @ state
+        state = row[A].reshape(SLOTS, SLOTS) @ state
+        state[:, 1 + number] += row[B]
+        state[:, 1 + rows + number] += row[C]
+        yield x, state[0]
+
+
+def responses_of_diffusers(
+    scheduler: Any, steps: int, eta: float, patch: pytest.MonkeyPatch
+) -> Iterator[tuple[Array, Array]]:
+    """The same maps, found by feeding unit vectors to the scheduler: one element of the batch per input."""
+    scheduler.set_timesteps(steps)
+    rows = len(scheduler.timesteps)
+    units = torch.eye(1 + 2 * rows).reshape(1 + 2 * rows, -1, 1, 1, 1)
+    row = 0
+    module = inspect.getmodule(type(scheduler))
+    patch.setattr(module, "randn_tensor", lambda *_, **__: units[1 + rows + row], raising=False)
+    latents = units[0] * scheduler.init_noise_sigma
+    known = inspect.signature(scheduler.step).parameters
+    extra = {"eta": eta} if "eta" in known else {}
+    for row, t in enumerate(scheduler.timesteps):  # the patched randn_tensor looks at row
+        x = scheduler.scale_model_input(latents, t)
+        latents = scheduler.step(units[1 + row], t, latents, **extra).prev_sample
+        yield x.numpy().ravel(), latents.numpy().ravel()
+
+
+@given(
+    case=st.sampled_from(CASES),
+    prediction_type=st.sampled_from(PREDICTION_TYPES),
+    # not the cosine schedule: it goes up to sigma 20000, where diffusers' own float32 loses three digits
+    beta_schedule=st.sampled_from(["linear", "scaled_linear"]),
+    steps=st.integers(1, 50),
+    eta=st.sampled_from([0.0, 0.5, 1.0]),
+)
+@settings(max_examples=80, deadline=None)
+def test_every_coefficient_equals_a_probe_of_diffusers(
+    case: tuple[str, str | None], prediction_type: str, beta_schedule: str, steps: int, eta: float
+) -> None:
+    sampler, spacing = case
+    config = {"prediction_type": prediction_type, "beta_schedule": beta_schedule, "timestep_spacing": spacing}
+    eta = eta if sampler == "ddim" else 0.0
+    schedule = NoiseSchedule.from_config({**SD15, **config})
+    table = sampler_table(schedule, sampler, steps, 1.0, eta=eta)
+    scheduler = reference(sampler, **config)
+    with pytest.MonkeyPatch.context() as patch:
+        theirs = list(responses_of_diffusers(scheduler, steps, eta, patch))
+    np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.numpy().astype(np.float32))
+    for ours, expected in zip(responses_of_table(table), theirs, strict=True):
+        for actual, wanted in zip(ours, expected, strict=True):
+            # diffusers computes coefficients in float32: 3e-6 for most samplers, 2e-5 for DEIS, which cancels
+            np.testing.assert_allclose(actual, wanted, rtol=0, atol=5e-5 * max(1.0, np.abs(wanted).max()))
+
+
+@given(
+    sampler=st.sampled_from(sampler_names()),
+    beta_schedule=st.sampled_from(BETA_SCHEDULES),
+    prediction_type=st.sampled_from(PREDICTION_TYPES),
+    train_timesteps=st.integers(50, 2000),
+    share=st.floats(0.0, 1.0),
+    betas=st.tuples(st.floats(1e-5, 5e-3), st.floats(6e-3, 3e-2)),
+    guidance=st.floats(-1e6, 1e6),
+)
+@settings(max_examples=80, deadline=None)
+def test_every_row_is_finite_or_the_settings_are_refused(
+    sampler: str,
+    beta_schedule: str,
+    prediction_type: str,
+    train_timesteps: int,
+    share: float,
+    betas: tuple[float, float],
+    guidance: float,
+) -> None:
+    schedule = NoiseSchedule(train_timesteps, *betas, beta_schedule, prediction_type)
+    steps = max(1, round(share * train_timesteps))
+    try:
+        table = sampler_table(schedule, sampler, steps, guidance)
+    except SettingsError as error:
+        assert "fewer steps" in str(error) or "lcm knows only" in str(error)
+        return
+    assert table.rows.dtype == np.float32
+    assert not table.rows.flags.writeable
+    assert table.rows.shape == (len(table.step_of_row), ROW)
+    assert np.isfinite(table.rows).all()
+    assert math.isfinite(table.init_noise_sigma)
+    assert sorted(set(table.step_of_row)) == list(range(steps))
+    undrawn = np.delete(np.arange(len(table.rows)), table.noise_rows)
+    assert not table.rows[undrawn, C].any()
+
+
+@given(st.sampled_from(sampler_names()), st.integers(1, 25), st.floats(-20, 20))
+@settings(max_examples=40, deadline=None)
+def test_guidance_is_a_column_and_nothing_else(sampler: str, steps: int, guidance: float) -> None:
+    table = sampler_table(NoiseSchedule(), sampler, steps, guidance)
+    listed = sampler_table(NoiseSchedule(), sampler, steps, np.full(steps, guidance))
+    np.testing.assert_array_equal(table.rows, listed.rows)
+    other = sampler_table(NoiseSchedule(), sampler, steps, 1.0).rows
+    np.testing.assert_array_equal(np.delete(table.rows, W, 1), np.delete(other, W, 1))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "pndm"])
+def test_a_guidance_schedule_belongs_to_steps(sampler: str) -> None:
+    schedule = [float(w) for w in range(5)]
+    table = sampler_table(NoiseSchedule(), sampler, 5, schedule)
+    by_row = [schedule[step] for step in table.step_of_row]
+    np.testing.assert_array_equal(table.rows[:, W], by_row)
+    theirs = run_diffusers(reference(sampler), 5, make_network(), 0, 1, by_row, seed=1)
+    assert relative_error(run_table(table, make_network(), 0, 1, seed=1), theirs) <= TOLERANCE
+
+
+def test_which_rows_draw_noise() -> None:
+    def draws(sampler: str, **options: Any) -> tuple[int, ...]:
+        return sampler_table(NoiseSchedule(), sampler, 4, 7.5, **options).noise_rows
+
+    assert draws("euler_a") == draws("dpmpp_2m_sde") == draws("ddim", eta=0.5) == (0, 1, 2, 3)
+    assert draws("ddpm") == (0, 1, 2, 3)
+    assert draws("ddpm", spacing="linspace") == draws("lcm") == (0, 1, 2)
+    for sampler in set(sampler_names()) - {"euler_a", "dpmpp_2m_sde", "ddpm", "lcm"}:
+        assert not sampler_table(NoiseSchedule(), sampler, 4, 7.5).stochastic
+
+
+def test_rows_and_steps() -> None:
+    assert sampler_table(NoiseSchedule(), "heun", 3, 1.0).step_of_row == (0, 0, 1, 1, 2)
+    assert sampler_table(NoiseSchedule(), "pndm", 3, 1.0).step_of_row == (0, 0, 1, 2)
+    assert sampler_table(NoiseSchedule(), "ddim", 3, 1.0).step_of_row == (0, 1, 2)
+
+
+def test_padding_rows_leave_the_state_alone() -> None:
+    rng = np.random.default_rng(0)
+    state, o, z = rng.normal(size=(SLOTS, 8)), rng.normal(size=8), rng.normal(size=8)
+    row = identity_row()
+    after = row[A].reshape(SLOTS, SLOTS) @ state + np.outer(row[B], o) + np.outer(row[C], z)
+    np.testing.assert_array_equal(after, state)
+    np.testing.assert_array_equal(row[E] @ state, state[0])
+
+
+def test_tables_of_any_length_make_a_batch() -> None:
+    tables = [sampler_table(NoiseSchedule(), name, 3, 7.5) for name in sampler_names()]
+    batch = stack_tables(tables)
+    assert batch.shape == (len(tables), 5, ROW)
+    assert batch.dtype == np.float32
+    for rows, table in zip(batch, tables, strict=True):
+        np.testing.assert_array_equal(rows[: len(table.rows)], table.rows)
+        for row in rows[len(table.rows) :]:
+            np.testing.assert_array_equal(row, identity_row())
+
+
+def test_the_schedule_may_name_the_spacing() -> None:
+    trailing = NoiseSchedule(timestep_spacing="trailing")
+    for sampler in set(sampler_names()) - set(OWN_TIMESTEPS):
+        expected = sampler_table(NoiseSchedule(), sampler, 7, 1.0, spacing="trailing")
+        np.testing.assert_array_equal(sampler_table(trailing, sampler, 7, 1.0).rows, expected.rows)
+        leading = sampler_table(trailing, sampler, 7, 1.0, spacing="leading")
+        assert not np.array_equal(leading.rows, expected.rows)
+    for sampler in OWN_TIMESTEPS:
+        expected = sampler_table(NoiseSchedule(), sampler, 7, 1.0)
+        np.testing.assert_array_equal(sampler_table(trailing, sampler, 7, 1.0).rows, expected.rows)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 10**6, 1001, True, 2.5, "20", None, math.nan])
+def test_impossible_steps_are_refused(steps: Any) -> None:
+    with pytest.raises(SettingsError, match=r"steps is .*from 1 to 1000"):
+        sampler_table(NoiseSchedule(), "ddim", steps, 7.5)
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [math.nan, math.inf, -math.inf, 1e39, [7.5] * 4, [], [7, math.nan, 1], "7", None, True, [[1], 2, 3]],
+)
+def test_impossible_guidance_is_refused(guidance: Any) -> None:
+    with pytest.raises(SettingsError, match=r"guidance .*finite number, or one for each step"):
+        sampler_table(NoiseSchedule(), "ddim", 3, guidance)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan, "1", None, True])
+def test_impossible_eta_is_refused(eta: Any) -> None:
+    with pytest.raises(SettingsError, match="eta is"):
+        sampler_table(NoiseSchedule(), "ddim", 3, 7.5, eta=eta)
+
+
+def test_eta_is_for_ddim_only() -> None:
+    with pytest.raises(SettingsError, match="euler has no eta"):
+        sampler_table(NoiseSchedule(), "euler", 3, 7.5, eta=0.5)
+
+
+def test_unknown_names_are_refused_with_the_nearest_and_all() -> None:
+    with pytest.raises(SettingsError, match=r"'eular' is unknown; did you mean 'euler'\? known: ddim, .*uni"):
+        sampler_table(NoiseSchedule(), "eular", 3, 7.5)
+    with pytest.raises(SettingsError, match=r"'lead' is unknown; did you mean 'leading'\? known: leading"):
+        sampler_table(NoiseSchedule(), "ddim", 3, 7.5, spacing="lead")
+    with pytest.raises(SettingsError, match="unknown"):
+        sampler_table(NoiseSchedule(), 3, 3, 7.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sampler", OWN_TIMESTEPS)
+def test_spacing_is_refused_where_it_means_nothing(sampler: str) -> None:
+    with pytest.raises(SettingsError, match="timesteps of its own"):
+        sampler_table(NoiseSchedule(), sampler, 3, 7.5, spacing="leading")
+
+
+def test_more_steps_than_there_are_timesteps() -> None:
+    with pytest.raises(SettingsError, match="lcm knows only 50 timesteps"):
+        sampler_table(NoiseSchedule(), "lcm", 51, 7.5)
+    for sampler in ("ddim", "euler", "dpmpp_2m"):  # steps_offset pushes the first beyond the last trained
+        with pytest.raises(SettingsError, match="fewer steps"):
+            sampler_table(NoiseSchedule(), sampler, 1000, 7.5, spacing="leading")
+
+
+@pytest.mark.parametrize("sampler", sorted(set(REFERENCE) - set(ZERO_SNR)))
+def test_zero_terminal_snr_is_refused_where_diffusers_ignores_it(sampler: str) -> None:
+    schedule = NoiseSchedule(prediction_type="v_prediction", rescale_zero_terminal_snr=True)
+    with pytest.raises(SettingsError, match="zero terminal SNR; use one of ddim"):
+        sampler_table(schedule, sampler, 20, 7.5)
