@@ -1,13 +1,15 @@
 """Measure the packaged models on held-out compositions: ``python models/evaluate.py``.
 
-Prints the gates of the model card as JSON and, with ``--sheet``, writes a contact sheet. The judge is the scorer; the
-captioner is judged on its captions, parsed. Every picture starts from the noise of its own seed.
+Prints the figures of the model card, a line of JSON each, then what is demanded of the models and whether they keep it
+(exit code 1 when they do not). ``--sheet`` writes a contact sheet. The judge is the scorer; the captioner is judged on
+its captions, parsed. Every picture starts from the noise of its own seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +25,24 @@ from train_scorer import read
 from train_vae import to_model, to_uint8
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
+from dnp.runtime.pictures import sheet
+
 HERE = Path(__file__).parent
 SEED = 1  # of the held-out scenes; training used 0
 CONDITIONS = {"unconditional": 0.0, "plain w=2": 2.0, "plain w=4": 4.0, "DNS s=1": -1.0, "DNS s=2": -2.0}
+
+VAE, REAL = "scorer on VAE reconstructions", "captions of real pictures"
+LOWER = "{} minus unconditional, paired"
+
+# What is demanded: the condition, its figure, the lowest and the highest value.
+GATES = (
+    (VAE, "strict", 0.90, 1.0),
+    (REAL, "adherence", 0.95, 1.0),
+    (REAL, "shape", 0.90, 1.0),
+    (REAL, "relation", 0.90, 1.0),
+    ("plain w=4", "adherence", 0.75, 0.95),
+    (LOWER.format("DNS s=2"), "at most", -1.0, 0.0),
+)
 
 
 @dataclass
@@ -135,21 +152,30 @@ def paired(differences: np.ndarray) -> dict[str, object]:
     """Mean of a paired difference in adherence and its 95 % bootstrap interval over the prompts."""
     rng = np.random.default_rng(0)
     means = rng.choice(differences, (4000, len(differences))).mean(axis=1)
-    return {
-        "adherence": round(float(differences.mean()), 3),
-        "95 %": np.percentile(means, (2.5, 97.5)).round(3).tolist(),
-    }
+    low, high = np.percentile(means, (2.5, 97.5)).round(3).tolist()
+    return {"adherence": round(float(differences.mean()), 3), "at least": low, "at most": high}
 
 
-def contact_sheet(columns: list[np.ndarray], path: Path, rows: int = 12, zoom: int = 2) -> None:
-    """One row for each prompt, one column for each condition."""
-    picture = np.concatenate([np.concatenate(list(column[:rows])) for column in columns], axis=1)
+def gates(report: dict[str, dict[str, object]]) -> list[tuple[str, bool]]:
+    """Each demand as a line of text, and whether it is kept."""
+    lines = []
+    for name, figure, low, high in GATES:
+        value = report[name][figure]
+        kept = low <= value <= high
+        lines.append(
+            (f"{name:42}{figure:>10} {value:6.3f}, wanted {low:g} to {high:g}: {'yes' if kept else 'NO'}", kept)
+        )
+    return lines
+
+
+def contact_sheet(prompts: list[str], columns: dict[str, np.ndarray], path: Path, rows: int = 12) -> None:
+    """One row for each prompt, one labelled column for each condition."""
+    cells = [[(Image.fromarray(column[n]), "") for column in columns.values()] for n in range(rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = picture.repeat(zoom, axis=0).repeat(zoom, axis=1)
-    Image.fromarray(picture).save(path)
+    sheet(cells, headings=list(columns), titles=prompts[:rows], cell=128).save(path)
 
 
-def evaluate(models: Models, count: int, sheet: Path | None) -> dict[str, dict[str, object]]:
+def evaluate(models: Models, count: int, picture: Path | None) -> dict[str, dict[str, object]]:
     """All conditions on ``count`` held-out scenes (the real pictures and captions on five times as many)."""
     drawn = list(examples(SEED, 5 * count, held_out=True))
     scenes, pictures = [scene for scene, _, _ in drawn], np.stack([picture for _, picture, _ in drawn])
@@ -163,26 +189,26 @@ def evaluate(models: Models, count: int, sheet: Path | None) -> dict[str, dict[s
 
     rebuilt = models.reconstruct(pictures)
     note("scorer on real pictures", scenes, read(models.scorer, pictures))
-    note("scorer on VAE reconstructions", scenes, read(models.scorer, rebuilt))
-    note("captions of real pictures", scenes, [parse(text) for text in models.caption(pictures)])
+    note(VAE, scenes, read(models.scorer, rebuilt))
+    note(REAL, scenes, [parse(text) for text in models.caption(pictures)])
     note("captions of VAE reconstructions", scenes, [parse(text) for text in models.caption(rebuilt)])
     note("another prompt's real picture (chance)", wanted, scenes[1 : count + 1])
 
-    shown = [pictures[:count]]
+    shown = {"the scene": pictures[:count]}
     scores = {}
     for name, scale in CONDITIONS.items():
-        shown.append(models.sample(prompts, scale))
-        seen = read(models.scorer, shown[-1])
+        shown[name] = models.sample(prompts, scale)
+        seen = read(models.scorer, shown[name])
         note(name, wanted, seen)
         scores[name] = np.array([adherence(a, b) for a, b in zip(wanted, seen, strict=True)])
     for name in (name for name, scale in CONDITIONS.items() if scale < 0):
-        report[f"{name} minus unconditional, paired"] = paired(scores[name] - scores["unconditional"])
-    captions = models.caption(shown[-1])
-    agreed = [(scene, parse(text)) for scene, text in zip(read(models.scorer, shown[-1]), captions, strict=True)]
+        report[LOWER.format(name)] = paired(scores[name] - scores["unconditional"])
+    captions = models.caption(shown["DNS s=2"])
+    agreed = [(scene, parse(text)) for scene, text in zip(read(models.scorer, shown["DNS s=2"]), captions, strict=True)]
     note("captions of DNS s=2 against the scorer", [a for a, _ in agreed], [b for _, b in agreed])
     bar.close()
-    if sheet:
-        contact_sheet(shown, sheet)
+    if picture:
+        contact_sheet(prompts, shown, picture)
     return report
 
 
@@ -197,6 +223,9 @@ def main() -> None:
     report = evaluate(Models.open(arguments.models, arguments.scorer), arguments.prompts, arguments.sheet)
     for name, figures in report.items():
         print(f"{name:42}", json.dumps(figures))
+    lines = gates(report)
+    print("", *(text for text, _ in lines), sep="\n")
+    sys.exit(not all(kept for _, kept in lines))
 
 
 if __name__ == "__main__":

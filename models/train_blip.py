@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import trange
 from train_text import attribute_heads, attribute_loss
-from training import Recipe, trained
+from training import DTYPE, Recipe, trained
 from vocabulary import save_blip_processor
 
 VISION = Recipe("blip_vision", steps=1500, rate=1.5e-3, average=0.99)
@@ -40,7 +40,7 @@ def decode_some(work: Path) -> None:
         return
     latents, vae = train_diffusion.load_latents(work), train_diffusion.standard_vae(work)
     scale = vae.config.scaling_factor
-    vae.bfloat16()
+    vae.to(DTYPE)
     generator, chunk = torch.Generator().manual_seed(0), 100
     pictures = np.empty((DECODED, SIDE, SIDE, 3), np.uint8)
     for at in trange(0, DECODED, chunk, desc="decode", mininterval=5):
@@ -50,7 +50,7 @@ def decode_some(work: Path) -> None:
         odd = torch.rand(chunk, 1, 1, 1, generator=generator) < 0.5
         worn = z.lerp(smooth, blend) + noise * torch.randn(z.shape, generator=generator)
         z = torch.where(odd, worn, z) / scale
-        pictures[at : at + chunk] = train_vae.to_uint8(vae.decode(z.bfloat16(), return_dict=False)[0]).numpy()
+        pictures[at : at + chunk] = train_vae.to_uint8(vae.decode(z.to(DTYPE), return_dict=False)[0]).numpy()
     np.save(path, pictures)
 
 
@@ -77,7 +77,7 @@ def draw(work: Path, generator: torch.Generator) -> tuple[torch.Tensor, torch.Te
     rows = torch.cat([torch.randint(len(some), (half,), generator=generator) for some in (drawn, decoded)])
     pictures = torch.cat([drawn[rows[:half]], decoded[rows[half:]]]).permute(0, 3, 1, 2).contiguous().float() / 255
     pictures += 0.03 * torch.randn(pictures.shape, generator=generator)
-    return rows, ((pictures - MEAN) / DEVIATION).bfloat16()
+    return rows, ((pictures - MEAN) / DEVIATION).to(DTYPE)
 
 
 class Looking:

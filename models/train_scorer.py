@@ -12,7 +12,7 @@ from scenes import ATTRIBUTES, Scene, from_labels
 from torch import nn
 from torch.nn import functional
 from train_vae import to_model
-from training import Recipe
+from training import DTYPE, Recipe
 
 RECIPE = Recipe("scorer", steps=500, rate=2e-3, average=0.98)
 BATCH = 96
@@ -41,7 +41,7 @@ class Reading:
     def loss(self, module: nn.Module, generator: torch.Generator, step: int) -> torch.Tensor:
         """See ``Task.loss``."""
         rows = torch.randint(len(load_pictures(self.work)), (BATCH,), generator=generator)
-        logits = module(degrade(to_model(load_pictures(self.work)[rows]), generator).bfloat16())
+        logits = module(degrade(to_model(load_pictures(self.work)[rows]), generator).to(DTYPE))
         labels = load_labels(self.work)[rows]
         losses = [
             functional.cross_entropy(logits[name].float(), labels[:, n], ignore_index=-1)

@@ -18,7 +18,7 @@ from torch.nn import functional
 from training import Recipe
 from vocabulary import TEXT_LENGTH, save_clip_tokenizer
 
-RECIPE = Recipe("text", steps=400, rate=1.5e-3, average=0.99)
+RECIPE = Recipe("text", steps=80, rate=1.5e-3, average=0.99, warmup=30)
 BATCH = 128
 
 

@@ -10,7 +10,7 @@ from networks import new_vae, plain_attention
 from pictures import load_pictures
 from torch import nn
 from torch.nn import functional
-from training import Recipe
+from training import DTYPE, Recipe
 
 RECIPE = Recipe("vae", steps=560, rate=2e-3, average=0.99, decay=0.0)
 BATCH = 16  # pictures, each process
@@ -34,11 +34,11 @@ class Vae:
         """See ``Task.loss``."""
         pictures = load_pictures(self.work)
         x = to_model(pictures[torch.randint(len(pictures), (BATCH,), generator=generator)])
-        moments = module._encode(x.bfloat16()).float()
+        moments = module._encode(x.to(DTYPE)).float()
         mean, logvar = moments.chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)
         z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
-        out = module.decode(z.bfloat16(), return_dict=False)[0].float()
+        out = module.decode(z.to(DTYPE), return_dict=False)[0].float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         edges = sum((out.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
         sharpen = 0.1 if step < 0.3 * RECIPE.steps else 0.4
