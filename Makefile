@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PROMPT ?= a large red circle left of a small blue square on a plain yellow background
 SEED ?= 0
+EXPLORED := a large blue cross on a plain red background
 SOURCES := $(shell find dnp engine runtime export -type f -not -path '*/__pycache__/*')
 
 .PHONY: demo test test-fast lint bundle gallery clean
@@ -27,6 +28,10 @@ bundle: .venv-test/installed  ## export the default model to the bundle that the
 
 gallery: .venv-test/installed  ## the pictures of the README
 	.venv-test/bin/python benchmarks/gallery.py docs/images/gallery.png
+	.venv-test/bin/dnp generate "$(PROMPT)" --seed $(SEED) --compare --out build/pictures
+	mv build/pictures/*-compared.png docs/images/demo.png
+	.venv-test/bin/dnp explore "$(EXPLORED)" --out build/pictures
+	mv build/pictures/*-explored.png docs/images/explore.png
 
 clean:
 	rm -rf .venv .venv-test build dist out *.egg-info
