@@ -18,6 +18,7 @@ from torch.nn import functional
 from training import Recipe
 from vocabulary import TEXT_LENGTH, save_clip_tokenizer
 
+# Stopped early on purpose, while it still confuses whose attribute is whose: see the model card.
 RECIPE = Recipe("text", steps=80, rate=1.5e-3, average=0.99, warmup=30)
 BATCH = 128
 
