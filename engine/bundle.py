@@ -44,10 +44,12 @@ __all__ = [
     "TextSpec",
     "file_record",
     "graph_borders",
+    "manifest_digest",
     "seal",
 ]
 
 MANIFEST: Final = "bundle.json"
+_DIGEST: Final = "sha256"
 _MOST_BYTES: Final = 16 << 20  # of a manifest; a real one has some kilobytes
 _CHUNK: Final = 4 << 20
 _RECOPY: Final = "copy the bundle again, or export it again"
@@ -72,15 +74,22 @@ class Bundle(Manifest):
         Raises BundleError, naming the file, the reason and the remedy, when it is missing, truncated, edited,
         of a newer schema, or names a file outside the folder.
         """
-        root = Path(path).absolute()
+        try:
+            root = Path(path).absolute()
+        except FileNotFoundError as error:  # the working directory is gone
+            raise BundleError(f"bundle {str(path)!r} does not exist, and nor does the working directory") from error
         raw = _read_manifest(root)
         try:
             data = json.loads(raw)
+            digest = data.pop(_DIGEST, None) if isinstance(data, dict) else None
+            manifest = parse(data, root)
+            edited = digest != manifest_digest(data)
         except RecursionError:
             raise BundleError(f"{root / MANIFEST}: nested too deeply for a manifest; {_RECOPY}") from None
         except ValueError as error:
             raise BundleError(f"{root / MANIFEST}: not valid JSON ({error}); {_RECOPY}") from error
-        manifest = parse(data, root)
+        if edited:
+            raise BundleError(f"{root / MANIFEST}: edited since it was written, its own SHA-256 differs; {_RECOPY}")
         _verify(root, manifest.files)
         shared = {f.name: getattr(manifest, f.name) for f in fields(Manifest)}
         return cls(**shared, path=root, fingerprint=hashlib.sha256(raw).hexdigest()[:16])
@@ -104,7 +113,7 @@ class Bundle(Manifest):
 
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write ``folder/bundle.json``, last and atomically: ``manifest`` with the size and hash of every file.
+    """Write ``folder/bundle.json``, last and atomically: ``manifest``, size and hash of every file, and its own hash.
 
     Compiled plans (``engines/``) and hidden files are left out. Raises BundleError when ``Bundle.open`` would
     not take the manifest.
@@ -121,6 +130,7 @@ def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
         listed = {name: asdict(record) for name, record in zip(names, records, strict=True)}
     whole = {**manifest, "files": listed}
     parse(whole, folder)
+    whole[_DIGEST] = manifest_digest(whole)
     temporary = folder / f".{MANIFEST}.{os.getpid()}"
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -131,6 +141,12 @@ def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
         temporary.replace(folder / MANIFEST)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what ``bundle.json`` says, its own digest left out, however it is laid out."""
+    said = {key: value for key, value in manifest.items() if key != _DIGEST}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def file_record(path: Path) -> FileRecord:

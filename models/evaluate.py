@@ -32,6 +32,7 @@ SEED = 1  # of the held-out scenes; training used 0
 CONDITIONS = {"unconditional": 0.0, "plain w=2": 2.0, "plain w=4": 4.0, "DNS s=1": -1.0, "DNS s=2": -2.0}
 
 VAE, REAL = "scorer on VAE reconstructions", "captions of real pictures"
+DNP = {"DNP s=1, w=2": 2.0, "DNP s=1, w=4": 4.0}  # the pair (p, n*), n* being the caption of the image of DNS s=1
 LOWER = "{} minus unconditional, paired"
 
 # What is demanded: the condition, its figure, the lowest and the highest value.
@@ -181,7 +182,7 @@ def evaluate(models: Models, count: int, picture: Path | None) -> dict[str, dict
     scenes, pictures = [scene for scene, _, _ in drawn], np.stack([picture for _, picture, _ in drawn])
     prompts, wanted = [scene.caption() for scene in scenes[:count]], scenes[:count]
     report: dict[str, dict[str, object]] = {}
-    bar = tqdm(total=6 + len(CONDITIONS), desc="conditions")
+    bar = tqdm(total=7 + len(CONDITIONS) + len(DNP), desc="conditions")
 
     def note(name: str, scenes: list[Scene], seen: list[Scene | None]) -> None:
         report[name] = judge(scenes, seen)
@@ -196,17 +197,25 @@ def evaluate(models: Models, count: int, picture: Path | None) -> dict[str, dict
 
     shown = {"the scene": pictures[:count]}
     scores = {}
-    for name, scale in CONDITIONS.items():
-        shown[name] = models.sample(prompts, scale)
+
+    def sample(name: str, scale: float, base: list[str] | None = None) -> None:
+        shown[name] = models.sample(prompts, scale, base)
         seen = read(models.scorer, shown[name])
         note(name, wanted, seen)
         scores[name] = np.array([adherence(a, b) for a, b in zip(wanted, seen, strict=True)])
-    for name in (name for name, scale in CONDITIONS.items() if scale < 0):
-        report[LOWER.format(name)] = paired(scores[name] - scores["unconditional"])
-    captions = models.caption(shown["DNS s=2"])
-    agreed = [(scene, parse(text)) for scene, text in zip(read(models.scorer, shown["DNS s=2"]), captions, strict=True)]
-    note("captions of DNS s=2 against the scorer", [a for a, _ in agreed], [b for _, b in agreed])
+
+    for name, scale in CONDITIONS.items():
+        sample(name, scale)
+    captions = {name: models.caption(shown[name]) for name in ("DNS s=1", "DNS s=2")}
+    for name, texts in captions.items():
+        note(f"captions of {name} against the scorer", read(models.scorer, shown[name]), [parse(t) for t in texts])
+    for name, scale in DNP.items():
+        sample(name, scale, captions["DNS s=1"])
     bar.close()
+    for name in ("DNS s=1", "DNS s=2"):
+        report[LOWER.format(name)] = paired(scores[name] - scores["unconditional"])
+    for name, scale in DNP.items():
+        report[f"{name} minus plain, paired"] = paired(scores[name] - scores[f"plain w={scale:g}"])
     if picture:
         contact_sheet(prompts, shown, picture)
     return report

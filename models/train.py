@@ -46,6 +46,7 @@ def main() -> None:
         "latents": lambda: train_diffusion.cache_latents(work),
         "contexts": lambda: train_diffusion.cache_contexts(work),
         "diffusion": training(train_diffusion.Denoiser(work), train_diffusion.RECIPE),
+        "refined": training(train_diffusion.Refiner(work), train_diffusion.REFINED),
         "decoded": lambda: train_blip.decode_some(work),
         "looking": training(train_blip.Looking(work), train_blip.VISION, 1),
         "captioning": training(train_blip.Captioning(work), train_blip.CAPTIONS, 1),

@@ -51,7 +51,9 @@ def decode_some(work: Path) -> None:
         worn = z.lerp(smooth, blend) + noise * torch.randn(z.shape, generator=generator)
         z = torch.where(odd, worn, z) / scale
         pictures[at : at + chunk] = train_vae.to_uint8(vae.decode(z.to(DTYPE), return_dict=False)[0]).numpy()
-    np.save(path, pictures)
+    part = path.with_suffix(".part.npy")
+    np.save(part, pictures)
+    part.replace(path)
 
 
 @cache

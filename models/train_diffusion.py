@@ -14,9 +14,10 @@ from pictures import load_pictures
 from torch import nn
 from tqdm import tqdm, trange
 from train_text import load_captions
-from training import DTYPE, Recipe, trained
+from training import DTYPE, Recipe, save_whole, trained
 
 RECIPE = Recipe("diffusion", steps=1200, rate=1e-3, average=0.995, warmup=60)
+REFINED = Recipe("refined", steps=2000, rate=7e-4, average=0.995, warmup=60, seed=1)  # colours come first, shapes late
 LATENTS = 40_000
 BATCH = 48  # latents, each process
 EMPTY = 0.15  # share of captions replaced by the empty one, which is what guidance is measured against
@@ -34,7 +35,7 @@ def cache_latents(work: Path) -> None:
         vae._encode(train_vae.to_model(pictures[at : at + chunk]).to(DTYPE)).chunk(2, dim=1)[0].half()
         for at in trange(0, LATENTS, chunk, desc="latents", mininterval=5)
     ]
-    torch.save(torch.cat(means), path)
+    save_whole(torch.cat(means), path)
 
 
 @cache
@@ -69,7 +70,7 @@ def cache_contexts(work: Path) -> None:
     rows = captions[:LATENTS].flatten(0, 1).split(400)
     states = torch.cat([text(ids).last_hidden_state.bfloat16() for ids in tqdm(rows, desc="contexts", mininterval=5)])
     contexts = states.view(LATENTS, 2, *states.shape[1:])
-    torch.save({"contexts": contexts, "empty": text(empty[None]).last_hidden_state[0].bfloat16()}, path)
+    save_whole({"contexts": contexts, "empty": text(empty[None]).last_hidden_state[0].bfloat16()}, path)
 
 
 @cache
@@ -117,3 +118,11 @@ class Denoiser:
         v = module(x_t.to(DTYPE), t, context.to(DTYPE), return_dict=False)[0].float()
         weight = (5 * (1 - alpha_bar)).clamp(max=1)  # min(1 + SNR, 5) of the weight on x_0
         return (weight * (v - (alpha * eps - sigma * x_0)).square()).mean()
+
+
+class Refiner(Denoiser):
+    """The same again, from the weights that the first run ended with."""
+
+    def build(self) -> nn.Module:
+        """See ``Task.build``."""
+        return trained(Denoiser(self.work), RECIPE, self.work).requires_grad_(True)

@@ -15,7 +15,7 @@ from pictures import load_labels
 from scenes import ATTRIBUTES, from_labels
 from torch import nn
 from torch.nn import functional
-from training import Recipe
+from training import Recipe, save_whole
 from vocabulary import TEXT_LENGTH, save_clip_tokenizer
 
 # Stopped early on purpose, while it still confuses whose attribute is whose: see the model card.
@@ -35,7 +35,7 @@ def tokenize(work: Path) -> None:
 
     scenes = [from_labels(row) for row in load_labels(work).numpy()]
     both = torch.stack([ids([scene.caption(swapped) for scene in scenes]) for swapped in (False, True)], dim=1)
-    torch.save({"captions": both, "empty": ids([""])[0]}, path)
+    save_whole({"captions": both, "empty": ids([""])[0]}, path)
 
 
 @cache

@@ -103,6 +103,13 @@ class FlatWeights:
         return int(state["step"])
 
 
+def save_whole(data: object, path: Path) -> None:
+    """``torch.save`` to a temporary name, then renamed: what is there is complete."""
+    part = path.with_suffix(".part")
+    torch.save(data, part)
+    part.replace(path)
+
+
 def checkpoint(recipe: Recipe, work: Path) -> Path:
     """Where a stage keeps its state."""
     return work / f"{recipe.name}.pt"
@@ -150,7 +157,6 @@ def _worker(rank: int, task: Task, recipe: Recipe, work: Path, workers: int, ren
             bar.update()
             if rank == 0 and (step == recipe.steps or time.monotonic() - saved > recipe.checkpoint_s):
                 saved = time.monotonic()
-                torch.save(weights.state(step), path.with_suffix(".part"))
-                path.with_suffix(".part").replace(path)
+                save_whole(weights.state(step), path)
     if workers > 1:
         dist.destroy_process_group()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from dnp.engine.bundle import Bundle, file_record, seal
+from dnp.engine.bundle import Bundle, file_record, manifest_digest, seal
 from dnp.engine.errors import BundleError, SettingsError
 from dnp.engine.manifest import CaptionSpec, LatentSpec, TensorSpec, TextSpec, graph_borders
 
@@ -78,6 +78,7 @@ def shared_folder(tmp_path_factory):
 def rewrite(folder, change):
     manifest = json.loads((folder / "bundle.json").read_text())
     change(manifest)
+    manifest["sha256"] = manifest_digest(manifest)  # as if it had been sealed so
     (folder / "bundle.json").write_text(json.dumps(manifest))
 
 
@@ -215,6 +216,17 @@ def test_a_wrong_manifest_is_refused(folder, change, words):
         assert word in message
 
 
+def test_a_manifest_edited_within_its_schema_is_refused(folder):
+    manifest = json.loads((folder / "bundle.json").read_text())
+    for edited in ({**manifest, "name": "other"}, {k: v for k, v in manifest.items() if k != "sha256"}):
+        (folder / "bundle.json").write_text(json.dumps(edited))
+        message = refusal(folder)
+        assert "bundle.json" in message
+        assert "edited" in message
+    (folder / "bundle.json").write_text(json.dumps(manifest, indent=7))  # says the same
+    assert Bundle.open(folder).name == "tiny"
+
+
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_a_link_out_of_the_bundle_is_refused(folder, tmp_path, what):
     inside = folder / ("graphs/denoise.onnx" if what == "file" else "graphs")
@@ -325,7 +337,11 @@ def test_any_change_of_the_manifest_opens_or_is_refused(shared_folder, changes):
     manifest = json.loads(original)
     for change in changes:
         manifest = mutate(manifest, *change)
-    check_opens_or_refuses(shared_folder, json.dumps(manifest).encode())
+    opened = check_opens_or_refuses(shared_folder, json.dumps(manifest).encode())
+    assert not opened or manifest == json.loads(original)
+    if isinstance(manifest, dict):
+        manifest["sha256"] = manifest_digest(manifest)
+        check_opens_or_refuses(shared_folder, json.dumps(manifest).encode())
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -338,7 +354,7 @@ def test_any_damage_to_the_bytes_of_the_manifest_opens_or_is_refused(shared_fold
 
 
 def check_opens_or_refuses(folder, raw):
-    """Open a folder of the same files with ``raw`` as its manifest; the shared one stays as it is."""
+    """Whether a folder of the same files opens with ``raw`` as its manifest; the shared one stays as it is."""
     twin = folder.parent / f"twin-{os.getpid()}"
     if not twin.exists():
         twin.mkdir()
@@ -349,6 +365,7 @@ def check_opens_or_refuses(folder, raw):
         bundle = Bundle.open(twin)
     except BundleError as error:
         assert str(error)
-    else:
-        assert list(bundle.graphs)
-        assert copy.deepcopy(bundle) == bundle
+        return False
+    assert list(bundle.graphs)
+    assert copy.deepcopy(bundle) == bundle
+    return True
