@@ -5,10 +5,12 @@ Left to itself, OpenVINO computes in bf16 wherever the processor can, and says n
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from dnp.engine.errors import BackendError, BundleError, missing_extra
 from dnp.engine.host import HostSession, check_border, first_line
+from dnp.engine.interrupts import uninterrupted
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.processor import core_count, processor_name
 from dnp.engine.schema import REMEDY, nearest
@@ -25,8 +27,9 @@ def import_openvino() -> Any:
     """The openvino module. Raises BackendError with the line that installs it, or that repairs it."""
     repair = "repair it: pip install --force-reinstall 'dnp-engine[openvino]'"
     try:
-        import openvino
-        import openvino.frontend
+        with uninterrupted():
+            import openvino
+            import openvino.frontend
     except ModuleNotFoundError as error:
         if error.name == "openvino":
             raise missing_extra("openvino", "openvino", "the backend 'openvino'") from error
@@ -34,6 +37,17 @@ def import_openvino() -> Any:
     except ImportError as error:
         raise BackendError(f"openvino is installed but does not load ({error}); {repair}") from error
     return openvino
+
+
+@cache
+def _core() -> Any:
+    """One core for the process, never freed.
+
+    Each loads the CPU plugin anew, which installs an alternative signal stack and, when the core goes, puts the one
+    before it back: cores that are not freed in the reverse order leave a stack that is unmapped, and the next Ctrl-C is
+    a segmentation fault.
+    """
+    return import_openvino().Core()
 
 
 def precisions(core: Any) -> tuple[str, ...]:
@@ -52,7 +66,7 @@ class OpenVinoSession(HostSession):
             raise BackendError(
                 f"the backend 'openvino' has no precision {precision!r}, {nearest(precision, PRECISIONS)}"
             )
-        core = ov.Core()
+        core = _core()
         if precision not in precisions(core):
             raise BackendError(f"this processor ({processor_name()}) has no {precision}; use f32")
         try:

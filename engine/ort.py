@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dnp.engine.errors import BackendError, BundleError, missing_extra
 from dnp.engine.host import HostSession, check_border, first_line
+from dnp.engine.interrupts import uninterrupted
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.processor import core_count
 from dnp.engine.schema import REMEDY
@@ -24,7 +25,8 @@ def import_onnxruntime() -> Any:
     """The onnxruntime module. Raises BackendError with the line that installs it, or that repairs it."""
     repair = "repair it: pip install --force-reinstall 'dnp-engine[cpu]'"
     try:
-        import onnxruntime
+        with uninterrupted():
+            import onnxruntime
     except ModuleNotFoundError as error:
         if error.name == "onnxruntime":
             raise missing_extra("onnxruntime", "cpu", "the backend 'cpu'") from error

@@ -607,3 +607,23 @@ def test_running_a_session_imports_no_training_library_and_opens_no_socket(step,
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True
     )
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_ctrl_c_after_openvino_sessions_were_closed(tmp_path):
+    """OpenVINO's cores leave a dangling signal stack when they are freed in the order they were made."""
+    code = """
+        import os, signal
+        from dnp.engine.bundle import Bundle
+        from dnp.engine.registry import open_session
+        bundle, graphs = Bundle.default(), ("encode_text", "decode_latents", "encode_image")
+        sessions = [open_session(bundle, graph, "openvino") for graph in graphs]
+        while sessions:
+            sessions.pop(0).close()
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            print("interrupted")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
