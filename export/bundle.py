@@ -17,7 +17,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from dnp.engine.bundle import MANIFEST, SCHEMA, Defaults, seal
-from dnp.engine.errors import BundleError, ExportError, OutputError
+from dnp.engine.errors import BundleError, ExportError, OutputError, SettingsError
 from dnp.engine.schema import REMEDY, record
 from dnp.export import stable_diffusion
 from dnp.export.blip import blip_graphs, caption_manifest, caption_tokenizer, load_blip
@@ -26,6 +26,8 @@ from dnp.export.memory import PeakMemory
 from dnp.export.precision import Precision, check_precision
 from dnp.export.source import read_source
 from dnp.export.tokenizer import prompt_tokenizer
+from dnp.runtime.samplers import check_defaults
+from dnp.runtime.schedule import NoiseSchedule
 
 FAMILY = "stable-diffusion-1"
 STAGES = ("encode_text", "denoise", "decode_latents", "encode_image", "caption_step", "seal")
@@ -99,6 +101,10 @@ def export_bundle(
         settings = _merge_defaults(defaults or {})
         _check_out(out, overwrite)
         model = read_source(Path(source))
+        try:
+            check_defaults(NoiseSchedule.from_config(model.schedule), record(Defaults, settings, "defaults"))
+        except SettingsError as error:
+            raise ExportError(f"the defaults cannot be honoured: {error}") from error
         name = out.name if name is None else name
         prompt = prompt_tokenizer(model)
         captions = load_blip(Path(captioner))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dnp.engine.errors import ExportError
+from dnp.engine.errors import ExportError, SettingsError
+from dnp.runtime.schedule import NoiseSchedule
 
 PIPELINE = "StableDiffusionPipeline"
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
@@ -31,6 +32,7 @@ SCHEDULE_KEYS = (
     "timestep_spacing",
     "rescale_betas_zero_snr",
 )
+SD1_SCALING = 0.18215  # what diffusers assumes; the published Stable Diffusion 1.x VAEs do not say
 MAX_LATENTS = 64  # the least that a bundle allows; a larger model allows twice its own size
 
 _WEIGHTS = {
@@ -66,14 +68,6 @@ _EXPECTED: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "shift_factor": ((None, 0, 0.0), "shifted latents"),
         "latents_mean": ((None,), "latents normalised by channel"),
         "latents_std": ((None,), "latents normalised by channel"),
-    },
-    "scheduler": {
-        "prediction_type": (("epsilon", "v_prediction"), "a network that predicts something else than noise"),
-        "beta_schedule": (("scaled_linear", "linear", "squaredcos_cap_v2"), "an unknown noise schedule"),
-        "trained_betas": ((None,), "a noise schedule given number by number"),
-        "thresholding": ((False, None), "dynamic thresholding, which is not linear in the latents"),
-        "clip_sample": ((False, None), "clipping of the predicted image, which is not linear in the latents"),
-        "use_flow_sigmas": ((False, None), "flow matching"),
     },
 }
 
@@ -139,8 +133,6 @@ def read_source(folder: Path) -> Source:
     _check_index(read_json(folder / "model_index.json"))
     configs = {name: read_json(folder / name / "config.json") for name in _WEIGHTS}
     configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
-    if configs["scheduler"].get("_class_name") in ("DDIMScheduler", "DDPMScheduler"):
-        configs["scheduler"].setdefault("clip_sample", True)  # these two clip unless told not to
     for component, expected in _EXPECTED.items():
         for key, (allowed, meaning) in expected.items():
             value = configs[component].get(key, allowed[0])
@@ -222,10 +214,12 @@ def _interpret(folder: Path, configs: Mapping[str, Mapping[str, Any]], variants:
     multiple = 2 ** (len(unet["block_out_channels"]) - 1)
     if height % multiple or width % multiple:
         raise ExportError(f"the UNet's sample_size {size} is no multiple of {multiple}, its downsampling")
+    try:
+        NoiseSchedule.from_config(scheduler)  # the whole of it: what the samplers would refuse must not be dropped
+    except SettingsError as error:
+        raise ExportError(f"scheduler/scheduler_config.json: {error}") from error
     schedule = {key: scheduler[key] for key in SCHEDULE_KEYS if scheduler.get(key) is not None}
-    for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps"):
-        if key not in schedule:
-            raise ExportError(f"the scheduler configuration lacks {key}")
+    schedule.setdefault("num_train_timesteps", 1000)
     schedule.setdefault("prediction_type", "epsilon")
     return Source(
         folder=folder,
@@ -239,7 +233,7 @@ def _interpret(folder: Path, configs: Mapping[str, Mapping[str, Any]], variants:
         length=length,
         dim=dim,
         vocabulary=int(text["vocab_size"]),
-        scaling=float(vae["scaling_factor"]),
+        scaling=float(vae.get("scaling_factor", SD1_SCALING)),
         schedule=schedule,
     )
 

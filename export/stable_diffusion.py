@@ -245,7 +245,7 @@ def _load(source: Source, component: str) -> Any:
     options["dtype" if component == "text_encoder" else "torch_dtype"] = torch.float32
     try:
         model, report = kinds[component].from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever diffusers, transformers and safetensors find wrong with a folder
         raise ExportError(f"the weights in {folder} cannot be loaded: {error}") from error
     missing = sorted(report["missing_keys"])
     if missing:

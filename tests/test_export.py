@@ -310,9 +310,11 @@ REFUSED = {
     ),
     "incomplete or damaged": lambda f: edit(f / "unet/config.json", block_out_channels=None),
     "shifted latents": lambda f: edit(f / "vae/config.json", shift_factor=0.1),
-    "prediction_type = 'sample'": lambda f: edit(f / "scheduler/scheduler_config.json", prediction_type="sample"),
+    "scheduler_config.json: prediction_type 'sample' is unknown": lambda f: edit(
+        f / "scheduler/scheduler_config.json", prediction_type="sample"
+    ),
     "not linear in the latents": lambda f: edit(f / "scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
-    "lacks beta_end": lambda f: edit(f / "scheduler/scheduler_config.json", beta_end=None),
+    "beta_end is None": lambda f: edit(f / "scheduler/scheduler_config.json", beta_end=None),
     "model_max_length is 77": lambda f: edit(f / "tokenizer/tokenizer_config.json", model_max_length=77),
     "lacks 1 weights": drop_a_weight,
     "cannot be loaded": truncate,
@@ -437,3 +439,43 @@ def test_a_place_that_cannot_be_written_is_an_output_error(export, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"):
         export(tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"timestep_type": "continuous"},
+        {"interpolation_type": "log_linear"},
+        {"variance_type": "learned_range"},
+        {"sigma_min": 0.1},
+        {"use_dynamic_shifting": True},
+        {"rescale_betas_zero_snr": True},  # with epsilon
+        {"beta_start": 5},
+    ],
+)
+def test_a_schedule_that_no_table_can_follow_is_not_dropped(sd_copy, change):
+    edit(sd_copy / "scheduler/scheduler_config.json", **change)
+    (key,) = change
+    with pytest.raises(ExportError, match="rescale_zero_terminal_snr" if key == "rescale_betas_zero_snr" else key):
+        read_source(sd_copy)
+
+
+def test_a_vae_that_does_not_say_its_scaling_has_diffusers_own(sd_copy):
+    path = sd_copy / "vae/config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "scaling_factor"}))
+    assert read_source(sd_copy).scaling == diffusers.AutoencoderKL().config.scaling_factor == 0.18215
+
+
+@pytest.mark.parametrize("defaults", [{"sampler": "dimm"}, {"steps": 5000}, {"dns_guidance": 1e39}])
+def test_defaults_that_could_never_run_are_refused_at_once(tiny_sd_folder, tiny_blip_folder, tmp_path, defaults):
+    stages = []
+    with pytest.raises(ExportError, match="defaults"):
+        export_bundle(
+            tiny_sd_folder,
+            tmp_path / "out",
+            captioner=tiny_blip_folder,
+            defaults=defaults,
+            progress=lambda *stage: stages.append(stage),
+        )
+    assert not stages
+    assert list(tmp_path.iterdir()) == []
