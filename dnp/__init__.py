@@ -6,10 +6,11 @@ The public names are loaded on first use, so that ``import dnp`` costs nothing a
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from dnp.engine.errors import (
         BackendError,
         BundleError,
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     )
     from dnp.runtime.pipeline import Pipeline
     from dnp.runtime.request import Request, Result
-
-__version__ = version("dnp-engine")
 
 _HOMES = {
     "Pipeline": "dnp.runtime.pipeline",
@@ -53,6 +52,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("dnp-engine")
     if name not in _HOMES:
         raise AttributeError(f"module 'dnp' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -51,7 +51,7 @@ class OutputError(DnpError, OSError):
 
 
 class Cancelled(DnpError):  # noqa: N818  an outcome, not a fault
-    """The work was stopped by the user or by a callback; nothing was written."""
+    """The work was stopped by the user or by a callback; nothing is half-written."""
 
     exit_code = 130
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from dnp.engine.errors import BundleError, SettingsError
 from dnp.engine.layout import ROW, SLOTS
@@ -105,7 +105,7 @@ class CaptionSpec:
     bos: Id
     eos: Id
     pad: Id
-    max_length: Size
+    max_length: Annotated[int, 2]  # the begin token and one more
     tokenizer: str
 
 

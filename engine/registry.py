@@ -62,8 +62,8 @@ def open_session(bundle: Bundle, graph: str, backend: str = "cpu", options: Back
 
 def open_graph(graph: GraphSpec, backend: str = "cpu", options: BackendOptions | None = None) -> Session:
     """``open_session`` for a graph that is in no bundle. Raises what it raises."""
-    if backend not in _BACKENDS:
-        raise BackendError(f"unknown backend {backend!r}, {nearest(backend, _BACKENDS)}")
+    if not isinstance(backend, str) or backend not in _BACKENDS:
+        raise BackendError(f"unknown backend {backend!r}, {nearest(str(backend), _BACKENDS)}")
     return _BACKENDS[backend].open(graph, options or BackendOptions())
 
 

@@ -18,6 +18,7 @@ from dnp.engine.errors import SettingsError
 from dnp.engine.manifest import GraphSpec
 
 Array = npt.NDArray[Any]
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,11 @@ class BackendOptions:
 
     def __post_init__(self) -> None:
         threads = self.threads
-        if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
-            raise SettingsError(f"threads must be an integer from 1, not {threads!r}; leave it out for all cores")
+        whole = isinstance(threads, int) and not isinstance(threads, bool)
+        if threads is not None and not (whole and 1 <= threads <= MAX_THREADS):
+            raise SettingsError(
+                f"threads must be an integer from 1 to {MAX_THREADS}, not {threads!r}; leave it out for all cores"
+            )
 
 
 class Buffer(ABC):

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from dnp.engine.bundle import Bundle
 from dnp.engine.errors import SettingsError
+from dnp.engine.schema import shown
 from dnp.engine.session import Session
 from dnp.runtime.resize import resize_matrices
 from dnp.runtime.search import BeamSearch, GreedySearch, Search
@@ -33,6 +34,11 @@ class Captioner:
         self.tokenizer = CaptionTokenizer(bundle)
         for name in ("cross_keys", "cross_values"):
             step.link(name, encode.outputs[name])
+
+    def close(self) -> None:
+        """Close both sessions."""
+        self._step.close()
+        self._encode.close()
 
     def captions(
         self,
@@ -108,7 +114,7 @@ class Captioner:
             ("min_length", min_length, 0, most),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise SettingsError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+                raise SettingsError(f"{name} must be a whole number from {low} to {high}, not {shown(value)}")
         prompt = [spec.bos, *self.tokenizer.encode(prefix)]
         if len(prompt) >= most:
             raise SettingsError(

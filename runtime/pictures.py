@@ -7,50 +7,86 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from dnp.engine.errors import OutputError, SettingsError
+from dnp.engine.interrupts import uninterrupted
 from dnp.runtime.request import Result
 
 METADATA_KEY = "dnp"
+MAX_PIXELS = 64_000_000  # of an image that is read: a photograph of the largest cameras, 200 MB as RGB
 
 
-def output_folder(path: Path) -> Path:
-    """Make ``path`` a folder that can be written to. Raises OutputError, before any work, when it cannot be."""
+@contextmanager
+def output_folder(path: Path) -> Iterator[None]:
+    """Inside the block ``path`` is a folder that can be written to; folders made for work that failed are taken away.
+
+    Raises OutputError, before any work, when it cannot be one.
+    """
+    made: list[Path] = []
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        try:
+            made += [folder for folder in (path, *path.parents) if not folder.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except (OSError, ValueError) as error:  # ValueError: a path that no folder can have
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            raise OutputError(f"cannot write to {str(path)!r}: {reason}; name another folder") from error
+        yield
+    except BaseException:
+        for folder in made:  # innermost first
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write every file or, whatever goes wrong and also on Ctrl-C, none of them. Raises OutputError.
+
+    All are written under temporary names before the first is renamed. A Ctrl-C amid the renames is answered after them.
+    """
+    ready: dict[Path, Path] = {}
+    path = Path()
+    try:
+        for path, data in files.items():
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".dnp.", delete=False) as file:
+                temporary = Path(file.name)
+                ready[temporary] = path
+                file.write(data)
+            temporary.chmod(0o666 & ~_umask())
+        with uninterrupted():
+            for temporary, path in list(ready.items()):
+                temporary.replace(path)
+                del ready[temporary]
     except OSError as error:
-        raise OutputError(f"cannot write to {path}: {error.strerror or error}; name another folder") from error
-    return path
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; name another folder") from error
+    finally:
+        for temporary in ready:
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises OutputError."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    """``write_together`` of one file."""
+    write_together({path: data})
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def png(image: Image.Image, settings: dict[str, Any] | None = None) -> bytes:
     """PNG bytes of ``image`` with ``settings`` as JSON in a text chunk; the same bytes for the same arguments."""
     info = PngImagePlugin.PngInfo()
     if settings is not None:
-        info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False, sort_keys=True))
+        info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False, sort_keys=True, allow_nan=False))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
@@ -62,7 +98,16 @@ def open_image(path: Path) -> Image.Image:
 
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            if image.width * image.height > MAX_PIXELS:
+                raise SettingsError(
+                    f"{path} has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are read; shrink it first"
+                )
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode in ("F", "I", "I;16"):
+                raise SettingsError(f"{path} has no 8-bit colours (mode {upright.mode}); convert it to RGB first")
+            return upright.convert("RGB")
+    except SettingsError:
+        raise
     except FileNotFoundError as error:
         raise SettingsError(f"there is no image {path}") from error
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
@@ -73,24 +118,34 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The settings inside a PNG that ``save`` wrote. Raises SettingsError when there are none."""
     try:
         with Image.open(path) as image:
-            image.load()
+            if image.width * image.height > MAX_PIXELS:
+                raise SettingsError(f"{path} has {image.width} x {image.height} pixels, which dnp never writes")
+            image.load()  # a picture cut short reproduces nothing
             text = image.info.get(METADATA_KEY)
+    except SettingsError:
+        raise
     except FileNotFoundError as error:
         raise SettingsError(f"there is no image {path}") from error
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise SettingsError(f"{path} cannot be read as an image: {error}") from error
     try:
         settings = json.loads(text) if isinstance(text, str) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = None
-    if not isinstance(settings, dict) or not isinstance(settings.get("request"), dict):
+    if not isinstance(settings, dict) or not isinstance(settings.get("request"), dict) or not _of_ours(settings):
         raise SettingsError(f"{path} carries no settings of ours; only PNG files written by dnp do")
     return settings
 
 
-def save(result: Result, folder: Path) -> list[Path]:
-    """Write every image of ``result`` as ``<prompt>-<seed>-<kind>.png``, kinds ``dnp`` (or ``plain``), ``dns``,
-    ``plain``; each carries the settings that reproduce it. Returns the paths, final images first.
+def _of_ours(settings: dict[str, Any]) -> bool:
+    return all(isinstance(settings.get(key), str | None) for key in ("backend", "precision", "bundle"))
+
+
+def save(result: Result, folder: Path, more: Mapping[Path, bytes] | None = None) -> list[Path]:
+    """Write every image of ``result`` as ``<prompt>-<seed>-<kind>.png``, and the files of ``more``; or none of them.
+
+    Kinds are ``dnp`` (or ``plain``), ``dns``, ``plain``; each picture carries the settings that reproduce it. Returns
+    the paths, final images first, ``more`` last. Raises OutputError.
     """
     request = result.request
     kinds = [("dnp" if request.dnp else "plain", result.images)]
@@ -100,7 +155,7 @@ def save(result: Result, folder: Path) -> list[Path]:
         kinds = [("dns", result.dns_images)]
     if result.plain_arrays is not None and request.dnp:
         kinds.append(("plain", result.plain_images))
-    paths = []
+    files: dict[Path, bytes] = {}
     for kind, images in kinds:
         for i, image in enumerate(images):
             path = folder / f"{file_name(request.prompt)}-{request.seed + i}-{kind}.png"
@@ -114,9 +169,10 @@ def save(result: Result, folder: Path) -> list[Path]:
                 "precision": result.precision,
                 "runs_on": result.runs_on,
             }
-            write_atomically(path, png(image, settings))
-            paths.append(path)
-    return paths
+            files[path] = png(image, settings)
+    files |= more or {}
+    write_together(files)
+    return list(files)
 
 
 def file_name(prompt: str) -> str:

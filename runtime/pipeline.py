@@ -15,13 +15,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from dnp.engine.bundle import Bundle
-from dnp.engine.errors import Cancelled, DnpError, SettingsError
+from dnp.engine.errors import BundleError, Cancelled, DnpError, SettingsError
 from dnp.engine.registry import open_session
 from dnp.engine.session import BackendOptions, Session
 from dnp.runtime.captioner import Captioner
 from dnp.runtime.denoise import Sample, denoise, finite, load_samples
 from dnp.runtime.request import Request, Result, Step
-from dnp.runtime.samplers import SamplerTable
+from dnp.runtime.samplers import SamplerTable, check_defaults
 from dnp.runtime.schedule import NoiseSchedule
 from dnp.runtime.tokenizer import PromptTokenizer
 
@@ -49,8 +49,14 @@ class Pipeline:
         self.bundle = bundle
         self._backend = backend
         self._options = options or BackendOptions()
-        self._schedule = NoiseSchedule.from_config(bundle.schedule)
+        try:
+            self._schedule = NoiseSchedule.from_config(bundle.schedule)
+            check_defaults(self._schedule, bundle.defaults)
+        except SettingsError as error:
+            raise BundleError(f"{bundle.path}: its own settings cannot be honoured: {error}") from error
         self._busy = threading.Lock()
+        self._closed = False
+        self._opening = 0.0  # seconds spent on opening that no result has told of
 
     @classmethod
     def open(
@@ -65,8 +71,10 @@ class Pipeline:
 
         Raises BundleError when it is missing or damaged, BackendError when ``backend`` cannot run here.
         """
+        started = time.perf_counter()
         opened = Bundle.default() if bundle is None else Bundle.open(Path(bundle))
         pipeline = cls(opened, backend, BackendOptions(threads=threads, precision=precision))
+        pipeline._opening = time.perf_counter() - started
         pipeline._encode_text  # noqa: B018  opened now, so that a backend that cannot run says so here
         return pipeline
 
@@ -101,13 +109,46 @@ class Pipeline:
         return PromptTokenizer(self.bundle)
 
     def _session(self, graph: str) -> Session:
-        return open_session(self.bundle, graph, self._backend, self._options)
+        started = time.perf_counter()
+        session = open_session(self.bundle, graph, self._backend, self._options)
+        self._opening += time.perf_counter() - started
+        return session
+
+    def _open_graphs(self, *, captioner: bool) -> Clock:
+        """A clock for one request, which has to open what is not open yet and tells of all that was opened for it."""
+        clock = Clock()
+        before, self._opening = self._opening, 0.0
+        with clock.phase("open"):
+            self.warm_up(captioner=captioner)
+        self._opening = 0.0
+        clock.add("open", before)
+        return clock
 
     def warm_up(self, *, captioner: bool = True) -> None:
         """Open every graph now rather than with the first request that needs it."""
         self._decode  # noqa: B018  reads the latents of the denoise session, so that one is opened too
         if captioner:
             self._captioner  # noqa: B018
+
+    def close(self) -> None:
+        """Free the graphs and their buffers, which can be hundreds of megabytes; the pipeline cannot be used again.
+
+        Raises DnpError while a request runs.
+        """
+        with self._exclusive():
+            for name in ("_encode_text", "_denoise", "_decode"):
+                if (session := self.__dict__.get(name)) is not None:
+                    session.close()
+            if (captioner := self.__dict__.get("_captioner")) is not None:
+                captioner.close()
+        self._busy.acquire()  # for good
+        self._closed = True
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __call__(self, prompt: str, *, progress: Callback | None = None, **settings: Any) -> Result:
         """Generate images for ``prompt``; ``settings`` are those of ``Request``.
@@ -138,7 +179,17 @@ class Pipeline:
         min_length: int = 0,
         max_length: int | None = None,
     ) -> list[str]:
-        """Put each image into words; sizes may differ."""
+        """Put each PIL image into words; sizes may differ.
+
+        The settings are those of ``Request``. Raises SettingsError for what is no PIL image and for settings that
+        cannot be honoured.
+        """
+        for image in images:
+            if not isinstance(image, Image.Image):
+                raise SettingsError(
+                    f"caption takes PIL images, not {type(image).__name__}; make one with PIL.Image.fromarray"
+                )
+        self._captioner.check(beams=beams, prefix=prefix, min_length=min_length, max_length=max_length)
         with self._exclusive():
             return [
                 self._captioner.captions(
@@ -172,10 +223,8 @@ class Pipeline:
         Dropping the generator cancels the request within the step it is in. Raises SettingsError as ``resolve`` does.
         """
         request = self.resolve(request)
-        clock = Clock()
         with self._exclusive():
-            with clock.phase("open"):
-                self.warm_up(captioner=request.runs_dns)
+            clock = self._open_graphs(captioner=request.runs_dns)
             seeds = [request.seed + i for i in range(request.images)]
             dns = plain = None
             negatives = [request.negative or ""] * request.images
@@ -205,10 +254,8 @@ class Pipeline:
             return (yield from self._sample("final", prompts, negatives, table, seeds, request, Clock()))
 
     def _dns_steps(self, request: Request) -> Generator[Step, None, Result]:
-        clock = Clock()
         with self._exclusive():
-            with clock.phase("open"):
-                self.warm_up()
+            clock = self._open_graphs(captioner=True)
             arrays, negatives = yield from self._find_negatives(request, clock)
         return self._result(request, clock, arrays, negatives, arrays, None)
 
@@ -221,6 +268,12 @@ class Pipeline:
         negatives: list[str] = []
         for start in range(0, request.images, BATCH):
             negatives += yield from clock.timed("caption", self._describe(images[start : start + BATCH], request))
+        for number, negative in enumerate(negatives):
+            if not negative.strip():
+                raise DnpError(
+                    f"the captioner has no words for the DNS image of seed {seeds[number]}, and an empty n* would be "
+                    "plain guidance; raise min_length, take another seed, or write n* yourself (negative)"
+                )
         return images, negatives
 
     def _describe(self, images: Pixels, request: Request) -> Generator[Step, None, list[str]]:
@@ -320,6 +373,8 @@ class Pipeline:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):
+            if self._closed:
+                raise DnpError("this pipeline is closed; open another one")
             raise DnpError("this pipeline is busy with another request; finish or close it, or open one per thread")
         try:
             yield
@@ -329,15 +384,21 @@ class Pipeline:
 
 def drive(steps: Generator[Step, None, T], progress: Callback | None = None) -> T:
     """Run a generator of steps to its end and return what it returns; ``progress`` may stop it with ``False``."""
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        if progress is not None and progress(step) is False:
-            steps.close()
-            raise Cancelled(f"stopped by the progress callback in {step.phase} step {step.index} of {step.total}")
+    try:
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            if progress is not None and _is_false(progress(step)):
+                raise Cancelled(f"stopped by the progress callback in {step.phase} step {step.index} of {step.total}")
+    finally:
+        steps.close()  # frees the pipeline also when the callback raised and its exception is kept
+
+
+def _is_false(answer: object) -> bool:
+    return isinstance(answer, bool | np.bool_) and not answer  # None, which most callbacks return, goes on
 
 
 class Clock:
@@ -355,6 +416,11 @@ class Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count ``seconds`` spent before the clock was started."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self._start -= seconds
 
     def timed(self, name: str, steps: Generator[S, None, T]) -> Generator[S, None, T]:
         """The same generator, with the time inside it added to ``name``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
@@ -12,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dnp.engine.errors import SettingsError
-from dnp.runtime.samplers import SamplerTable, sampler_table
+from dnp.engine.schema import shown
+from dnp.runtime.samplers import FLOAT32_MAX, SamplerTable, sampler_table
 from dnp.runtime.schedule import NoiseSchedule
 from dnp.runtime.tokenizer import check_text
 
@@ -91,6 +91,10 @@ class Request:
         Raises SettingsError for whatever cannot be honoured, before any work is done.
         """
         latents, defaults = bundle.latents, bundle.defaults
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {name: v.item() for name, v in given.items() if isinstance(v, np.generic | np.ndarray) and v.ndim == 0}
+        if plain:  # numbers that JSON can hold, whatever numpy they came as
+            return replace(self, **plain).resolve(bundle)
         full = replace(
             self,
             height=latents.height * latents.pixels if self.height is None else self.height,
@@ -151,8 +155,7 @@ class Request:
                 )
         schedule = NoiseSchedule.from_config(bundle.schedule)
         self.final_table(schedule)
-        if self.runs_dns:
-            self.dns_table(schedule)
+        self.dns_table(schedule)  # also where DNS does not run: what is stored with a picture is always valid
 
 
 @dataclass(frozen=True)
@@ -229,8 +232,9 @@ def _plain_numbers(guidance: Guidance) -> Guidance:
 
 
 def _plain_number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
-        raise SettingsError(f"guidance must be a finite number (or one a step), not {value!r}")
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not number or not abs(value) <= FLOAT32_MAX:
+        raise SettingsError(f"guidance must be a finite number (or one a step), not {shown(value)}")
     return float(value)
 
 
@@ -241,4 +245,4 @@ def _check_words(name: str, text: object) -> None:
 
 def _check_integer(name: str, value: object, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise SettingsError(f"{name} must be an integer from {least} to {most}, not {value!r}")
+        raise SettingsError(f"{name} must be an integer from {least} to {most}, not {shown(value)}")

@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dnp.engine.bundle import Defaults
 from dnp.engine.errors import SettingsError
 from dnp.engine.layout import GUIDANCE, INPUT, NOISE, OUTPUT, ROW, SLOTS, STATE, TIMESTEP
+from dnp.engine.schema import shown
 from dnp.runtime import solvers
 from dnp.runtime.schedule import CLEAN, SPACINGS, Level, NoiseSchedule, check_choice
 from dnp.runtime.solvers import Grid, Row
@@ -118,9 +120,9 @@ def sampler_table(
     count = _check_steps(steps, schedule)
     w = _check_guidance(guidance, count)
     if not (isinstance(eta, int | float | np.floating) and 0 <= eta <= 1) or isinstance(eta, bool):
-        raise SettingsError(f"eta is {eta!r}; give a number from 0 (no fresh noise) to 1")
+        raise SettingsError(f"eta is {shown(eta)}; give a number from 0 (no fresh noise) to 1")
     if eta > 0 and sampler != "ddim":
-        raise SettingsError(f"eta is {eta!r}, but {sampler} has no eta; leave it at 0, or use ddim")
+        raise SettingsError(f"eta is {shown(eta)}, but {sampler} has no eta; leave it at 0, or use ddim")
     if schedule.rescale_zero_terminal_snr and not spec.zero_snr:
         known = ", ".join(name for name, other in _SAMPLERS.items() if other.zero_snr)
         raise SettingsError(f"{sampler} cannot start from zero terminal SNR; use one of {known}")
@@ -139,6 +141,15 @@ def sampler_table(
     table = rows.astype(np.float32)
     table.flags.writeable = False
     return SamplerTable(table, init_noise_sigma, tuple(step_of_row.tolist()), noise_rows)
+
+
+def check_defaults(schedule: NoiseSchedule, defaults: Defaults) -> None:
+    """Raises SettingsError when what a bundle does by default is no table: a bundle that could never run."""
+    for sampler, steps, guidance in (
+        (defaults.sampler, defaults.steps, defaults.guidance),
+        (defaults.dns_sampler, defaults.dns_steps, -defaults.dns_guidance),
+    ):
+        sampler_table(schedule, sampler, steps, guidance)
 
 
 def identity_row() -> Table:
@@ -193,9 +204,9 @@ def _check_steps(steps: Any, schedule: NoiseSchedule) -> int:
     try:
         count = index(steps)
     except TypeError:
-        raise SettingsError(f"steps is {steps!r}; {remedy}") from None
+        raise SettingsError(f"steps is {shown(steps)}; {remedy}") from None
     if isinstance(steps, bool | np.bool_) or not 1 <= count <= most:
-        raise SettingsError(f"steps is {steps!r}; {remedy}")
+        raise SettingsError(f"steps is {shown(steps)}; {remedy}")
     return count
 
 
@@ -210,5 +221,5 @@ def _check_guidance(guidance: Any, steps: int) -> list[float]:
     for value in values:
         number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
         if not number or not abs(value) <= FLOAT32_MAX:
-            raise SettingsError(f"guidance is {value!r}; {remedy}")
+            raise SettingsError(f"guidance is {shown(value)}; {remedy}")
     return [float(value) for value in values]

@@ -47,6 +47,12 @@ class PromptTokenizer:
         self._tokenizer = _load(bundle.path / bundle.text.tokenizer)
         self._length = bundle.text.length
         self._pad = bundle.text.pad
+        empty = self._tokenizer.encode("").ids
+        if empty != [bundle.text.bos, bundle.text.eos]:
+            raise BundleError(
+                f"{bundle.path / bundle.text.tokenizer} makes {empty} of the empty prompt, where the model wants "
+                f"[{bundle.text.bos}, {bundle.text.eos}]; export the model again"
+            )
 
     def encode(self, prompts: Sequence[str]) -> npt.NDArray[np.int64]:
         """``prompts`` as int64 ids ``[B, L]``: begin, at most L − 2 tokens, end, padding.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from dnp.cli import run
 
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"
 QUICK = ["--steps", "3", "--dns-steps", "2"]
+GRAPHS = ["encode_text", "denoise", "decode_latents", "encode_image", "caption_step"]
 COMMANDS = ["generate", "dns", "explore", "caption", "export", "inspect", "doctor"]
 
 
@@ -93,6 +95,13 @@ def test_a_picture_remembers_what_ran_it(dnp, tmp_path):
     assert (json.loads(out)["backend"], json.loads(out)["precision"]) == ("openvino", "f32")
     (name,) = files(tmp_path / "first")
     assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_from_image_hears_what_is_said_of_the_precision(dnp):
+    dnp("generate", PROMPT, "--no-dnp", "--steps", 1)
+    code, _, err = dnp("generate", "--from-image", next(Path("out").iterdir()), "--precision", "f8")
+    assert code == 4
+    assert "f8" in err
 
 
 def test_from_image_takes_no_other_settings(dnp):
@@ -191,6 +200,7 @@ def test_doctor_tells_what_works(dnp):
         ([PROMPT, "--sampler", "dimm"], 2, "ddim"),
         ([PROMPT, "--backend", "cpuu"], 4, "cpu"),
         ([PROMPT, "--threads", "0"], 2, "threads"),
+        ([PROMPT, "--threads", "2147483648"], 2, "threads"),
         ([PROMPT, "--precision", "f8"], 4, "f8"),
         ([PROMPT, "--negative", "x", "--no-dnp"], 2, "DNP"),
         ([PROMPT, "--bundle", "nowhere"], 3, "nowhere"),
@@ -203,7 +213,7 @@ def test_bad_input_has_a_code_and_a_sentence_and_leaves_nothing(dnp, tmp_path, a
     assert word in err
     assert "Traceback" not in err
     assert not out
-    assert files(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_long_prompt_is_cut_with_a_word_about_it(dnp):
@@ -281,21 +291,188 @@ dnp.cli.main(["generate", {PROMPT!r}, "--compare", "--steps", "400", "--dns-step
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1] == "dnp: cancelled; nothing was written"
+    assert done.stderr.splitlines()[-1] == "dnp: cancelled"
     assert "Traceback" not in done.stderr
-    assert files(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_pictures_that_belong_together_are_written_together(tmp_path, monkeypatch, error):
+    from dnp.engine.errors import OutputError
+    from dnp.runtime import pictures
+
+    made = []
+    real = pictures.tempfile.NamedTemporaryFile
+
+    def failing(**settings):
+        made.append(settings)
+        if len(made) == 3:
+            raise error
+        return real(**settings)
+
+    monkeypatch.setattr(pictures.tempfile, "NamedTemporaryFile", failing)
+    with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt):
+        pictures.write_together({tmp_path / f"{n}.png": b"picture" for n in range(4)})
+    assert len(made) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_amid_the_renames_is_answered_after_them(tmp_path, monkeypatch):
+    from dnp.runtime import pictures
+
+    real = Path.replace
+
+    def interrupted(self, target):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pictures.write_together({tmp_path / f"{n}.png": b"picture" for n in range(3)})
+    assert files(tmp_path) == ["0.png", "1.png", "2.png"]
+
+
+def test_who_ignores_ctrl_c_goes_on_ignoring_it():
+    """A job that a shell runs in the background ignores SIGINT, and so do its imports and renames."""
+    from dnp.engine.interrupts import uninterrupted
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def shell(line, folder):
+    """A command line run by a real shell; ``dnp`` in it is the installed command."""
+    dnp_command = Path(sys.executable).with_name("dnp")
+    line = f"set -o pipefail; {line.replace('DNP', str(dnp_command))}"
+    return subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [("DNP inspect >&-", 0), ("DNP inspect 2>&-", 0), ("DNP inspect | true", 0), ("DNP inspect >/dev/full", 6)],
+)
+def test_streams_that_are_closed_or_full(tmp_path, line, code):
+    done = shell(line, tmp_path)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["schedule"].update(beta_start="x"),
+        lambda m: m["schedule"].clear(),
+        lambda m: m["defaults"].update(sampler="zz"),
+        lambda m: m["defaults"].update(guidance=1e39),
+    ],
+)
+def test_a_bundle_whose_own_settings_cannot_run(dnp, tmp_path, default_bundle, change):
+    from dnp.engine.bundle import manifest_digest
+
+    copy = tmp_path / "bundle"
+    shutil.copytree(default_bundle.path, copy)
+    manifest = json.loads((copy / "bundle.json").read_text())
+    change(manifest)
+    manifest["sha256"] = manifest_digest(manifest)
+    (copy / "bundle.json").write_text(json.dumps(manifest))
+    code, _, err = dnp("generate", PROMPT, "--bundle", copy, "--out", tmp_path / "out", *QUICK)
+    assert code == 3, err
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_from_outside(tmp_path):
     command = [sys.executable, "-c", "from dnp.cli import main; main()", "generate", PROMPT]
     command += ["--steps", "900", "--images", "8"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    time.sleep(4)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out").exists() and time.monotonic() < deadline:  # made when the work begins
+        time.sleep(0.05)
+    time.sleep(0.5)
     assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert files(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [{"backend": 3}, {"precision": []}, {"bundle": {}}, {"backend": "", "request": 1}])
+def test_from_image_refuses_settings_of_the_wrong_kind(dnp, tmp_path, change):
+    from dnp.runtime.pictures import png
+
+    settings = {"request": {"prompt": PROMPT}, "bundle": "0" * 16, "backend": "cpu", "precision": None, **change}
+    (tmp_path / "edited.png").write_bytes(png(Image.new("RGB", (8, 8)), settings))
+    code, _, err = dnp("generate", "--from-image", "edited.png")
+    assert code == 2
+    assert "no settings of ours" in err
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "word"), [((20_000, 4_000), "1", "shrink"), ((4, 4), "F", "RGB"), ((4, 4), "I;16", "RGB")]
+)
+def test_pictures_that_would_be_misread_are_refused(dnp, tmp_path, size, mode, word):
+    name = "picture.tiff" if mode == "F" else "picture.png"
+    Image.new(mode, size).save(tmp_path / name)
+    code, _, err = dnp("caption", name)
+    assert code == 2
+    assert word in err
+
+
+def test_work_that_fails_leaves_no_folder(dnp, tmp_path):
+    code, _, err = dnp("generate", PROMPT, "--no-dnp", "--steps", 2, "--guidance", 1e38, "--out", "new/pictures")
+    assert code == 1
+    assert "finite" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_no_possible_name(dnp):
+    code, _, err = dnp("generate", PROMPT, *QUICK, "--out", "x" * 300)
+    assert code == 6, err
+    assert "cannot write" in err
+
+
+def test_an_n_star_that_is_too_long_is_told(dnp):
+    code, _, err = dnp("generate", PROMPT, "--negative", "a small red circle " * 20, "--steps", 1)
+    assert code == 0
+    assert "the negative prompt is too long" in err
+
+
+def test_a_working_directory_that_is_gone(tmp_path):
+    done = shell("mkdir gone; cd gone; rmdir ../gone; DNP inspect bundle", tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "working directory" in done.stderr
+
+
+@pytest.mark.slow
+def test_export_writes_a_bundle_and_tells_how_far_it_is_from_pytorch(dnp, tmp_path, tiny_sd_folder, tiny_blip_folder):
+    """The command as a user runs it, in fp16, and the bundle run with nothing but the path."""
+    arguments = ["export", tiny_sd_folder, "half", "--captioner", tiny_blip_folder, "--precision", "fp16"]
+    code, out, err = dnp(*arguments, "--default", "steps=3", "--default", "dns_steps=2", "--default", "guidance=2.5")
+    assert code == 0, err
+    table = out.splitlines()
+    assert [line.split()[0] for line in table[1:6]] == GRAPHS
+    assert "largest error against PyTorch" in table[0]
+    assert all(re.search(r" \d\.\de[+-]\d\d \(", line) for line in table[1:6])
+    assert table[6].startswith("wrote half in ")
+    code, out, err = dnp("generate", "a red circle", "--bundle", "half", "--json")
+    assert code == 0, err
+    request = json.loads(out)["request"]
+    assert (request["steps"], request["dns_steps"], request["guidance"]) == (3, 2, 2.5)
+    code, out, _ = dnp("inspect", "half", "--json")
+    assert json.loads(out)["precision"] == "fp16"
+
+
+def test_a_failed_export_has_its_code_and_leaves_nothing(dnp, tmp_path, tiny_blip_folder):
+    (tmp_path / "model").mkdir()
+    code, _, err = dnp("export", "model", "out", "--captioner", tiny_blip_folder)
+    assert code == 5, err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    code, _, err = dnp("export", "model", "out", "--captioner", tiny_blip_folder, "--default", "steps")
+    assert code == 2, err
 
 
 def test_saved_pixels_are_the_results_pixels(dnp):

@@ -44,7 +44,8 @@ def test_a_call_returns_everything(pipeline):
     assert all(result.negatives)
     assert {"dns", "caption", "plain", "final", "decode", "total"} <= set(result.seconds)
     assert sum(v for k, v in result.seconds.items() if k != "total") <= result.seconds["total"]
-    assert None not in dataclasses.asdict(result.request).keys() - {"negative", "spacing", "dns_spacing"}
+    unsaid = {name for name, value in dataclasses.asdict(result.request).items() if value is None}
+    assert unsaid == {"negative", "spacing", "dns_spacing"}
 
 
 def test_the_same_settings_give_the_same_bits(pipeline):
@@ -108,6 +109,33 @@ def test_a_callback_cancels_within_a_step(pipeline, phase):
         pipeline(PROMPT, progress=stop, compare=True, **QUICK)
     assert seen.count(phase) == 1
     assert pipeline(PROMPT, **QUICK).images  # and the pipeline is free again
+
+
+def test_a_callback_that_raises_frees_the_pipeline(pipeline):
+    def fail(step):
+        raise LookupError("of the caller")
+
+    with pytest.raises(LookupError) as kept:
+        pipeline(PROMPT, progress=fail, **QUICK)
+    assert kept.value.__traceback__ is not None  # which holds every frame of the call
+    assert pipeline(PROMPT, **QUICK).images
+
+
+def test_opening_is_counted_once():
+    fresh = dnp.Pipeline.open()
+    first, second = fresh(PROMPT, **QUICK).seconds, fresh(PROMPT, **QUICK).seconds
+    assert first["open"] > second["open"]
+    assert first["total"] >= sum(v for k, v in first.items() if k != "total")
+
+
+def test_an_empty_caption_is_no_negative_prompt(pipeline, monkeypatch):
+    def silent(*_, **__):
+        return [""]
+        yield
+
+    monkeypatch.setattr(pipeline._captioner, "steps", silent)
+    with pytest.raises(DnpError, match="min_length"):
+        pipeline(PROMPT, **QUICK)
 
 
 def test_previews_become_the_image(pipeline):
@@ -176,6 +204,10 @@ def test_other_sizes(pipeline):
         ({"guidance": float("inf")}, "inf"),
         ({"guidance": [1.0, float("-inf")]}, "inf"),
         ({"guidance": "strong"}, "strong"),
+        ({"guidance": 10**400}, "finite"),
+        ({"guidance": 1j}, "1j"),
+        ({"dnp": False, "dns_steps": -7}, "-7"),
+        ({"dnp": False, "dns_eta": float("nan")}, "nan"),
         ({"dns_guidance": float("nan")}, "nan"),
         ({"height": 63}, "63"),
         ({"height": 0}, "height"),
@@ -187,7 +219,9 @@ def test_other_sizes(pipeline):
         ({"eta": 2.0}, "eta"),
         ({"seed": -1}, "-1"),
         ({"seed": True}, "True"),
-        ({"seed": 2**70}, str(2**70)),
+        ({"seed": 2**70}, "seed .* huge"),
+        ({"steps": 10**5000}, "huge"),
+        ({"images": 10**5000}, "huge"),
         ({"images": 0}, "images"),
         ({"images": 10**6}, "1000000"),
         ({"beams": 0}, "beams"),
@@ -203,6 +237,44 @@ def test_bad_settings_are_refused_before_any_work(pipeline, settings, word):
     with pytest.raises(SettingsError, match=word):
         pipeline.run(Request.from_dict({"prompt": PROMPT, **settings}), steps.append)
     assert not steps
+
+
+def test_numbers_of_numpy_are_numbers(pipeline):
+    given = {
+        "seed": np.int64(4),
+        "steps": np.int32(2),
+        "guidance": np.array(3.0),
+        "dnp": np.False_,
+        "eta": np.float32(0),
+    }
+    ours = pipeline(PROMPT, **given)
+    assert json.loads(json.dumps(ours.request.to_dict())) == ours.request.to_dict()
+    theirs = pipeline(PROMPT, seed=4, steps=2, guidance=3.0, dnp=False)
+    assert np.array_equal(ours.arrays, theirs.arrays)
+    with pytest.raises(Cancelled):
+        pipeline(PROMPT, steps=2, dnp=False, progress=lambda step: np.False_)
+
+
+@pytest.mark.parametrize("images", [[np.zeros((8, 8, 3), np.uint8)], ["picture.png"]])
+def test_what_is_no_picture_is_not_captioned(pipeline, images):
+    with pytest.raises(SettingsError, match=r"PIL\.Image"):
+        pipeline.caption(images)
+    with pytest.raises(SettingsError, match="beams"):
+        pipeline.caption([], beams=-1)
+
+
+def test_a_closed_pipeline_says_so():
+    with dnp.Pipeline.open() as pipeline:
+        assert pipeline(PROMPT, **QUICK).negatives
+        steps = pipeline.steps(Request(PROMPT, dnp=False, steps=2))
+        next(steps)
+        with pytest.raises(DnpError, match="busy"):
+            pipeline.close()
+        steps.close()
+    with pytest.raises(DnpError, match="closed"):
+        pipeline(PROMPT, **QUICK)
+    with pytest.raises(DnpError, match="closed"):
+        pipeline.close()
 
 
 def test_latents_that_overflow_are_a_named_error(pipeline):

@@ -56,7 +56,8 @@ def clip(tmp_path_factory):
     CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=LENGTH).save_pretrained(folder)
     reference = CLIPTokenizer.from_pretrained(folder)
     (folder / "prompt.json").write_text(reference.backend_tokenizer.to_str(), encoding="utf-8")
-    text = SimpleNamespace(tokenizer="prompt.json", length=LENGTH, pad=reference.pad_token_id)
+    bos, eos = reference.bos_token_id, reference.eos_token_id
+    text = SimpleNamespace(tokenizer="prompt.json", length=LENGTH, bos=bos, eos=eos, pad=reference.pad_token_id)
     return reference, PromptTokenizer(SimpleNamespace(path=folder, text=text))
 
 
@@ -188,6 +189,14 @@ def test_ids_beyond_the_vocabulary_are_left_out(bert):
     reference, tokenizer = bert
     row = [len(reference) + 5, *reference("the red circle").input_ids]
     assert tokenizer.decode(row) == "the red circle"
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_a_bundle_error(clip, tmp_path):
+    reference, _ = clip
+    (tmp_path / "prompt.json").write_text(reference.backend_tokenizer.to_str(), encoding="utf-8")
+    text = SimpleNamespace(tokenizer="prompt.json", length=LENGTH, bos=3, eos=4, pad=0)
+    with pytest.raises(BundleError, match=r"empty prompt.*\[3, 4\]"):
+        PromptTokenizer(SimpleNamespace(path=tmp_path, text=text))
 
 
 def test_a_broken_tokenizer_file_is_a_bundle_error(tmp_path):

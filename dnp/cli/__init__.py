@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad settings or usage, 3 bundle, 4 backend, 5 export, 6 ou
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -18,23 +19,35 @@ Exit codes:
   4    a backend that cannot run here
   5    a model that cannot be exported
   6    a place that cannot be written to
-  130  cancelled (Ctrl-C); nothing was written
+  130  cancelled (Ctrl-C, SIGTERM); no picture or bundle is half-written
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
+    _usable_streams()
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = run(arguments)
     except KeyboardInterrupt:
-        print("dnp: cancelled; nothing was written", file=sys.stderr)
+        print("dnp: cancelled", file=sys.stderr)
         code = 130
-    # A reader that went away (`dnp inspect | head`) is met while flushing; the work itself was done.
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def _usable_streams() -> None:
+    """Closed streams swallow what they are told; a name that the terminal's encoding lacks is shown escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123  for the life of the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _terminated(*_: object) -> None:
+    """SIGTERM is an order to stop, as Ctrl-C is: what is half-written is cleaned up."""
+    raise KeyboardInterrupt
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,12 @@ from dnp.cli.options import (
     Engine,
     Progress,
     caption_options,
+    dns_options,
     engine_options,
+    final_options,
+    image_options,
     json_option,
     out_option,
-    sampling_options,
     say,
     warn_if_truncated,
 )
@@ -36,7 +39,9 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Reproduce a picture that dnp made, from the settings inside it; other settings are not taken.",
 )
-@sampling_options
+@image_options
+@final_options
+@dns_options
 @caption_options
 @engine_options
 @out_option
@@ -54,7 +59,7 @@ def generate(
     **settings: Any,
 ) -> None:
     """Generate images for PROMPT by diffusion-negative prompting."""
-    from dnp.runtime.pictures import file_name, output_folder, save, write_atomically
+    from dnp.runtime.pictures import file_name, output_folder, save
     from dnp.runtime.request import Request
 
     if from_image is not None:
@@ -68,21 +73,21 @@ def generate(
     if from_image is not None:
         _same_bundle(pipeline, from_image)
     request = pipeline.resolve(request)
-    output_folder(out)
-    warn_if_truncated(pipeline, request.prompt, request.negative)
-    with Progress() as progress:
-        result = pipeline.run(request, progress)
-    paths = save(result, out)
-    if request.compare:
-        paths.append(out / f"{file_name(request.prompt)}-{request.seed}-compared.png")
-        write_atomically(paths[-1], _side_by_side(result))
+    warn_if_truncated(pipeline, "prompt", request.prompt)
+    with output_folder(out):
+        with Progress() as progress:
+            result = pipeline.run(request, progress)
+        warn_if_truncated(pipeline, "negative prompt", *dict.fromkeys(result.negatives))
+        compared = out / f"{file_name(request.prompt)}-{request.seed}-compared.png"
+        paths = save(result, out, {compared: _side_by_side(result)} if request.compare else None)
     say(_report(result, paths), as_json, _summary(result, paths))
 
 
 @click.command()
 @click.argument("prompt")
 @click.option("--images", type=int, default=1, show_default=True, help="How many, with seeds counted up.")
-@sampling_options
+@image_options
+@dns_options
 @caption_options
 @engine_options
 @out_option
@@ -100,18 +105,20 @@ def dns(
 
     pipeline = engine.open()
     request = pipeline.resolve(Request(prompt, **settings))
-    output_folder(out)
-    warn_if_truncated(pipeline, prompt)
-    with Progress() as progress:
-        result = pipeline.dns(progress=progress, **request.to_dict())
-    paths = save(result, out)
+    warn_if_truncated(pipeline, "prompt", prompt)
+    with output_folder(out):
+        with Progress() as progress:
+            result = pipeline.dns(progress=progress, **request.to_dict())
+        paths = save(result, out)
     say(_report(result, paths), as_json, _summary(result, paths))
 
 
 @click.command()
 @click.argument("prompt")
 @click.option("--images", type=int, default=4, show_default=True, help="How many seeds, a row each.")
-@sampling_options
+@image_options
+@final_options
+@dns_options
 @caption_options
 @engine_options
 @out_option
@@ -133,24 +140,29 @@ def explore(
 
     pipeline = engine.open()
     request = pipeline.resolve(Request(prompt, compare=True, **settings))
-    output_folder(out)
-    warn_if_truncated(pipeline, prompt)
-    with Progress() as progress:
-        result = pipeline.run(request, progress)
-        alone = drive(pipeline.sample([""] * request.images, result.negatives, request), progress)
-    rows = [
-        [(plain, ""), (dns_image, f"n* = {negative}"), (negative_only, ""), (pair, "")]
-        for plain, dns_image, negative_only, pair, negative in zip(
-            result.plain_images, result.dns_images, to_images(alone), result.images, result.negatives, strict=True
-        )
-    ]
-    picture = sheet(
-        rows,
-        headings=["p alone", "DNS image", "n* alone, as negative", "the pair (p, n*)"],
-        titles=[f"seed {request.seed + i}" for i in range(request.images)],
-    )
+    warn_if_truncated(pipeline, "prompt", prompt)
     path = out / f"{file_name(prompt)}-{request.seed}-explored.png"
-    write_atomically(path, png(picture))
+    with output_folder(out):
+        with Progress() as progress:
+            result = pipeline.run(request, progress)
+            started = time.perf_counter()
+            alone = drive(pipeline.sample([""] * request.images, result.negatives, request), progress)
+        spent = time.perf_counter() - started
+        seconds = {**result.seconds, "alone": spent, "total": result.seconds["total"] + spent}
+        result = replace(result, seconds=seconds)
+        warn_if_truncated(pipeline, "negative prompt", *dict.fromkeys(result.negatives))
+        rows = [
+            [(plain, ""), (dns_image, f"n* = {negative}"), (negative_only, ""), (pair, "")]
+            for plain, dns_image, negative_only, pair, negative in zip(
+                result.plain_images, result.dns_images, to_images(alone), result.images, result.negatives, strict=True
+            )
+        ]
+        picture = sheet(
+            rows,
+            headings=["p alone", "DNS image", "n* alone, as negative", "the pair (p, n*)"],
+            titles=[f"seed {request.seed + i}" for i in range(request.images)],
+        )
+        write_atomically(path, png(picture))
     lines = [f"seed {request.seed + i}: n* = {negative}" for i, negative in enumerate(result.negatives)]
     say(_report(result, [path]), as_json, "\n".join([*lines, f"wrote {path}"]))
 
@@ -193,7 +205,8 @@ def _settings_of(context: click.Context, path: Path, engine: Engine) -> tuple[Re
         raise click.UsageError(f"--from-image takes its settings from the picture; leave out {names}")
     settings = read_settings(path)
     if engine.backend is None:
-        engine = replace(engine, backend=settings.get("backend"), precision=settings.get("precision"))
+        precision = settings.get("precision") if engine.precision is None else engine.precision
+        engine = replace(engine, backend=settings.get("backend"), precision=precision)
     return Request.from_dict(settings["request"]), engine
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,17 +89,29 @@ def caption_options(function: F) -> F:
     )(function)
 
 
-def sampling_options(function: F) -> F:
-    """The settings of both passes. What is left out is the bundle's default."""
+def image_options(function: F) -> F:
+    """What the images of both passes have in common. A size that is left out is the bundle's."""
     return _stacked(
         click.option("--seed", type=int, default=0, show_default=True, help="Starting noise; image i uses seed + i."),
         click.option("--height", type=int, help="In pixels."),
         click.option("--width", type=int, help="In pixels."),
+    )(function)
+
+
+def final_options(function: F) -> F:
+    """The settings of the final pass. What is left out is the bundle's default."""
+    return _stacked(
         click.option("--sampler", help="Sampler of the final pass, e.g. ddim, euler, dpmpp_2m, unipc."),
         click.option("--steps", type=int, help="Steps of the final pass."),
         click.option("--guidance", type=float, help="Guidance scale w of the final pass."),
         click.option("--eta", type=float, default=0.0, help="Share of fresh noise in the final pass (ddim), 0 to 1."),
         click.option("--spacing", help="Timesteps of the final pass: leading, linspace or trailing."),
+    )(function)
+
+
+def dns_options(function: F) -> F:
+    """The settings of the DNS pass. What is left out is the bundle's default."""
+    return _stacked(
         click.option("--dns-seed", type=int, help="Starting noise of the DNS pass; --seed when left out."),
         click.option("--dns-sampler", help="Sampler of the DNS pass."),
         click.option("--dns-steps", type=int, help="Steps of the DNS pass."),
@@ -108,13 +121,13 @@ def sampling_options(function: F) -> F:
     )(function)
 
 
-def warn_if_truncated(pipeline: Pipeline, *texts: str | None) -> None:
-    """Say on stderr what the text encoder will not see."""
+def warn_if_truncated(pipeline: Pipeline, name: str, *texts: str | None) -> None:
+    """Say on stderr what the text encoder does not see of ``texts``."""
     for text in texts:
         lost = pipeline.tokenizer.truncated(text) if text else None
         if lost:
             shown = lost if len(lost) <= 60 else f"{lost[:57]}..."
-            click.echo(f"dnp: the prompt is too long for the model; left out: {shown!r}", err=True)
+            click.echo(f"dnp: the {name} is too long for the model; left out: {shown!r}", err=True)
 
 
 class Progress:
@@ -151,4 +164,13 @@ class Progress:
 
 def say(report: dict[str, Any], as_json: bool, text: str) -> None:
     """The outcome of a command on stdout: a line of JSON, or text for people."""
-    click.echo(json.dumps(report, ensure_ascii=False) if as_json else text)
+    from dnp.engine.errors import OutputError
+
+    try:
+        click.echo(json.dumps(report, ensure_ascii=False, allow_nan=False) if as_json else text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader went away (`dnp inspect | head`); the work was done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"cannot write to stdout: {error.strerror or error}; what it tells of was done") from error
