@@ -6,7 +6,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image, ImageDraw
 
+from dnp import Pipeline
 from dnp.engine import open_session
 from dnp.runtime.denoise import Sample, denoise, load_samples
 from dnp.runtime.samplers import sampler_table
@@ -130,3 +133,58 @@ def test_decoded_image_equals_diffusers(default_bundle, graphs, peer):
         output_type="pil",
     ).images[0]
     assert np.abs(ours[0] - np.asarray(theirs).astype(int)).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Fifty drawings unlike each other, in sizes that the captioner has to shrink, stretch and enlarge."""
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(50):
+        picture = Image.new("RGB", tuple(int(n) for n in rng.integers(40, 200, 2)), tuple(rng.integers(0, 256, 3)))
+        pen = ImageDraw.Draw(picture)
+        for _ in range(int(rng.integers(1, 4))):
+            x, y = rng.uniform(0, 0.6, 2) * picture.size
+            box = (x, y, x + picture.width * rng.uniform(0.1, 0.4), y + picture.height * rng.uniform(0.1, 0.4))
+            (pen.ellipse if rng.random() < 0.5 else pen.rectangle)(box, fill=tuple(rng.integers(0, 256, 3)))
+        drawn.append(picture)
+    return drawn
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_shipped_captioner_captions_as_transformers(pictures, model_folder, beams):
+    model = transformers.BlipForConditionalGeneration.from_pretrained(model_folder / "blip", dtype=torch.float32).eval()
+    processor = transformers.BlipProcessor.from_pretrained(model_folder / "blip", use_fast=False)
+    with torch.inference_mode():
+        ids = model.generate(**processor(images=pictures, return_tensors="pt"), num_beams=beams, max_length=32)
+    theirs = processor.batch_decode(ids, skip_special_tokens=True)
+    assert len(set(theirs)) > 10
+    assert Pipeline.open().caption(pictures, beams=beams, max_length=32) == theirs
+
+
+def test_the_shipped_tokenizer_gives_transformers_ids(default_bundle, model_folder):
+    reference = transformers.CLIPTokenizer.from_pretrained(model_folder / "stable-diffusion" / "tokenizer")
+    words = [
+        "a",
+        "large",
+        "RED",
+        "circle",
+        "left",
+        "of",
+        "xyz",
+        "é",
+        "e\u0301",
+        "日本",
+        "🙂",
+        "'s",
+        "12",
+        "\t",
+        "<b>",
+        "ﬁ",
+    ]
+    rng = np.random.default_rng(1)
+    prompts = [" ".join(rng.choice(words, int(rng.integers(0, 60)))) for _ in range(3000)]
+    prompts += ["".join(map(chr, rng.integers(1, 0xD800, int(rng.integers(0, 40))))) for _ in range(1000)]
+    theirs = reference(prompts, padding="max_length", truncation=True, max_length=default_bundle.text.length)
+    ours = PromptTokenizer(default_bundle).encode(prompts)
+    np.testing.assert_array_equal(ours, theirs.input_ids)
