@@ -59,7 +59,7 @@ def save_blip(folder: Path, model: BlipForConditionalGeneration) -> None:
 def package(work: Path, out: Path) -> None:
     """Assemble what is trained so far into ``out/tiny`` and ``out/scorer``."""
     text = trained(train_text.Reader(work), train_text.RECIPE, work)["text"]
-    unet = trained(train_diffusion.Refiner(work), train_diffusion.REFINED, work)
+    unet = train_diffusion.trained_unet(work)
     save_stable_diffusion(out / "tiny" / "stable-diffusion", text, unet, standard_vae(work))
     if checkpoint(train_blip.CAPTIONS, work).exists():
         blip = trained(train_blip.Captioning(work), train_blip.CAPTIONS, work)

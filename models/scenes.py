@@ -182,22 +182,29 @@ def examples(seed: int, count: int, held_out: bool = False) -> Iterator[tuple[Sc
     return (example(seed, index, held_out) for index in range(count))
 
 
-def _matches(wanted: tuple[Thing, ...], seen: tuple[Thing, ...]) -> int:
-    """Attributes that agree, pair by pair, as far as there are pairs."""
-    return sum(
-        (a.size == b.size) + (a.colour == b.colour) + (a.shape == b.shape) for a, b in zip(wanted, seen, strict=False)
-    )
+def matched(wanted: Scene, seen: Scene) -> tuple[list[tuple[Thing, Thing | None]], bool]:
+    """Each wanted object with the seen one that it fits, under the better of the two ways to match, and the relation.
+
+    The relation is right when the objects stand as wanted: side by side, stacked or alone, and the right way round.
+    """
+    things = [*seen.things, *[None] * (len(wanted.things) - len(seen.things))]
+    straight = list(zip(wanted.things, things, strict=False)), wanted.layout == seen.layout
+    crossed = list(zip(wanted.things, things[::-1], strict=False)), False
+    return max(straight, crossed, key=lambda match: sum(map(_agreement, match[0])) + match[1])
+
+
+def _agreement(pair: tuple[Thing, Thing | None]) -> int:
+    """How many attributes of two objects agree, 0 to 3."""
+    a, b = pair
+    return 0 if b is None else (a.size == b.size) + (a.colour == b.colour) + (a.shape == b.shape)
 
 
 def adherence(wanted: Scene, seen: Scene) -> float:
-    """Share of the wanted attributes that are seen, under the better of the two ways to match objects.
+    """Share of the wanted attributes that are seen, the objects matched as by ``matched``.
 
     Two objects have nine attributes (size, colour, shape of each; relation; ground colour and texture), one has six
-    (the relation is then "alone"). The relation counts only when the objects stand the right way round.
+    (the relation is then "alone").
     """
+    pairs, relation = matched(wanted, seen)
     ground = (wanted.ground == seen.ground) + (wanted.texture == seen.texture)
-    straight = _matches(wanted.things, seen.things) + (wanted.layout == seen.layout)
-    crossed = _matches(wanted.things[::-1], seen.things)
-    if len(wanted.things) < len(seen.things):
-        crossed = _matches(wanted.things, seen.things[::-1])
-    return (ground + max(straight, crossed)) / (3 * len(wanted.things) + 3)
+    return (ground + sum(map(_agreement, pairs)) + relation) / (3 * len(wanted.things) + 3)

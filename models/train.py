@@ -45,8 +45,10 @@ def main() -> None:
         "text": training(train_text.Reader(work), train_text.RECIPE, 1),
         "latents": lambda: train_diffusion.cache_latents(work),
         "contexts": lambda: train_diffusion.cache_contexts(work),
-        "diffusion": training(train_diffusion.Denoiser(work), train_diffusion.RECIPE),
-        "refined": training(train_diffusion.Refiner(work), train_diffusion.REFINED),
+        **{
+            recipe.name: training(train_diffusion.Denoiser(work, run), recipe)
+            for run, recipe in enumerate(train_diffusion.RUNS)
+        },
         "decoded": lambda: train_blip.decode_some(work),
         "looking": training(train_blip.Looking(work), train_blip.VISION, 1),
         "captioning": training(train_blip.Captioning(work), train_blip.CAPTIONS, 1),

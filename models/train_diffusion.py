@@ -16,8 +16,11 @@ from tqdm import tqdm, trange
 from train_text import load_captions
 from training import DTYPE, Recipe, save_whole, trained
 
-RECIPE = Recipe("diffusion", steps=1200, rate=1e-3, average=0.995, warmup=60)
-REFINED = Recipe("refined", steps=2000, rate=7e-4, average=0.995, warmup=60, seed=1)  # colours come first, shapes late
+# Each run starts from the weights that the one before ended with. Colours come first, shapes late.
+RUNS = (
+    Recipe("diffusion", steps=1200, rate=1e-3, average=0.995, warmup=60),
+    Recipe("refined", steps=2000, rate=7e-4, average=0.995, warmup=60, seed=1),
+)
 LATENTS = 40_000
 BATCH = 48  # latents, each process
 EMPTY = 0.15  # share of captions replaced by the empty one, which is what guidance is measured against
@@ -93,11 +96,13 @@ class Denoiser:
     decided. Where little noise is left, the weight is capped (min-SNR, 5).
     """
 
-    def __init__(self, work: Path) -> None:
-        self.work = work
+    def __init__(self, work: Path, run: int) -> None:
+        self.work, self.run = work, run
 
     def build(self) -> nn.Module:
         """See ``Task.build``."""
+        if self.run:
+            return trained_unet(self.work, self.run - 1).requires_grad_(True)
         unet = new_unet()
         plain_attention(unet)
         return unet
@@ -120,9 +125,6 @@ class Denoiser:
         return (weight * (v - (alpha * eps - sigma * x_0)).square()).mean()
 
 
-class Refiner(Denoiser):
-    """The same again, from the weights that the first run ended with."""
-
-    def build(self) -> nn.Module:
-        """See ``Task.build``."""
-        return trained(Denoiser(self.work), RECIPE, self.work).requires_grad_(True)
+def trained_unet(work: Path, run: int = len(RUNS) - 1) -> nn.Module:
+    """The UNet after a run, the last one when none is named."""
+    return trained(Denoiser(work, run), RUNS[run], work)

@@ -54,6 +54,8 @@ def test_adherence_counts_attributes_under_the_best_match(scenes: ModuleType) ->
     assert scenes.adherence(wanted, turned) == pytest.approx(8 / 9)  # only the relation is wrong
     assert scenes.adherence(wanted, alone) == pytest.approx(5 / 9)  # one object and the ground
     assert scenes.adherence(alone, wanted) == pytest.approx(5 / 6)  # all but being alone
+    assert scenes.matched(wanted, turned) == ([(thing, thing) for thing in wanted.things], False)
+    assert scenes.matched(wanted, wanted)[1]
     assert scenes.parse("a photo of a cat") is None
 
 
