@@ -1,30 +1,35 @@
-"""Ctrl-C, held back for the length of something that must not be cut in two."""
+"""Ctrl-C and SIGTERM, held back for the length of something that must not be cut in two."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Answer a Ctrl-C that comes inside the block after it: raises KeyboardInterrupt at its end.
+    """Answer a Ctrl-C or SIGTERM that comes inside the block at its end, by the handler that was there before.
 
     For renames that belong together, and for importing extension modules, which turn a KeyboardInterrupt into an
-    ImportError. Nothing is done in other threads than the main one, where no Ctrl-C arrives, and in programs that
-    ignore Ctrl-C or answer it in their own way.
+    ImportError. Nothing is done in other threads than the main one, where no signal is answered; a signal that is
+    ignored, or ends the process without a handler in Python, is left alone.
     """
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
     came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, lambda got, _: came.append(got))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for held, handler in handlers.items():
+            signal.signal(held, handler)
         if came:
-            raise KeyboardInterrupt
+            handlers[came[0]](came[0], None)

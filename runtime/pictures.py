@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -55,6 +56,9 @@ def write_together(files: Mapping[Path, bytes]) -> None:
     path = Path()
     try:
         for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)  # another process may have tidied it away
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".dnp.", delete=False) as file:
                 temporary = Path(file.name)
                 ready[temporary] = path
@@ -133,7 +137,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict) or not isinstance(settings.get("request"), dict) or not _of_ours(settings):
-        raise SettingsError(f"{path} carries no settings of ours; only PNG files written by dnp do")
+        raise SettingsError(
+            f"{path} carries no settings of ours; name a single picture that dnp wrote, not a sheet of several"
+        )
     return settings
 
 

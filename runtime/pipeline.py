@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from dnp.engine.errors import BundleError, Cancelled, DnpError, SettingsError
 from dnp.engine.registry import open_session
 from dnp.engine.session import BackendOptions, Session
 from dnp.runtime.captioner import Captioner
+from dnp.runtime.clock import Clock
 from dnp.runtime.denoise import Sample, denoise, finite, load_samples
 from dnp.runtime.request import Request, Result, Step
 from dnp.runtime.samplers import SamplerTable, check_defaults
@@ -29,7 +30,6 @@ from dnp.runtime.tokenizer import PromptTokenizer
 # an image, and an image must be reproducible from its settings alone.
 BATCH = 8
 
-S = TypeVar("S")
 T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
 Callback = Callable[[Step], object]
@@ -125,7 +125,8 @@ class Pipeline:
         return clock
 
     def warm_up(self, *, captioner: bool = True) -> None:
-        """Open every graph now rather than with the first request that needs it."""
+        """Open every graph now rather than with the first request that needs it. Raises DnpError when closed."""
+        self._check_open()
         self._decode  # noqa: B018  reads the latents of the denoise session, so that one is opened too
         if captioner:
             self._captioner  # noqa: B018
@@ -133,8 +134,10 @@ class Pipeline:
     def close(self) -> None:
         """Free the graphs and their buffers, which can be hundreds of megabytes; the pipeline cannot be used again.
 
-        Raises DnpError while a request runs.
+        Closing it again does nothing. Raises DnpError while a request runs.
         """
+        if self._closed:
+            return
         with self._exclusive():
             for name in ("_encode_text", "_denoise", "_decode"):
                 if (session := self.__dict__.get(name)) is not None:
@@ -145,7 +148,12 @@ class Pipeline:
         self._closed = True
 
     def __enter__(self) -> Pipeline:
+        self._check_open()
         return self
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise DnpError("this pipeline is closed; open another one")
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -172,7 +180,7 @@ class Pipeline:
 
     def caption(
         self,
-        images: Sequence[Image.Image],
+        images: Iterable[Image.Image],
         *,
         beams: int = 1,
         prefix: str = "",
@@ -184,13 +192,16 @@ class Pipeline:
         The settings are those of ``Request``. Raises SettingsError for what is no PIL image and for settings that
         cannot be honoured.
         """
+        if isinstance(images, Image.Image) or not isinstance(images, Iterable):
+            raise SettingsError(f"caption takes a list of PIL images, not one {type(images).__name__}")
+        images = list(images)
         for image in images:
             if not isinstance(image, Image.Image):
                 raise SettingsError(
                     f"caption takes PIL images, not {type(image).__name__}; make one with PIL.Image.fromarray"
                 )
-        self._captioner.check(beams=beams, prefix=prefix, min_length=min_length, max_length=max_length)
         with self._exclusive():
+            self._captioner.check(beams=beams, prefix=prefix, min_length=min_length, max_length=max_length)
             return [
                 self._captioner.captions(
                     np.asarray(image.convert("RGB"))[None],
@@ -207,6 +218,10 @@ class Pipeline:
 
         Raises SettingsError for whatever cannot be honoured.
         """
+        if not isinstance(request, Request):
+            raise SettingsError(
+                f"not a Request but {type(request).__name__}; call the pipeline with a prompt, or make one"
+            )
         request = request.resolve(self.bundle)
         if request.runs_dns:
             self._captioner.check(
@@ -316,8 +331,8 @@ class Pipeline:
             with clock.phase("decode"):
                 if not finite(self._denoise.outputs["latents"].read()):
                     raise DnpError(
-                        f"the latents of the {phase} pass are no longer finite numbers; lower the guidance, "
-                        "or use a bundle of higher precision"
+                        f"the latents of the {phase} pass are no longer finite numbers; bring the guidance nearer "
+                        "to 0, or use a bundle of higher precision"
                     )
                 images.append(self._decode_now())
         return np.concatenate(images)
@@ -343,6 +358,7 @@ class Pipeline:
 
     def _decode_now(self) -> Pixels:
         """The present latents as uint8 ``[B, H, W, 3]``."""
+        self._check_open()  # a preview may have outlived the pipeline
         batch, _, height, width = self._denoise.outputs["latents"].shape
         self._decode.reshape(batch=batch, height=height, width=width)
         self._decode.run()
@@ -373,8 +389,7 @@ class Pipeline:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):
-            if self._closed:
-                raise DnpError("this pipeline is closed; open another one")
+            self._check_open()
             raise DnpError("this pipeline is busy with another request; finish or close it, or open one per thread")
         try:
             yield
@@ -399,40 +414,3 @@ def drive(steps: Generator[Step, None, T], progress: Callback | None = None) -> 
 
 def _is_false(answer: object) -> bool:
     return isinstance(answer, bool | np.bool_) and not answer  # None, which most callbacks return, goes on
-
-
-class Clock:
-    """Seconds spent per phase; what the consumer of a generator does between steps is not counted."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to ``name``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def add(self, name: str, seconds: float) -> None:
-        """Count ``seconds`` spent before the clock was started."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self._start -= seconds
-
-    def timed(self, name: str, steps: Generator[S, None, T]) -> Generator[S, None, T]:
-        """The same generator, with the time inside it added to ``name``."""
-        while True:
-            with self.phase(name):
-                try:
-                    step = next(steps)
-                except StopIteration as stop:
-                    result: T = stop.value
-                    return result
-            yield step
-
-    def total(self) -> dict[str, float]:
-        """The seconds by phase and their ``total``, wall-clock."""
-        return {**self.seconds, "total": time.perf_counter() - self._start}

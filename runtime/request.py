@@ -91,22 +91,21 @@ class Request:
         Raises SettingsError for whatever cannot be honoured, before any work is done.
         """
         latents, defaults = bundle.latents, bundle.defaults
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        plain = {name: v.item() for name, v in given.items() if isinstance(v, np.generic | np.ndarray) and v.ndim == 0}
-        if plain:  # numbers that JSON can hold, whatever numpy they came as
-            return replace(self, **plain).resolve(bundle)
+        given = replace(self, **{field.name: _plain(getattr(self, field.name)) for field in fields(self)})
         full = replace(
-            self,
-            height=latents.height * latents.pixels if self.height is None else self.height,
-            width=latents.width * latents.pixels if self.width is None else self.width,
-            sampler=defaults.sampler if self.sampler is None else self.sampler,
-            steps=defaults.steps if self.steps is None else self.steps,
-            guidance=_plain_numbers(defaults.guidance if self.guidance is None else self.guidance),
-            dns_seed=self.seed if self.dns_seed is None else self.dns_seed,
-            dns_sampler=defaults.dns_sampler if self.dns_sampler is None else self.dns_sampler,
-            dns_steps=defaults.dns_steps if self.dns_steps is None else self.dns_steps,
-            dns_guidance=_plain_numbers(defaults.dns_guidance if self.dns_guidance is None else self.dns_guidance),
-            max_length=bundle.caption.max_length if self.max_length is None else self.max_length,
+            given,
+            height=latents.height * latents.pixels if given.height is None else given.height,
+            width=latents.width * latents.pixels if given.width is None else given.width,
+            sampler=defaults.sampler if given.sampler is None else given.sampler,
+            steps=defaults.steps if given.steps is None else given.steps,
+            guidance=_plain_numbers("guidance", defaults.guidance if given.guidance is None else given.guidance),
+            dns_seed=given.seed if given.dns_seed is None else given.dns_seed,
+            dns_sampler=defaults.dns_sampler if given.dns_sampler is None else given.dns_sampler,
+            dns_steps=defaults.dns_steps if given.dns_steps is None else given.dns_steps,
+            dns_guidance=_plain_numbers(
+                "dns_guidance", defaults.dns_guidance if given.dns_guidance is None else given.dns_guidance
+            ),
+            max_length=bundle.caption.max_length if given.max_length is None else given.max_length,
         )
         full._check(bundle)
         return full
@@ -126,7 +125,12 @@ class Request:
         assert self.dns_sampler is not None and self.dns_steps is not None and self.dns_guidance is not None
         s = self.dns_guidance
         w = [-v for v in s] if isinstance(s, Sequence) else -s
-        return sampler_table(schedule, self.dns_sampler, self.dns_steps, w, eta=self.dns_eta, spacing=self.dns_spacing)
+        try:
+            return sampler_table(
+                schedule, self.dns_sampler, self.dns_steps, w, eta=self.dns_eta, spacing=self.dns_spacing
+            )
+        except SettingsError as error:
+            raise SettingsError(f"DNS pass: {error}") from error
 
     def _check(self, bundle: Bundle) -> None:
         _check_words("prompt", self.prompt)
@@ -166,7 +170,8 @@ class Step:
         phase: ``dns``, ``caption``, ``plain`` or ``final``.
         index: how many steps of the phase are done, from 1.
         total: how many there are (for ``caption`` the most there can be).
-        preview: decodes the present latents to a uint8 ``[B, H, W, 3]`` array; costs one VAE decode.
+        preview: decodes the present latents to a uint8 ``[B, H, W, 3]`` array; costs one VAE decode. To be called
+            before the next step: it shows the latents as they are then.
     """
 
     phase: str
@@ -224,17 +229,24 @@ def to_images(arrays: npt.NDArray[np.uint8]) -> list[Image]:
     return [Image.fromarray(array) for array in arrays]
 
 
-def _plain_numbers(guidance: Guidance) -> Guidance:
+def _plain(value: Any) -> Any:
+    """A scalar of numpy as one that JSON can hold; anything else as it is."""
+    if isinstance(value, np.floating):
+        return float(value)  # a long double stays one under item()
+    return value.item() if isinstance(value, np.generic | np.ndarray) and value.ndim == 0 else value
+
+
+def _plain_numbers(name: str, guidance: Guidance) -> Guidance:
     """Numbers that JSON can hold, whatever numpy or tuple they came as; nonsense is left for the check."""
     if isinstance(guidance, np.ndarray | list | tuple):
-        return [_plain_number(value) for value in guidance]
-    return _plain_number(guidance)
+        return [_plain_number(name, value) for value in guidance]
+    return _plain_number(name, guidance)
 
 
-def _plain_number(value: Any) -> float:
+def _plain_number(name: str, value: Any) -> float:
     number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     if not number or not abs(value) <= FLOAT32_MAX:
-        raise SettingsError(f"guidance must be a finite number (or one a step), not {shown(value)}")
+        raise SettingsError(f"{name} must be a finite number (or one a step), not {shown(value)}")
     return float(value)
 
 

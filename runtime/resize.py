@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from dnp.engine.errors import SettingsError
 
+MAX_SIDE = 32_768  # pixels: a matrix has as many columns
 _FRACTION = 2.0**22  # Pillow keeps 32 − 8 − 2 bits behind the point
 
 
@@ -22,11 +23,14 @@ def resize_matrices(height: int, width: int, size: int) -> tuple[npt.NDArray[np.
     """The matrices that resize an image of ``height`` × ``width`` to ``size`` × ``size``.
 
     Returns ``columns`` float32 ``[width, size]`` and ``rows`` float32 ``[size, height]``, both read-only. Every weight
-    is a multiple of 2⁻²², which float32 holds exactly. Raises SettingsError when a length is no positive integer.
+    is a multiple of 2⁻²², which float32 holds exactly. Raises SettingsError when a length is no positive integer,
+    or beyond ``MAX_SIDE``.
     """
     for name, value in (("height", height), ("width", width), ("size", size)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise SettingsError(f"image {name} must be a positive whole number, not {value!r}")
+        if value > MAX_SIDE:
+            raise SettingsError(f"image {name} is {value}, at most {MAX_SIDE} pixels are read; shrink the image first")
     return _weights(int(width), int(size)).T, _weights(int(height), int(size))
 
 

@@ -35,7 +35,7 @@ def check_text(text: object, name: str = "prompt") -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise SettingsError(
-            f"the {name} holds half of a surrogate pair at {error.start}, so it is not text: {reprlib.repr(text)}"
+            f"the {name} is not text: it is no valid Unicode (or UTF-8) at {error.start}: {reprlib.repr(text)}"
         ) from None
     return text
 

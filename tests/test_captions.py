@@ -187,7 +187,7 @@ def test_stale_caches_are_never_read(captioner, images):
      ({"beams": True}, "beams"), ({"max_length": 1}, "max_length"), ({"max_length": 33}, "max_length"),
      ({"max_length": "9"}, "max_length"), ({"min_length": -1}, "min_length"), ({"min_length": 33}, "min_length"),
      ({"min_length": 9, "max_length": 8}, "min_length"), ({"prefix": "a " * 31}, "31 tokens"),
-     ({"prefix": "a a a", "max_length": 4}, "3 tokens"), ({"prefix": "\ud800"}, "surrogate"),
+     ({"prefix": "a a a", "max_length": 4}, "3 tokens"), ({"prefix": "\ud800"}, "UTF-8"),
      ({"prefix": None}, "text")],
 )  # fmt: skip
 def test_bad_settings_are_refused_before_any_work(captioner, images, settings, reason):

@@ -188,7 +188,7 @@ def test_doctor_tells_what_works(dnp):
         ([], 2, "PROMPT"),
         ([""], 2, "empty"),
         (["x" * 120_000], 2, "characters"),
-        ([os.fsdecode(b"\xff\xfe\x00".replace(b"\x00", b"\x80"))], 2, "surrogate"),
+        ([os.fsdecode(b"\xff\xfe\x00".replace(b"\x00", b"\x80"))], 2, "UTF-8"),
         ([PROMPT, "--steps", "0"], 2, "steps"),
         ([PROMPT, "--steps", "-5"], 2, "steps"),
         ([PROMPT, "--steps", "1000000"], 2, "1000000"),
@@ -296,6 +296,27 @@ dnp.cli.main(["generate", {PROMPT!r}, "--compare", "--steps", "400", "--dns-step
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_a_pictures_place_costs_no_picture(dnp, tmp_path):
+    _, out, _ = dnp("generate", PROMPT, *QUICK, "--json")
+    final, dns_picture = map(Path, json.loads(out)["images"])
+    before = final.read_bytes()
+    dns_picture.unlink()
+    dns_picture.mkdir()
+    code, _, err = dnp("generate", PROMPT, "--steps", 1, "--dns-steps", 1)
+    assert code == 6
+    assert "directory" in err
+    assert final.read_bytes() == before
+
+
+def test_a_folder_that_another_process_tidied_away_is_made_again(tmp_path):
+    from dnp.runtime import pictures
+
+    with pictures.output_folder(tmp_path / "out"):
+        (tmp_path / "out").rmdir()
+        pictures.write_together({tmp_path / "out" / "0.png": b"picture"})
+    assert files(tmp_path) == ["out/0.png"]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_pictures_that_belong_together_are_written_together(tmp_path, monkeypatch, error):
     from dnp.engine.errors import OutputError
@@ -317,18 +338,25 @@ def test_pictures_that_belong_together_are_written_together(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_amid_the_renames_is_answered_after_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_amid_the_renames_is_answered_after_them(tmp_path, monkeypatch, number):
+    from dnp.cli import _terminated
     from dnp.runtime import pictures
+
+    before = signal.signal(number, _terminated if number == signal.SIGTERM else signal.default_int_handler)
 
     real = Path.replace
 
     def interrupted(self, target):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         return real(self, target)
 
     monkeypatch.setattr(Path, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pictures.write_together({tmp_path / f"{n}.png": b"picture" for n in range(3)})
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pictures.write_together({tmp_path / f"{n}.png": b"picture" for n in range(3)})
+    finally:
+        signal.signal(number, before)
     assert files(tmp_path) == ["0.png", "1.png", "2.png"]
 
 
@@ -354,7 +382,15 @@ def shell(line, folder):
 
 @pytest.mark.parametrize(
     ("line", "code"),
-    [("DNP inspect >&-", 0), ("DNP inspect 2>&-", 0), ("DNP inspect | true", 0), ("DNP inspect >/dev/full", 6)],
+    [
+        ("DNP inspect >&-", 0),
+        ("DNP inspect 2>&-", 0),
+        ("DNP inspect | true", 0),
+        ("DNP inspect >/dev/full", 6),
+        ("DNP --help >/dev/full", 6),
+        ("DNP inspect nope 2>/dev/full", 3),
+        ("DNP generate 2>/dev/full", 2),
+    ],
 )
 def test_streams_that_are_closed_or_full(tmp_path, line, code):
     done = shell(line, tmp_path)
@@ -412,7 +448,8 @@ def test_from_image_refuses_settings_of_the_wrong_kind(dnp, tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    ("size", "mode", "word"), [((20_000, 4_000), "1", "shrink"), ((4, 4), "F", "RGB"), ((4, 4), "I;16", "RGB")]
+    ("size", "mode", "word"),
+    [((20_000, 4_000), "1", "shrink"), ((60_000, 1), "L", "shrink"), ((4, 4), "F", "RGB"), ((4, 4), "I;16", "RGB")],
 )
 def test_pictures_that_would_be_misread_are_refused(dnp, tmp_path, size, mode, word):
     name = "picture.tiff" if mode == "F" else "picture.png"

@@ -45,6 +45,14 @@ def test_every_extra_exists_and_none_brings_both_onnxruntimes():
     assert not {"onnxruntime", "onnxruntime-gpu", "torch"} & (by_extra[""] | (by_extra["export"] - {"torch"}))
 
 
+def test_the_wheel_is_typed_and_holds_the_default_bundle():
+    import dnp
+
+    package = Path(dnp.__file__).parent
+    assert (package / "py.typed").is_file()
+    assert (package / "default" / "bundle.json").is_file()
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A copy of the sources, and the ``bin`` folder of a new environment with ``.[cpu]`` installed from it."""

@@ -10,6 +10,7 @@ import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import dnp
 from dnp.engine.errors import Cancelled, DnpError, SettingsError
@@ -206,7 +207,7 @@ def test_other_sizes(pipeline):
         ({"guidance": "strong"}, "strong"),
         ({"guidance": 10**400}, "finite"),
         ({"guidance": 1j}, "1j"),
-        ({"dnp": False, "dns_steps": -7}, "-7"),
+        ({"dnp": False, "dns_steps": -7}, "DNS pass: .*-7"),
         ({"dnp": False, "dns_eta": float("nan")}, "nan"),
         ({"dns_guidance": float("nan")}, "nan"),
         ({"height": 63}, "63"),
@@ -251,6 +252,8 @@ def test_numbers_of_numpy_are_numbers(pipeline):
     assert json.loads(json.dumps(ours.request.to_dict())) == ours.request.to_dict()
     theirs = pipeline(PROMPT, seed=4, steps=2, guidance=3.0, dnp=False)
     assert np.array_equal(ours.arrays, theirs.arrays)
+    long = pipeline(PROMPT, seed=4, steps=2, guidance=np.longdouble(3), eta=np.longdouble(0), dnp=False)
+    assert np.array_equal(long.arrays, theirs.arrays)
     with pytest.raises(Cancelled):
         pipeline(PROMPT, steps=2, dnp=False, progress=lambda step: np.False_)
 
@@ -261,6 +264,14 @@ def test_what_is_no_picture_is_not_captioned(pipeline, images):
         pipeline.caption(images)
     with pytest.raises(SettingsError, match="beams"):
         pipeline.caption([], beams=-1)
+    with pytest.raises(SettingsError, match="list"):
+        pipeline.caption(Image.new("RGB", (9, 9)))
+    assert len(pipeline.caption(Image.new("RGB", (9, 9)) for _ in range(2))) == 2
+
+
+def test_a_prompt_is_no_request(pipeline):
+    with pytest.raises(SettingsError, match="str"):
+        pipeline.run(PROMPT)
 
 
 def test_a_closed_pipeline_says_so():
@@ -271,10 +282,16 @@ def test_a_closed_pipeline_says_so():
         with pytest.raises(DnpError, match="busy"):
             pipeline.close()
         steps.close()
+        step = next(steps := pipeline.steps(Request(PROMPT, dnp=False, steps=2)))
+        steps.close()
+    with pytest.raises(DnpError, match="closed"):
+        step.preview()
     with pytest.raises(DnpError, match="closed"):
         pipeline(PROMPT, **QUICK)
-    with pytest.raises(DnpError, match="closed"):
-        pipeline.close()
+    for use in (pipeline.warm_up, pipeline.__enter__, lambda: pipeline.caption([])):
+        with pytest.raises(DnpError, match="closed"):
+            use()
+    pipeline.close()  # does nothing
 
 
 def test_latents_that_overflow_are_a_named_error(pipeline):

@@ -138,7 +138,7 @@ def test_cut_off_text_after_marks_that_normalisation_joins(clip):
 
 @pytest.mark.parametrize(
     ("prompt", "reason"),
-    [("\ud800 half", "surrogate"), ("a\0b", "NUL"), (None, "NoneType"), (b"\x89PNG\x00", "bytes"), (3, "int"),
+    [("\ud800 half", "UTF-8"), ("a\0b", "NUL"), (None, "NoneType"), (b"\x89PNG\x00", "bytes"), (3, "int"),
      ("x" * (MAX_CHARACTERS + 1), "100001 characters"), ("x" * 10_000_000, "10000000 characters")],
     ids=["surrogate", "NUL", "none", "bytes", "number", "long", "huge"],
 )  # fmt: skip

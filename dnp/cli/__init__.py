@@ -16,7 +16,7 @@ Exit codes:
   1    an error of any other kind
   2    a setting, prompt or image that cannot be honoured
   3    a bundle that is missing, damaged or too new
-  4    a backend that cannot run here
+  4    a backend that cannot run here, or a package that is not installed
   5    a model that cannot be exported
   6    a place that cannot be written to
   130  cancelled (Ctrl-C, SIGTERM); no picture or bundle is half-written
@@ -29,10 +29,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = run(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        print("dnp: cancelled", file=sys.stderr)
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one changes nothing
+            signal.signal(number, signal.SIG_IGN)
+        _complain("cancelled")
         code = 130
+    except BrokenPipeError:  # the reader went away
+        code = 0
+        _swallow("stdout")
+    except OSError as error:
+        _complain(f"cannot write to stdout: {error.strerror or error}")
+        code = 6
+        _swallow("stdout")
     sys.exit(code)
+
+
+def _complain(text: str) -> None:
+    """Say it on stderr, where that is possible: what cannot be said does not change the exit code."""
+    try:
+        print(f"dnp: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        _swallow("stderr")
+
+
+def _swallow(name: str) -> None:
+    """Let nothing be written to a broken stream at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, name).fileno())
 
 
 def _usable_streams() -> None:
@@ -69,11 +92,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         returned = dnp.main(arguments, prog_name="dnp", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        try:
+            error.show()
+        except OSError:
+            _swallow("stderr")
         return error.exit_code
     except click.Abort:  # click's own name for Ctrl-C
         raise KeyboardInterrupt from None
     except DnpError as error:
-        print(f"dnp: {error}", file=sys.stderr)
+        _complain(str(error))
         return error.exit_code
     return returned if isinstance(returned, int) else 0

@@ -47,8 +47,11 @@ def export(
     """
     from tqdm import tqdm
 
+    from dnp.engine.interrupts import uninterrupted
+
     try:
-        from dnp.export.bundle import export_bundle
+        with uninterrupted():
+            from dnp.export.bundle import export_bundle
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("dnp"):
             raise

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--from-image",
     type=click.Path(path_type=Path),
-    help="Reproduce a picture that dnp made, from the settings inside it; other settings are not taken.",
+    help="Reproduce a picture that dnp made, with its request, from the settings inside it; no others are taken.",
 )
 @image_options
 @final_options
@@ -164,7 +164,7 @@ def explore(
         )
         write_atomically(path, png(picture))
     lines = [f"seed {request.seed + i}: n* = {negative}" for i, negative in enumerate(result.negatives)]
-    say(_report(result, [path]), as_json, "\n".join([*lines, f"wrote {path}"]))
+    say(_report(result, [path]), as_json, "\n".join([*lines, f"wrote {path}", _time(result)]))
 
 
 @click.command()
@@ -254,5 +254,9 @@ def _summary(result: Result, paths: list[Path]) -> str:
         for i, negative in enumerate(result.negatives)
     ]
     lines += [f"wrote {path}" for path in paths]
+    return "\n".join([*lines, _time(result)])
+
+
+def _time(result: Result) -> str:
     spent = ", ".join(f"{name} {value:.2f} s" for name, value in result.seconds.items())
-    return "\n".join([*lines, f"time: {spent} ({result.runs_on})"])
+    return f"time: {spent} ({result.runs_on})"
