@@ -100,16 +100,23 @@ def open_image(path: Path) -> Image.Image:
     """An image file as an RGB image, rotated as its EXIF says. Raises SettingsError when it is none."""
     from PIL import ImageOps
 
+    with _opened(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in ("F", "I", "I;16"):
+            raise SettingsError(f"{path} has no 8-bit colours (mode {upright.mode}); convert it to RGB first")
+        return upright.convert("RGB")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file of a bearable size, its pixels not read yet; what goes wrong in the block is a SettingsError."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise SettingsError(
                     f"{path} has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are read; shrink it first"
                 )
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("F", "I", "I;16"):
-                raise SettingsError(f"{path} has no 8-bit colours (mode {upright.mode}); convert it to RGB first")
-            return upright.convert("RGB")
+            yield image
     except SettingsError:
         raise
     except FileNotFoundError as error:
@@ -120,18 +127,9 @@ def open_image(path: Path) -> Image.Image:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings inside a PNG that ``save`` wrote. Raises SettingsError when there are none."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise SettingsError(f"{path} has {image.width} x {image.height} pixels, which dnp never writes")
-            image.load()  # a picture cut short reproduces nothing
-            text = image.info.get(METADATA_KEY)
-    except SettingsError:
-        raise
-    except FileNotFoundError as error:
-        raise SettingsError(f"there is no image {path}") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise SettingsError(f"{path} cannot be read as an image: {error}") from error
+    with _opened(path) as image:
+        image.load()  # a picture cut short reproduces nothing
+        text = image.info.get(METADATA_KEY)
     try:
         settings = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):

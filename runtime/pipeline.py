@@ -109,6 +109,7 @@ class Pipeline:
         return PromptTokenizer(self.bundle)
 
     def _session(self, graph: str) -> Session:
+        self._check_open()
         started = time.perf_counter()
         session = open_session(self.bundle, graph, self._backend, self._options)
         self._opening += time.perf_counter() - started
@@ -144,8 +145,7 @@ class Pipeline:
                     session.close()
             if (captioner := self.__dict__.get("_captioner")) is not None:
                 captioner.close()
-        self._busy.acquire()  # for good
-        self._closed = True
+            self._closed = True
 
     def __enter__(self) -> Pipeline:
         self._check_open()
@@ -389,9 +389,9 @@ class Pipeline:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):
-            self._check_open()
             raise DnpError("this pipeline is busy with another request; finish or close it, or open one per thread")
         try:
+            self._check_open()
             yield
         finally:
             self._busy.release()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from dnp.engine.errors import SettingsError
 from dnp.engine.schema import shown
-from dnp.runtime.samplers import FLOAT32_MAX, SamplerTable, sampler_table
+from dnp.runtime.samplers import SamplerTable, is_guidance, sampler_table
 from dnp.runtime.schedule import NoiseSchedule
 from dnp.runtime.tokenizer import check_text
 
@@ -237,15 +237,14 @@ def _plain(value: Any) -> Any:
 
 
 def _plain_numbers(name: str, guidance: Guidance) -> Guidance:
-    """Numbers that JSON can hold, whatever numpy or tuple they came as; nonsense is left for the check."""
+    """Numbers that JSON can hold, whatever numpy or tuple they came as. Raises SettingsError for what is no number."""
     if isinstance(guidance, np.ndarray | list | tuple):
         return [_plain_number(name, value) for value in guidance]
     return _plain_number(name, guidance)
 
 
 def _plain_number(name: str, value: Any) -> float:
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not number or not abs(value) <= FLOAT32_MAX:
+    if not is_guidance(value):
         raise SettingsError(f"{name} must be a finite number (or one a step), not {shown(value)}")
     return float(value)
 

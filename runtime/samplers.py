@@ -210,6 +210,12 @@ def _check_steps(steps: Any, schedule: NoiseSchedule) -> int:
     return count
 
 
+def is_guidance(value: object) -> bool:
+    """Whether ``value`` is a number that a table can hold as guidance scale."""
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return number and bool(abs(value) <= FLOAT32_MAX)  # type: ignore[arg-type]
+
+
 def _check_guidance(guidance: Any, steps: int) -> list[float]:
     """w of each step, [steps], every value finite in float32."""
     remedy = "give a finite number, or one for each step"
@@ -219,7 +225,6 @@ def _check_guidance(guidance: Any, steps: int) -> list[float]:
     if len(values) != steps:
         raise SettingsError(f"guidance has {len(values)} values for {steps} steps; {remedy}")
     for value in values:
-        number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-        if not number or not abs(value) <= FLOAT32_MAX:
+        if not is_guidance(value):
             raise SettingsError(f"guidance is {shown(value)}; {remedy}")
     return [float(value) for value in values]

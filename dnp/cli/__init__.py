@@ -5,10 +5,11 @@ Exit codes: 0 done, 2 bad settings or usage, 3 bundle, 4 backend, 5 export, 6 ou
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
+
+from dnp.cli.streams import complain, make_usable, swallow
 
 EXIT_CODES = """\b
 Exit codes:
@@ -25,7 +26,7 @@ Exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
-    _usable_streams()
+    make_usable()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = run(arguments)
@@ -33,39 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):  # a second one changes nothing
             signal.signal(number, signal.SIG_IGN)
-        _complain("cancelled")
+        complain("cancelled")
         code = 130
     except BrokenPipeError:  # the reader went away
         code = 0
-        _swallow("stdout")
+        swallow("stdout")
     except OSError as error:
-        _complain(f"cannot write to stdout: {error.strerror or error}")
+        complain(f"cannot write to stdout: {error.strerror or error}")
         code = 6
-        _swallow("stdout")
+        swallow("stdout")
     sys.exit(code)
-
-
-def _complain(text: str) -> None:
-    """Say it on stderr, where that is possible: what cannot be said does not change the exit code."""
-    try:
-        print(f"dnp: {text}", file=sys.stderr, flush=True)
-    except OSError:
-        _swallow("stderr")
-
-
-def _swallow(name: str) -> None:
-    """Let nothing be written to a broken stream at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, name).fileno())
-
-
-def _usable_streams() -> None:
-    """Closed streams swallow what they are told; a name that the terminal's encoding lacks is shown escaped."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123  for the life of the process
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _terminated(*_: object) -> None:
@@ -95,11 +73,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         try:
             error.show()
         except OSError:
-            _swallow("stderr")
+            swallow("stderr")
         return error.exit_code
     except click.Abort:  # click's own name for Ctrl-C
         raise KeyboardInterrupt from None
     except DnpError as error:
-        _complain(str(error))
+        complain(str(error))
         return error.exit_code
     return returned if isinstance(returned, int) else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from dnp.cli.streams import swallow
 
 if TYPE_CHECKING:
     from dnp.runtime.pipeline import Pipeline
@@ -170,7 +171,7 @@ def say(report: dict[str, Any], as_json: bool, text: str) -> None:
         click.echo(json.dumps(report, ensure_ascii=False, allow_nan=False) if as_json else text)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader went away (`dnp inspect | head`); the work was done
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        swallow("stdout")
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        swallow("stdout")
         raise OutputError(f"cannot write to stdout: {error.strerror or error}; what it tells of was done") from error
