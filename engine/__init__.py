@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dnp.engine.bundle import Bundle, GraphSpec, TensorSpec, seal
-    from dnp.engine.registry import BackendReport, backend_names, doctor, open_graph, open_session
-    from dnp.engine.session import BackendOptions, Buffer, Session
+    from dnp.engine.registry import BackendReport, backend_names, doctor, open_backend, open_graph, open_session
+    from dnp.engine.session import Backend, BackendOptions, Buffer, Session
 
 _HOMES = {
+    "Backend": "session",
     "BackendOptions": "session",
     "BackendReport": "registry",
     "Buffer": "session",
@@ -23,12 +24,14 @@ _HOMES = {
     "TensorSpec": "bundle",
     "backend_names": "registry",
     "doctor": "registry",
+    "open_backend": "registry",
     "open_graph": "registry",
     "open_session": "registry",
     "seal": "bundle",
 }
 
 __all__ = [
+    "Backend",
     "BackendOptions",
     "BackendReport",
     "Buffer",
@@ -38,6 +41,7 @@ __all__ = [
     "TensorSpec",
     "backend_names",
     "doctor",
+    "open_backend",
     "open_graph",
     "open_session",
     "seal",

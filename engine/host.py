@@ -81,6 +81,7 @@ class HostSession(Session):
         self.inputs = MappingProxyType(self._inputs)
         self.outputs = MappingProxyType(self._outputs)
         self._linked: set[str] = set()
+        self._carried: dict[str, str] = {}  # input: output
         self._bound: dict[str, Array] = {}
         self._dims: dict[str, int] | None = None
         self._closed = False
@@ -131,10 +132,20 @@ class HostSession(Session):
         wanted = np.dtype(self.graph.inputs[name].dtype)
         if buffer.dtype != wanted:
             raise SettingsError(f"{where}: input {name!r} is {wanted}, {buffer.name!r} holds {buffer.dtype}")
+        if name in self._carried:
+            raise SettingsError(f"{where}: input {name!r} takes over {self._carried[name]!r}, and cannot be linked")
         if name not in self._linked:
             self._inputs[name].free()
             self._linked.add(name)
         self._inputs[name] = buffer
+
+    def carry(self, into: str, output: str) -> None:
+        """See ``Session.carry``."""
+        self._require_open()
+        self._check_carried(into, output)
+        if into in self._linked:
+            raise SettingsError(f"graph {self.graph.name!r}: input {into!r} is linked, nothing can be carried into it")
+        self._carried[into] = output
 
     def run(self) -> None:
         """See ``Session.run``."""
@@ -149,6 +160,8 @@ class HostSession(Session):
             raise BackendError(
                 f"graph {self.graph.name!r} failed on {self.backend} with {self._dims}: {first_line(error)}"
             ) from error
+        for into, output in self._carried.items():
+            np.copyto(self._inputs[into].view, self._outputs[output].view)
 
     def close(self) -> None:
         """See ``Session.close``."""

@@ -14,10 +14,12 @@ from dnp.engine.interrupts import uninterrupted
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.processor import core_count, processor_name
 from dnp.engine.schema import REMEDY, nearest
-from dnp.engine.session import Array, BackendOptions
+from dnp.engine.session import Array, Backend, BackendOptions
 
 if TYPE_CHECKING:
     import openvino
+
+    from dnp.engine.bundle import Bundle
 
 DEVICE: Final = "CPU"
 PRECISIONS: Final = ("f32", "bf16")
@@ -120,6 +122,19 @@ class OpenVinoSession(HostSession):
     def _release(self) -> None:
         self._results.clear()
         del self._request
+
+
+class OpenVinoBackend(Backend):
+    """OpenVINO on the processor; its sessions share one core."""
+
+    name = "openvino"
+
+    def __init__(self, options: BackendOptions) -> None:
+        self.options = options
+
+    def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> OpenVinoSession:
+        """See ``Backend.session``."""
+        return OpenVinoSession(graph, self.options)
 
 
 def _tensors(ports: Any) -> dict[str, tuple[str, tuple[Any, ...]]]:

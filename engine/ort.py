@@ -10,10 +10,12 @@ from dnp.engine.interrupts import uninterrupted
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.processor import core_count
 from dnp.engine.schema import REMEDY
-from dnp.engine.session import Array, BackendOptions
+from dnp.engine.session import Array, Backend, BackendOptions
 
 if TYPE_CHECKING:
     import onnxruntime
+
+    from dnp.engine.bundle import Bundle
 
 PROVIDER: Final = "CPUExecutionProvider"
 PRECISIONS: Final = ("f32",)
@@ -83,6 +85,19 @@ class OrtSession(HostSession):
 
     def _release(self) -> None:
         del self._binding, self._session
+
+
+class CpuBackend(Backend):
+    """ONNX Runtime on the processor; its sessions share nothing."""
+
+    name = "cpu"
+
+    def __init__(self, options: BackendOptions) -> None:
+        self.options = options
+
+    def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> OrtSession:
+        """See ``Backend.session``."""
+        return OrtSession(graph, self.options)
 
 
 def _settings(ort: Any, threads: int) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
@@ -17,32 +17,21 @@ from dnp.engine.errors import BackendError
 from dnp.engine.manifest import GraphSpec, TensorSpec
 from dnp.engine.processor import core_count, processor_name
 from dnp.engine.schema import nearest
-from dnp.engine.session import BackendOptions, Session
-
-
-def _open_cpu(graph: GraphSpec, options: BackendOptions) -> Session:
-    from dnp.engine.ort import OrtSession
-
-    return OrtSession(graph, options)
-
-
-def _open_openvino(graph: GraphSpec, options: BackendOptions) -> Session:
-    from dnp.engine.openvino import OpenVinoSession
-
-    return OpenVinoSession(graph, options)
+from dnp.engine.session import Backend, BackendOptions, Session
 
 
 @dataclass(frozen=True)
-class _Backend:
-    open: Callable[[GraphSpec, BackendOptions], Session]
+class _Kind:
+    home: str  # the module with the class, imported when it is opened
+    backend: str
     package: str
     extra: str
     precisions: tuple[str, ...]  # the first is the one in use when none is asked for
 
 
 _BACKENDS: Final = {
-    "cpu": _Backend(_open_cpu, "onnxruntime", "cpu", ("f32",)),
-    "openvino": _Backend(_open_openvino, "openvino", "openvino", ("f32", "bf16")),
+    "cpu": _Kind("ort", "CpuBackend", "onnxruntime", "cpu", ("f32",)),
+    "openvino": _Kind("openvino", "OpenVinoBackend", "openvino", "openvino", ("f32", "bf16")),
 }
 
 
@@ -51,20 +40,27 @@ def backend_names() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
+def open_backend(name: str = "cpu", options: BackendOptions | None = None) -> Backend:
+    """The backend called ``name``. Raises BackendError when it is unknown, not installed, or cannot run here."""
+    if not isinstance(name, str) or name not in _BACKENDS:
+        raise BackendError(f"unknown backend {name!r}, {nearest(str(name), _BACKENDS)}")
+    kind = _BACKENDS[name]
+    backend: Backend = getattr(import_module(f"dnp.engine.{kind.home}"), kind.backend)(options or BackendOptions())
+    return backend
+
+
 def open_session(bundle: Bundle, graph: str, backend: str = "cpu", options: BackendOptions | None = None) -> Session:
     """Open one of the bundle's graphs on a backend, and on no other one.
 
     Raises BackendError when the backend is unknown, not installed, or cannot run here; BundleError when the
     bundle has no such graph, or when its file is no graph that the backend can load.
     """
-    return open_graph(bundle.graph(graph), backend, options)
+    return open_backend(backend, options).session(bundle.graph(graph), bundle)
 
 
 def open_graph(graph: GraphSpec, backend: str = "cpu", options: BackendOptions | None = None) -> Session:
     """``open_session`` for a graph that is in no bundle. Raises what it raises."""
-    if not isinstance(backend, str) or backend not in _BACKENDS:
-        raise BackendError(f"unknown backend {backend!r}, {nearest(str(backend), _BACKENDS)}")
-    return _BACKENDS[backend].open(graph, options or BackendOptions())
+    return open_backend(backend, options).session(graph)
 
 
 @dataclass(frozen=True)
@@ -94,22 +90,22 @@ def doctor() -> list[BackendReport]:
     with tempfile.TemporaryDirectory(prefix="dnp-doctor-") as folder:
         graph = GraphSpec("doctor", Path(folder) / "tiny.onnx", {"x": _TINY_SPEC}, {"y": _TINY_SPEC})
         graph.path.write_bytes(base64.b64decode(_TINY))
-        return [_examine(name, backend, graph) for name, backend in _BACKENDS.items()]
+        return [_examine(name, kind, graph) for name, kind in _BACKENDS.items()]
 
 
-def _examine(name: str, backend: _Backend, graph: GraphSpec) -> BackendReport:
+def _examine(name: str, kind: _Kind, graph: GraphSpec) -> BackendReport:
     works, why_not, remedy = [], "", ""
-    for precision in backend.precisions:
+    for precision in kind.precisions:
         failure = _try(name, graph, precision)
         if not failure:
             works.append(precision)
-        elif precision == backend.precisions[0]:
+        elif precision == kind.precisions[0]:
             why_not = failure
-            remedy = f"pip install --force-reinstall 'dnp-engine[{backend.extra}]'"
-    installed = _installed(backend.package)
+            remedy = f"pip install --force-reinstall 'dnp-engine[{kind.extra}]'"
+    installed = _installed(kind.package)
     if why_not and not installed:
-        why_not, remedy = f"{backend.package} is not installed", f"pip install 'dnp-engine[{backend.extra}]'"
-    if backend.package == "onnxruntime":
+        why_not, remedy = f"{kind.package} is not installed", f"pip install 'dnp-engine[{kind.extra}]'"
+    if kind.package == "onnxruntime":
         gpu = _installed("onnxruntime-gpu")
         if installed and gpu:
             why_not = f"{installed} and {gpu} are both installed, and have overwritten each other's files"
@@ -117,7 +113,7 @@ def _examine(name: str, backend: _Backend, graph: GraphSpec) -> BackendReport:
         installed = installed or gpu
     return BackendReport(
         name=name,
-        works=bool(works) and works[0] == backend.precisions[0],
+        works=bool(works) and works[0] == kind.precisions[0],
         version=installed,
         device=f"{processor_name()}, {core_count()} threads",
         precisions=tuple(works),

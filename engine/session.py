@@ -9,13 +9,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dnp.engine.errors import SettingsError
 from dnp.engine.manifest import GraphSpec
+from dnp.engine.schema import nearest
+
+if TYPE_CHECKING:
+    from dnp.engine.bundle import Bundle
 
 Array = npt.NDArray[Any]
 MAX_THREADS = 1024
@@ -107,6 +111,40 @@ class Session(ABC):
         """
 
     @abstractmethod
+    def carry(self, into: str, output: str) -> None:
+        """From now on each run ends with ``inputs[into]`` taking over ``outputs[output]``, where they lie.
+
+        What a loop carries from run to run is part of the run, so a device needs nothing from the host in between.
+
+        Raises SettingsError when the names, shapes or dtypes do not fit, or when the input is linked.
+        """
+
+    def _check_carried(self, into: str, output: str) -> None:
+        where, known = f"graph {self.graph.name!r}", (self.graph.inputs, self.graph.outputs)
+        for name, side, specs in zip((into, output), ("input", "output"), known, strict=True):
+            if name not in specs:
+                raise SettingsError(f"{where}: no {side} {name!r} to carry, {nearest(name, specs)}")
+        if self.graph.inputs[into] != self.graph.outputs[output]:
+            raise SettingsError(
+                f"{where}: {output!r} cannot be carried into {into!r}, {self.graph.outputs[output].to_dict()} into "
+                f"{self.graph.inputs[into].to_dict()}"
+            )
+
+    def bucket(self, symbol: str, size: int) -> int:
+        """The size to run ``size`` at: the next one that this session is prepared for, ``size`` itself where any is.
+
+        The caller fills up what lies between. Raises SettingsError when no size is large enough.
+        """
+        return size
+
+    def prepare(self) -> None:  # noqa: B027  there is nothing to prepare in ordinary memory
+        """Run once at the present sizes, so that later runs at them need nothing of the host but their start.
+
+        For warm-up, never while serving: it may take long, and what the buffers hold is unspecified afterwards.
+        Raises what ``run`` raises.
+        """
+
+    @abstractmethod
     def run(self) -> None:
         """Compute the outputs from the inputs. On a device this may return before the work is done.
 
@@ -134,3 +172,25 @@ class Session(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Backend(ABC):
+    """Where graphs run, and what the sessions opened there share: a device, its memory, its compiled plans.
+
+    Attributes:
+        name: as the user calls it.
+        options: how it was told to run.
+    """
+
+    name: str
+    options: BackendOptions
+
+    @abstractmethod
+    def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> Session:
+        """Open ``graph``; ``bundle`` is the one it belongs to, which backends with plans of their own need.
+
+        Raises BackendError when it cannot run here, BundleError when its file is no graph that can be loaded.
+        """
+
+    def close(self) -> None:  # noqa: B027  most have nothing to free
+        """Free what the sessions shared. They are closed before."""

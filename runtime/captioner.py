@@ -25,7 +25,7 @@ class Captioner:
     """Captions images with the sessions ``encode`` (``encode_image``) and ``step`` (``caption_step``) of one bundle.
 
     The caches never leave the device: the cross-attention keys are read where ``encode`` wrote them, and a step's
-    caches are copied to the next step's, whose ``parent`` input puts them in the order of the surviving beams.
+    caches are carried to the next step, whose ``parent`` input puts them in the order of the surviving beams.
     """
 
     def __init__(self, bundle: Bundle, encode: Session, step: Session) -> None:
@@ -34,6 +34,8 @@ class Captioner:
         self.tokenizer = CaptionTokenizer(bundle)
         for name in ("cross_keys", "cross_values"):
             step.link(name, encode.outputs[name])
+        step.carry("keys", "next_keys")
+        step.carry("values", "next_values")
 
     def close(self) -> None:
         """Close both sessions."""
@@ -136,8 +138,6 @@ class Captioner:
             step.inputs["parent"].write(parent)
             step.inputs["position"].write(np.full(rows, length - 1, np.int64))
             step.run()
-            step.inputs["keys"].copy(step.outputs["next_keys"])
-            step.inputs["values"].copy(step.outputs["next_values"])
             if length < len(prompt):
                 token = np.full(rows, prompt[length], np.int64)
             else:

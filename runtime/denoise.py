@@ -26,7 +26,8 @@ class Sample:
 
 
 def load_samples(session: Session, samples: Sequence[Sample], latents_shape: tuple[int, int, int]) -> int:
-    """Shape the ``denoise`` session for ``samples`` and write their state, tables and noise.
+    """Shape the ``denoise`` session for ``samples``, write their state, tables and noise, and make it a loop: each run
+    leaves the state and the row index where the next one reads them.
 
     The text contexts are the caller's to fill in, which leaves them on the device. Noise is drawn per sample in
     torch's order, ``randn(1, C, h, w)`` for the start and one more for each row that draws, as a diffusers pipeline
@@ -36,7 +37,8 @@ def load_samples(session: Session, samples: Sequence[Sample], latents_shape: tup
     """
     tables = stack_tables([sample.table for sample in samples])  # [B, rows, 30]
     batch, rows = len(tables), max(len(sample.table.rows) for sample in samples)
-    draws = rows if any(sample.table.stochastic for sample in samples) else 1
+    draws = session.bucket("draws", rows if any(sample.table.stochastic for sample in samples) else 1)
+    tables = np.pad(tables, [(0, 0), (0, session.bucket("rows", rows) - rows), (0, 0)])  # never reached
     state = np.zeros((batch, SLOTS, *latents_shape), np.float32)
     noise = np.zeros((batch, draws, *latents_shape), np.float32)
     for b, sample in enumerate(samples):
@@ -45,8 +47,10 @@ def load_samples(session: Session, samples: Sequence[Sample], latents_shape: tup
         for row in sample.table.noise_rows:
             noise[b, row] = generator.randn((1, *latents_shape))[0]
 
+    session.carry("state", "next_state")
+    session.carry("index", "next_index")
     _, height, width = latents_shape
-    session.reshape(batch=batch, rows=rows, draws=draws, height=height, width=width)
+    session.reshape(batch=batch, rows=tables.shape[1], draws=draws, height=height, width=width)
     session.inputs["table"].write(tables)
     session.inputs["noise"].write(noise)
     session.inputs["state"].write(state)
@@ -57,15 +61,11 @@ def load_samples(session: Session, samples: Sequence[Sample], latents_shape: tup
 def denoise(session: Session, rows: int) -> Generator[int, None, None]:
     """Run a loaded ``denoise`` session ``rows`` times; yields the number of rows done, from 1.
 
-    The state and the row index are carried from run to run on the device. Whoever iterates may stop at any yield;
+    Nothing crosses to the host in between, and nothing is waited for. Whoever iterates may stop at any yield;
     ``session.outputs["latents"]`` then holds the latents as far as they got.
     """
-    state, index = session.inputs["state"], session.inputs["index"]
-    next_state, next_index = session.outputs["next_state"], session.outputs["next_index"]
     for row in range(rows):
         session.run()
-        state.copy(next_state)
-        index.copy(next_index)
         yield row + 1
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from dnp.engine.bundle import Bundle
 from dnp.engine.errors import BundleError, Cancelled, DnpError, SettingsError
-from dnp.engine.registry import open_session
-from dnp.engine.session import BackendOptions, Session
+from dnp.engine.registry import open_backend
+from dnp.engine.session import Backend, BackendOptions, Session
 from dnp.runtime.captioner import Captioner
 from dnp.runtime.clock import Clock
 from dnp.runtime.denoise import Sample, denoise, finite, load_samples
@@ -45,10 +45,9 @@ class Pipeline:
     One request at a time: the buffers are the pipeline's own. Open one pipeline per thread.
     """
 
-    def __init__(self, bundle: Bundle, backend: str = "cpu", options: BackendOptions | None = None) -> None:
+    def __init__(self, bundle: Bundle, backend: str | Backend = "cpu", options: BackendOptions | None = None) -> None:
         self.bundle = bundle
-        self._backend = backend
-        self._options = options or BackendOptions()
+        self._backend = backend if isinstance(backend, Backend) else open_backend(backend, options)
         try:
             self._schedule = NoiseSchedule.from_config(bundle.schedule)
             check_defaults(self._schedule, bundle.defaults)
@@ -111,7 +110,7 @@ class Pipeline:
     def _session(self, graph: str) -> Session:
         self._check_open()
         started = time.perf_counter()
-        session = open_session(self.bundle, graph, self._backend, self._options)
+        session = self._backend.session(self.bundle.graph(graph), self.bundle)
         self._opening += time.perf_counter() - started
         return session
 
@@ -145,6 +144,7 @@ class Pipeline:
                     session.close()
             if (captioner := self.__dict__.get("_captioner")) is not None:
                 captioner.close()
+            self._backend.close()
             self._closed = True
 
     def __enter__(self) -> Pipeline:
@@ -381,8 +381,8 @@ class Pipeline:
             request=request,
             seconds=clock.total(),
             bundle=self.bundle.fingerprint,
-            backend=self._backend,
-            precision=self._options.precision,
+            backend=self._backend.name,
+            precision=self._backend.options.precision,
             runs_on=self.runs_on,
         )
 
