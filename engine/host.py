@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dnp.engine.errors import BackendError, BundleError, SettingsError
 from dnp.engine.manifest import GraphSpec, TensorSpec
-from dnp.engine.schema import REMEDY, nearest
+from dnp.engine.schema import REMEDY
 from dnp.engine.session import Array, Buffer, Session
 
 _ALIGNMENT: Final = 64  # bytes: a cache line, and the widest vector
@@ -75,16 +75,12 @@ class HostSession(Session):
     """
 
     def __init__(self, graph: GraphSpec, backend: str) -> None:
-        self.graph, self.backend = graph, backend
+        super().__init__(graph, backend)
         self._inputs = {name: HostBuffer(name, spec.dtype) for name, spec in graph.inputs.items()}
         self._outputs = {name: HostBuffer(name, spec.dtype) for name, spec in graph.outputs.items()}
         self.inputs = MappingProxyType(self._inputs)
         self.outputs = MappingProxyType(self._outputs)
-        self._linked: set[str] = set()
-        self._carried: dict[str, str] = {}  # input: output
         self._bound: dict[str, Array] = {}
-        self._dims: dict[str, int] | None = None
-        self._closed = False
 
     @abstractmethod
     def _bind(self, name: str, array: Array, is_input: bool) -> None:
@@ -112,7 +108,7 @@ class HostSession(Session):
                 buffer.reserve(shape)
         except (MemoryError, ValueError, OverflowError) as error:
             raise SettingsError(
-                f"graph {self.graph.name!r}: no memory for {buffer.name!r} of {list(shape)}; ask for less"
+                f"{self._where}: no memory for {buffer.name!r} of {list(shape)}; ask for less"
             ) from error
         for buffer, shape in shapes:
             buffer.shape_to(shape)
@@ -122,44 +118,22 @@ class HostSession(Session):
     def link(self, name: str, buffer: Buffer) -> None:
         """See ``Session.link``."""
         self._require_open()
-        where = f"graph {self.graph.name!r}"
-        if name not in self.graph.inputs:
-            raise SettingsError(f"{where}: no input {name!r} to link, {nearest(name, self.graph.inputs)}")
-        if not isinstance(buffer, HostBuffer):
-            raise BackendError(f"{where}: {buffer.name!r} lies on {buffer.device}, out of reach here; copy it instead")
-        if any(buffer is output for output in self._outputs.values()):
-            raise SettingsError(f"{where}: input {name!r} cannot be its own output {buffer.name!r}; copy it instead")
-        wanted = np.dtype(self.graph.inputs[name].dtype)
-        if buffer.dtype != wanted:
-            raise SettingsError(f"{where}: input {name!r} is {wanted}, {buffer.name!r} holds {buffer.dtype}")
-        if name in self._carried:
-            raise SettingsError(f"{where}: input {name!r} takes over {self._carried[name]!r}, and cannot be linked")
+        self._check_link(name, buffer, reachable=isinstance(buffer, HostBuffer))
+        assert isinstance(buffer, HostBuffer)
         if name not in self._linked:
             self._inputs[name].free()
             self._linked.add(name)
         self._inputs[name] = buffer
 
-    def carry(self, into: str, output: str) -> None:
-        """See ``Session.carry``."""
-        self._require_open()
-        self._check_carried(into, output)
-        if into in self._linked:
-            raise SettingsError(f"graph {self.graph.name!r}: input {into!r} is linked, nothing can be carried into it")
-        self._carried[into] = output
-
     def run(self) -> None:
         """See ``Session.run``."""
-        self._require_open()
-        if self._dims is None:
-            raise SettingsError(f"graph {self.graph.name!r} has no sizes yet; call reshape first")
-        self._bind_all(self._inputs, self.graph.inputs, is_input=True)
-        self._bind_all(self._outputs, self.graph.outputs, is_input=False)
+        dims = self._require_dims()
+        self._bind_all(self._inputs, self.graph.inputs, dims, is_input=True)
+        self._bind_all(self._outputs, self.graph.outputs, dims, is_input=False)
         try:
             self._execute()
         except Exception as error:
-            raise BackendError(
-                f"graph {self.graph.name!r} failed on {self.backend} with {self._dims}: {first_line(error)}"
-            ) from error
+            raise BackendError(f"{self._where} failed on {self.backend} with {dims}: {first_line(error)}") from error
         for into, output in self._carried.items():
             np.copyto(self._inputs[into].view, self._outputs[output].view)
 
@@ -173,35 +147,23 @@ class HostSession(Session):
                 if name not in self._linked:
                     buffer.free()
 
-    def _bind_all(self, buffers: Mapping[str, HostBuffer], specs: Mapping[str, TensorSpec], *, is_input: bool) -> None:
-        assert self._dims is not None
+    def _bind_all(
+        self,
+        buffers: Mapping[str, HostBuffer],
+        specs: Mapping[str, TensorSpec],
+        dims: Mapping[str, int],
+        *,
+        is_input: bool,
+    ) -> None:
         for name, buffer in buffers.items():
             view = buffer.view
             if self._bound.get(name) is view:
                 continue
-            expected = specs[name].resolve(self._dims)
+            expected = specs[name].resolve(dims)
             if view.shape != expected:
-                raise SettingsError(
-                    f"graph {self.graph.name!r}: input {name!r} must be {list(expected)} for {self._dims}, but "
-                    f"the linked {buffer.name!r} is {list(view.shape)}; give both sessions the same sizes"
-                )
+                raise self._unlike(name, expected, buffer)
             self._bind(name, view, is_input)
             self._bound[name] = view
-
-    def _checked(self, dims: Mapping[str, Any]) -> dict[str, int]:
-        where = f"graph {self.graph.name!r}"
-        for name, size in dims.items():
-            if name not in self.graph.symbols:
-                raise SettingsError(f"{where}: unknown size {name!r}, {nearest(name, self.graph.symbols)}")
-            if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
-                raise SettingsError(f"{where}: {name} must be an integer from 1, not {size!r}")
-        if missing := [name for name in self.graph.symbols if name not in dims]:
-            raise SettingsError(f"{where}: no size given for {', '.join(missing)}")
-        return {name: int(size) for name, size in dims.items()}
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise BackendError(f"the session of graph {self.graph.name!r} is closed; open another")
 
 
 def check_border(graph: GraphSpec, found: Mapping[str, Mapping[str, tuple[str, tuple[Any, ...]]]]) -> None:

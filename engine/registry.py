@@ -26,12 +26,15 @@ class _Kind:
     backend: str
     package: str
     extra: str
-    precisions: tuple[str, ...]  # the first is the one in use when none is asked for
+    precisions: tuple[str, ...] = ()  # to choose from; the first is the one in use when none is asked for
+    on_gpu: bool = False
 
 
 _BACKENDS: Final = {
     "cpu": _Kind("ort", "CpuBackend", "onnxruntime", "cpu", ("f32",)),
     "openvino": _Kind("openvino", "OpenVinoBackend", "openvino", "openvino", ("f32", "bf16")),
+    "tensorrt": _Kind("trt", "TensorRtBackend", "tensorrt", "tensorrt", on_gpu=True),
+    "tensorrt-rtx": _Kind("trt", "TensorRtRtxBackend", "tensorrt-rtx-cu13", "tensorrt-rtx", on_gpu=True),
 }
 
 
@@ -94,17 +97,14 @@ def doctor() -> list[BackendReport]:
 
 
 def _examine(name: str, kind: _Kind, graph: GraphSpec) -> BackendReport:
-    works, why_not, remedy = [], "", ""
-    for precision in kind.precisions:
-        failure = _try(name, graph, precision)
-        if not failure:
-            works.append(precision)
-        elif precision == kind.precisions[0]:
-            why_not = failure
-            remedy = f"pip install --force-reinstall 'dnp-engine[{kind.extra}]'"
+    failures = {precision: _try(name, graph, precision) for precision in kind.precisions or (None,)}
+    why_not, remedy = next(iter(failures.values())), ""  # that of the usual precision
+    works = not why_not
     installed = _installed(kind.package)
     if why_not and not installed:
         why_not, remedy = f"{kind.package} is not installed", f"pip install 'dnp-engine[{kind.extra}]'"
+    elif why_not and not kind.on_gpu:
+        remedy = f"pip install --force-reinstall 'dnp-engine[{kind.extra}]'"
     if kind.package == "onnxruntime":
         gpu = _installed("onnxruntime-gpu")
         if installed and gpu:
@@ -113,16 +113,27 @@ def _examine(name: str, kind: _Kind, graph: GraphSpec) -> BackendReport:
         installed = installed or gpu
     return BackendReport(
         name=name,
-        works=bool(works) and works[0] == kind.precisions[0],
+        works=works,
         version=installed,
-        device=f"{processor_name()}, {core_count()} threads",
-        precisions=tuple(works),
+        device=_gpu() if kind.on_gpu else f"{processor_name()}, {core_count()} threads",
+        precisions=tuple(precision for precision, failure in failures.items() if precision and not failure),
         why_not=why_not,
         remedy=remedy,
     )
 
 
-def _try(name: str, graph: GraphSpec, precision: str) -> str:
+def _gpu() -> str:
+    """What the first GPU is, or that there is none."""
+    from dnp.engine.cuda import open_cuda
+
+    try:
+        gpu = open_cuda().properties()
+    except BackendError:
+        return "no GPU"
+    return f"{gpu.name}, SM {gpu.sm}, {gpu.memory / 1e9:.0f} GB"
+
+
+def _try(name: str, graph: GraphSpec, precision: str | None) -> str:
     """Run the small graph; returns what went wrong, nothing when it did not."""
     x = np.array([-1.5, 0.0, 3.25], np.float32)  # exact in bf16 too
     try:

@@ -6,15 +6,16 @@ This is what the runtime sees, whatever runs below.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from pathlib import Path
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dnp.engine.errors import SettingsError
+from dnp.engine.errors import BackendError, SettingsError
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.schema import nearest
 
@@ -32,10 +33,18 @@ class BackendOptions:
     Attributes:
         threads: threads to compute with; every physical core this process may use when ``None``.
         precision: the arithmetic, where a backend has a choice: ``f32`` or ``bf16`` on ``openvino``.
+        device: the number of the GPU, where a backend runs on one.
+        eager: run without recorded CUDA graphs, the same code otherwise.
+        memory_limit: bytes of device memory for buffers and activations; weights come on top.
+        engines: where compiled plans are kept; the bundle's own ``engines/`` when ``None``.
     """
 
     threads: int | None = None
     precision: str | None = None
+    device: int = 0
+    eager: bool = False
+    memory_limit: int | None = None
+    engines: Path | None = None
 
     def __post_init__(self) -> None:
         threads = self.threads
@@ -44,6 +53,9 @@ class BackendOptions:
             raise SettingsError(
                 f"threads must be an integer from 1 to {MAX_THREADS}, not {threads!r}; leave it out for all cores"
             )
+        for name, value, low in (("device", self.device, 0), ("memory_limit", self.memory_limit, 1)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise SettingsError(f"{name} must be a whole number from {low}, not {value!r}")
 
 
 class Buffer(ABC):
@@ -95,12 +107,19 @@ class Session(ABC):
         graph: the graph, with the shapes its symbols appear in.
         backend: what really runs, asked of the library after opening: ``name (library version, details)``.
         inputs, outputs: the buffers by name.
+        most: the largest size of each symbol that has one; empty where memory is the only limit.
     """
 
-    graph: GraphSpec
-    backend: str
     inputs: Mapping[str, Buffer]
     outputs: Mapping[str, Buffer]
+    most: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(self, graph: GraphSpec, backend: str) -> None:
+        self.graph, self.backend = graph, backend
+        self._linked: set[str] = set()
+        self._carried: dict[str, str] = {}  # output by input
+        self._dims: dict[str, int] | None = None
+        self._closed = False
 
     @abstractmethod
     def reshape(self, **dims: int) -> None:
@@ -108,40 +127,6 @@ class Session(ABC):
 
         Raises SettingsError for unknown, missing or impossible sizes, and for memory that is not there; all
         buffers are then as they were.
-        """
-
-    @abstractmethod
-    def carry(self, into: str, output: str) -> None:
-        """From now on each run ends with ``inputs[into]`` taking over ``outputs[output]``, where they lie.
-
-        What a loop carries from run to run is part of the run, so a device needs nothing from the host in between.
-
-        Raises SettingsError when the names, shapes or dtypes do not fit, or when the input is linked.
-        """
-
-    def _check_carried(self, into: str, output: str) -> None:
-        where, known = f"graph {self.graph.name!r}", (self.graph.inputs, self.graph.outputs)
-        for name, side, specs in zip((into, output), ("input", "output"), known, strict=True):
-            if name not in specs:
-                raise SettingsError(f"{where}: no {side} {name!r} to carry, {nearest(name, specs)}")
-        if self.graph.inputs[into] != self.graph.outputs[output]:
-            raise SettingsError(
-                f"{where}: {output!r} cannot be carried into {into!r}, {self.graph.outputs[output].to_dict()} into "
-                f"{self.graph.inputs[into].to_dict()}"
-            )
-
-    def bucket(self, symbol: str, size: int) -> int:
-        """The size to run ``size`` at: the next one that this session is prepared for, ``size`` itself where any is.
-
-        The caller fills up what lies between. Raises SettingsError when no size is large enough.
-        """
-        return size
-
-    def prepare(self) -> None:  # noqa: B027  there is nothing to prepare in ordinary memory
-        """Run once at the present sizes, so that later runs at them need nothing of the host but their start.
-
-        For warm-up, never while serving: it may take long, and what the buffers hold is unspecified afterwards.
-        Raises what ``run`` raises.
         """
 
     @abstractmethod
@@ -165,6 +150,40 @@ class Session(ABC):
     def close(self) -> None:
         """Free the graph and the buffers. Only ``close`` itself may be called afterwards."""
 
+    def carry(self, into: str, output: str) -> None:
+        """From now on each run ends with ``inputs[into]`` taking over ``outputs[output]``, where they lie.
+
+        What a loop carries from run to run is part of the run, so a device needs nothing from the host in between.
+
+        Raises SettingsError when the names, shapes or dtypes do not fit, or when the input is linked.
+        """
+        self._require_open()
+        for name, side, specs in ((into, "input", self.graph.inputs), (output, "output", self.graph.outputs)):
+            if name not in specs:
+                raise SettingsError(f"{self._where}: no {side} {name!r} to carry, {nearest(name, specs)}")
+        to, source = self.graph.inputs[into], self.graph.outputs[output]
+        if to != source:
+            raise SettingsError(
+                f"{self._where}: {output!r} is {source.to_dict()}, and cannot be carried into {into!r}, {to.to_dict()}"
+            )
+        if into in self._linked:
+            raise SettingsError(f"{self._where}: input {into!r} is linked, nothing can be carried into it")
+        self._carried[into] = output
+
+    def bucket(self, symbol: str, size: int) -> int:
+        """The size to run ``size`` at: the next one that this session is prepared for, ``size`` itself where any is.
+
+        The caller fills up what lies between. Raises SettingsError when no size is large enough.
+        """
+        return size
+
+    def prepare(self) -> None:  # noqa: B027  there is nothing to prepare in ordinary memory
+        """Run once at the present sizes, so that later runs at them need nothing of the host but their start.
+
+        For warm-up, never while serving: it may take long, and what the buffers hold is unspecified afterwards.
+        Raises what ``run`` raises.
+        """
+
     def __enter__(self) -> Session:
         return self
 
@@ -172,6 +191,57 @@ class Session(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def _where(self) -> str:
+        return f"graph {self.graph.name!r}"
+
+    def _checked(self, dims: Mapping[str, Any]) -> dict[str, int]:
+        """Sizes of every symbol, as plain integers. Raises SettingsError for unknown, missing or impossible ones."""
+        for name, size in dims.items():
+            if name not in self.graph.symbols:
+                raise SettingsError(f"{self._where}: unknown size {name!r}, {nearest(name, self.graph.symbols)}")
+            if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
+                raise SettingsError(f"{self._where}: {name} must be an integer from 1, not {size!r}")
+        if missing := [name for name in self.graph.symbols if name not in dims]:
+            raise SettingsError(f"{self._where}: no size given for {', '.join(missing)}")
+        return {name: int(dims[name]) for name in self.graph.symbols}
+
+    def _check_link(self, name: str, buffer: Buffer, *, reachable: bool) -> None:
+        """Raises what ``link`` raises."""
+        if name not in self.graph.inputs:
+            raise SettingsError(f"{self._where}: no input {name!r} to link, {nearest(name, self.graph.inputs)}")
+        if not reachable:
+            raise BackendError(
+                f"{self._where}: {buffer.name!r} lies on {buffer.device}, out of reach here; copy it instead"
+            )
+        if any(buffer is output for output in self.outputs.values()):
+            raise SettingsError(
+                f"{self._where}: input {name!r} cannot be its own output {buffer.name!r}; copy it instead"
+            )
+        wanted = np.dtype(self.graph.inputs[name].dtype)
+        if buffer.dtype != wanted:
+            raise SettingsError(f"{self._where}: input {name!r} is {wanted}, {buffer.name!r} holds {buffer.dtype}")
+        if name in self._carried:
+            raise SettingsError(
+                f"{self._where}: input {name!r} takes over {self._carried[name]!r}, and cannot be linked"
+            )
+
+    def _unlike(self, name: str, expected: tuple[int, ...], buffer: Buffer) -> SettingsError:
+        return SettingsError(
+            f"{self._where}: input {name!r} must be {list(expected)} for {self._dims}, but "
+            f"the linked {buffer.name!r} is {list(buffer.shape)}; give both sessions the same sizes"
+        )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise BackendError(f"the session of {self._where} is closed; open another")
+
+    def _require_dims(self) -> dict[str, int]:
+        self._require_open()
+        if self._dims is None:
+            raise SettingsError(f"{self._where} has no sizes yet; call reshape first")
+        return self._dims
 
 
 class Backend(ABC):
@@ -184,6 +254,8 @@ class Backend(ABC):
 
     name: str
     options: BackendOptions
+    batches: Sequence[int] = ()
+    """The batch sizes to prepare sessions for at warm-up; none where there is nothing to prepare."""
 
     @abstractmethod
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> Session:

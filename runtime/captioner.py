@@ -42,6 +42,21 @@ class Captioner:
         self._step.close()
         self._encode.close()
 
+    def prepare(self, batch: int, height: int, width: int) -> None:
+        """Warm up for ``batch`` images of this size, captioned greedily."""
+        self._see(np.zeros((batch, height, width, 3), np.uint8))
+        self._encode.prepare()
+        self._step.reshape(batch=batch, images=batch)
+        self._step.inputs["token"].write(np.full(batch, self._spec.bos, np.int64))
+        self._step.inputs["parent"].write(np.arange(batch, dtype=np.int64))
+        self._step.inputs["position"].write(np.zeros(batch, np.int64))
+        self._step.prepare()
+
+    def most(self, beams: int) -> int:
+        """The most images to caption at once with so many beams each."""
+        rows, images = (session.most.get("batch", 1 << 30) for session in (self._step, self._encode))
+        return max(1, min(rows // beams, images))
+
     def captions(
         self,
         images: Images,
@@ -111,7 +126,7 @@ class Captioner:
         spec = self._spec
         most = spec.max_length if max_length is None else max_length
         for name, value, low, high in (
-            ("beams", beams, 1, min(MAX_BEAMS, max(1, (spec.vocab - 1) // 2))),
+            ("beams", beams, 1, min(MAX_BEAMS, self._step.most.get("batch", MAX_BEAMS), max(1, (spec.vocab - 1) // 2))),
             ("max_length", most, 2, spec.length),
             ("min_length", min_length, 0, most),
         ):

@@ -22,9 +22,10 @@ from dnp.runtime.captioner import Captioner
 from dnp.runtime.clock import Clock
 from dnp.runtime.denoise import Sample, denoise, finite, load_samples
 from dnp.runtime.request import Request, Result, Step
-from dnp.runtime.samplers import SamplerTable, check_defaults
+from dnp.runtime.samplers import SamplerTable, check_defaults, sampler_table
 from dnp.runtime.schedule import NoiseSchedule
 from dnp.runtime.tokenizer import PromptTokenizer
+from dnp.runtime.warmup import prepare_sampling
 
 # Larger requests are sampled in batches of this size: a constant, because the batch size decides the last bits of
 # an image, and an image must be reproducible from its settings alone.
@@ -55,6 +56,7 @@ class Pipeline:
             raise BundleError(f"{bundle.path}: its own settings cannot be honoured: {error}") from error
         self._busy = threading.Lock()
         self._closed = False
+        self._prepared: set[str] = set()
         self._opening = 0.0  # seconds spent on opening that no result has told of
 
     @classmethod
@@ -65,14 +67,19 @@ class Pipeline:
         *,
         threads: int | None = None,
         precision: str | None = None,
+        device: int = 0,
+        eager: bool = False,
+        memory_limit: int | None = None,
+        engines: Path | None = None,
     ) -> Pipeline:
-        """Open a bundle, the shipped default one when none is named.
+        """Open a bundle, the shipped default one when none is named. The options are those of ``BackendOptions``.
 
         Raises BundleError when it is missing or damaged, BackendError when ``backend`` cannot run here.
         """
         started = time.perf_counter()
         opened = Bundle.default() if bundle is None else Bundle.open(Path(bundle))
-        pipeline = cls(opened, backend, BackendOptions(threads=threads, precision=precision))
+        options = BackendOptions(threads, precision, device, eager, memory_limit, engines)
+        pipeline = cls(opened, backend, options)
         pipeline._opening = time.perf_counter() - started
         pipeline._encode_text  # noqa: B018  opened now, so that a backend that cannot run says so here
         return pipeline
@@ -114,22 +121,50 @@ class Pipeline:
         self._opening += time.perf_counter() - started
         return session
 
-    def _open_graphs(self, *, captioner: bool) -> Clock:
-        """A clock for one request, which has to open what is not open yet and tells of all that was opened for it."""
+    def _open_graphs(self, request: Request, *, captioner: bool) -> Clock:
+        """A clock for one request, which has to open what is not open yet and tells of all that was opened for it.
+
+        Raises SettingsError when the graphs are compiled for sizes that the request does not have.
+        """
         clock = Clock()
         before, self._opening = self._opening, 0.0
         with clock.phase("open"):
             self.warm_up(captioner=captioner)
         self._opening = 0.0
         clock.add("open", before)
+        tables = [request.final_table(self._schedule)]
+        if captioner:
+            tables.append(request.dns_table(self._schedule))
+        for table in tables:
+            self._denoise.bucket("rows", len(table.rows))
         return clock
 
     def warm_up(self, *, captioner: bool = True) -> None:
-        """Open every graph now rather than with the first request that needs it. Raises DnpError when closed."""
+        """Do now, rather than with the first request that needs it, what is done once: open the graphs, record runs.
+
+        Raises DnpError when closed.
+        """
         self._check_open()
         self._decode  # noqa: B018  reads the latents of the denoise session, so that one is opened too
         if captioner:
             self._captioner  # noqa: B018
+        batches = [batch for batch in self._backend.batches if batch <= self._batch]
+        if "sampling" not in self._prepared:
+            self._prepared.add("sampling")
+            samplers = ("ddim", "euler_a")  # one that draws no noise on the way, and one that does
+            tables = [sampler_table(self._schedule, sampler, 2, 1.0) for sampler in samplers]
+            sessions = (self._encode_text, self._denoise, self._decode)
+            prepare_sampling(self.bundle, *sessions, batches=batches, tables=tables)
+        if captioner and "captions" not in self._prepared:
+            self._prepared.add("captions")
+            latents = self.bundle.latents
+            for batch in batches:
+                self._captioner.prepare(batch, latents.height * latents.pixels, latents.width * latents.pixels)
+
+    @property
+    def _batch(self) -> int:
+        """The most images sampled at once."""
+        return min(BATCH, self._denoise.most.get("batch", BATCH))
 
     def close(self) -> None:
         """Free the graphs and their buffers, which can be hundreds of megabytes; the pipeline cannot be used again.
@@ -239,7 +274,7 @@ class Pipeline:
         """
         request = self.resolve(request)
         with self._exclusive():
-            clock = self._open_graphs(captioner=request.runs_dns)
+            clock = self._open_graphs(request, captioner=request.runs_dns)
             seeds = [request.seed + i for i in range(request.images)]
             dns = plain = None
             negatives = [request.negative or ""] * request.images
@@ -270,7 +305,7 @@ class Pipeline:
 
     def _dns_steps(self, request: Request) -> Generator[Step, None, Result]:
         with self._exclusive():
-            clock = self._open_graphs(captioner=True)
+            clock = self._open_graphs(request, captioner=True)
             arrays, negatives = yield from self._find_negatives(request, clock)
         return self._result(request, clock, arrays, negatives, arrays, None)
 
@@ -281,8 +316,10 @@ class Pipeline:
         table = request.dns_table(self._schedule)
         images = yield from self._sample("dns", prompts, empty, table, seeds, request, clock)
         negatives: list[str] = []
-        for start in range(0, request.images, BATCH):
-            negatives += yield from clock.timed("caption", self._describe(images[start : start + BATCH], request))
+        most = min(self._batch, self._captioner.most(request.beams))
+        for start in range(0, request.images, most):
+            part = images[start : start + most]
+            negatives += yield from clock.timed("caption", self._describe(part, request))
         for number, negative in enumerate(negatives):
             if not negative.strip():
                 raise DnpError(
@@ -320,10 +357,10 @@ class Pipeline:
     ) -> Generator[Step, None, Pixels]:
         """Sample every (prompt, negative, seed) with ``table``, in batches; returns uint8 ``[B, H, W, 3]``."""
         images = []
-        batches = range(0, len(seeds), BATCH)
+        batches = range(0, len(seeds), self._batch)
         total = len(table.rows) * len(batches)
         for number, start in enumerate(batches):
-            part = slice(start, start + BATCH)
+            part = slice(start, start + self._batch)
             with clock.phase(phase):
                 rows = self._load(prompts[part], negatives[part], table, seeds[part], request)
             for row in clock.timed(phase, denoise(self._denoise, rows)):
@@ -335,6 +372,11 @@ class Pipeline:
                         "to 0, or use a bundle of higher precision"
                     )
                 images.append(self._decode_now())
+                if flat := [seeds[start + i] for i, image in enumerate(images[-1]) if image.min() == image.max()]:
+                    raise DnpError(
+                        f"the {phase} image of seed {flat[0]} is one flat colour, as when a decoder overflows in fp16; "
+                        "use a bundle of higher precision, or export it with --check-ranges"
+                    )
         return np.concatenate(images)
 
     def _load(

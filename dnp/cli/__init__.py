@@ -57,6 +57,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     from dnp.cli.bundles import doctor, export, inspect
     from dnp.cli.images import caption, dns, explore, generate
+    from dnp.cli.plans import build
     from dnp.engine.errors import DnpError
 
     @click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,7 +66,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         """Diffusion-negative prompting: find the image a model thinks least like the prompt, put it into words,
         and generate with the pair (p, n*)."""
 
-    for command in (generate, dns, explore, caption, export, inspect, doctor):
+    for command in (generate, dns, explore, caption, export, build, inspect, doctor):
         dnp.add_command(command)
     try:
         returned = dnp.main(arguments, prog_name="dnp", standalone_mode=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dnp.cli.options import json_option, say
+from dnp.cli.plans import plan_layers, plan_table, plans_of
 
 if TYPE_CHECKING:
     from dnp.engine.bundle import Bundle
@@ -92,13 +93,23 @@ def export(
 
 @click.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--engines", type=click.Path(path_type=Path), help="Folder with the plans; engines/ in BUNDLE by default."
+)
+@click.option("--layers", is_flag=True, help="Also list the layers of each plan, which takes a GPU.")
 @json_option
-def inspect(bundle: Path | None, as_json: bool) -> None:
-    """Verify BUNDLE, the shipped default when none is named, and show what is in it."""
+def inspect(bundle: Path | None, engines: Path | None, layers: bool, as_json: bool) -> None:
+    """Verify BUNDLE, the shipped default when none is named, and show what is in it and in its compiled plans."""
     from dnp.engine.bundle import Bundle
 
     opened = Bundle.default() if bundle is None else Bundle.open(bundle)
-    say(_described(opened), as_json, _bundle_page(opened))
+    plans = plans_of(opened, engines)
+    if layers:
+        for plan in plans:
+            plan["layers"] = plan_layers(opened, plan)
+    page = _bundle_page(opened) + ("\n\nplans\n" + plan_table(plans) if plans else "")
+    page += "".join(f"\n\nlayers of {plan['file']}\n{plan['layers']}" for plan in plans if layers)
+    say({**_described(opened), "plans": plans}, as_json, page)
 
 
 @click.command()
@@ -125,11 +136,13 @@ def _setting(text: str) -> tuple[str, str | int | float]:
 
 
 def _backend_line(report: BackendReport) -> str:
-    line = f"{report.name:<10} {'works' if report.works else 'does not work'}"
+    line = f"{report.name:<12} {'works' if report.works else 'does not work'}"
     if report.works:
-        line += f": {report.version}, {', '.join(report.precisions)}, on {report.device}"
+        line += f": {', '.join(filter(None, [report.version, *report.precisions]))}, on {report.device}"
     if report.why_not:
-        line += f": {report.why_not}\n{'':<10} remedy: {report.remedy}"
+        line += f": {report.why_not}"
+    if report.remedy:
+        line += f"\n{'':<12} remedy: {report.remedy}"
     return line
 
 

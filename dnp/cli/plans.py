@@ -1,0 +1,176 @@
+"""The command about compiled plans: build. And how ``dnp inspect`` lists them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dnp.cli.options import json_option, say
+
+if TYPE_CHECKING:
+    from dnp.engine.build import BuildProgress
+    from dnp.engine.bundle import Bundle
+
+
+@click.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--backend", default="tensorrt-rtx", show_default=True, help="tensorrt-rtx or tensorrt.")
+@click.option("--sm", help="Architectures to compile for (tensorrt-rtx), e.g. 89,120; that of the GPU when left out.")
+@click.option("--batch", help="Images at once, as largest, smallest:largest or smallest:best:largest. [default: 1:8]")
+@click.option("--height", help="Of images, in pixels, in the same form; the bundle's default when left out.")
+@click.option("--width", help="Of images, in pixels, in the same form; the bundle's default when left out.")
+@click.option("--image-height", help="Of images to caption, in pixels; that of --height when left out.")
+@click.option("--image-width", help="Of images to caption, in pixels; that of --width when left out.")
+@click.option("--rows", help="Network runs of a sampler, in the same form. [default: 1:25:128]")
+@click.option("--optimization-level", type=int, help="0 (fast build) to 5 (fast plan); the compiler's own by default.")
+@click.option("--workspace", type=int, metavar="MB", help="Most scratch memory of a kernel; no limit when left out.")
+@click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory where the GPU's is too small.")
+@click.option("--refit", is_flag=True, help="Let weights be exchanged later; slower plans, and needs a GPU to build.")
+@click.option("--graph", "graphs", multiple=True, help="Only this graph; may be given several times.")
+@click.option("--engines", type=click.Path(path_type=Path), help="Folder for the plans; engines/ in BUNDLE by default.")
+@click.option("--force", is_flag=True, help="Build also where there is a plan.")
+@json_option
+def build(
+    bundle: Path | None,
+    backend: str,
+    sm: str | None,
+    graphs: tuple[str, ...],
+    engines: Path | None,
+    force: bool,
+    as_json: bool,
+    optimization_level: int | None,
+    workspace: int | None,
+    weight_streaming: bool,
+    refit: bool,
+    **sizes: str | None,
+) -> None:
+    """Compile BUNDLE, the shipped default when none is named, to TensorRT plans.
+
+    tensorrt-rtx compiles for any of its architectures on a machine with no GPU; tensorrt for the GPU that is there.
+    The arithmetic is the bundle's: export it with --precision fp16. A plan that is there already is not built again.
+    """
+    from dnp.engine.build import BuildSettings, build_plans
+    from dnp.engine.bundle import Bundle
+    from dnp.engine.profile import Range
+
+    opened = Bundle.default() if bundle is None else Bundle.open(bundle)
+    settings = BuildSettings(
+        sm=_architectures(sm),
+        optimization_level=optimization_level,
+        workspace=None if workspace is None else workspace << 20,
+        weight_streaming=weight_streaming,
+        refit=refit,
+    )
+    if opened.precision == "fp32":
+        click.echo(f"dnp: {opened.name} computes in fp32; an export with --precision fp16 is faster on a GPU", err=True)
+    with _Bar() as bar:
+        plans = build_plans(
+            opened,
+            backend,
+            graphs=graphs,
+            ranges={name: Range.parse(text) for name, text in sizes.items() if text is not None},
+            settings=settings,
+            folder=engines,
+            force=force,
+            report=bar.say,
+            progress=bar,
+        )
+    listed = [_entry(plan.path, {"spec": plan.spec.__dict__, "facts": plan.facts}) for plan in plans]
+    say({"plans": listed}, as_json, plan_table(listed))
+
+
+def plans_of(bundle: Bundle, engines: Path | None = None) -> list[dict[str, Any]]:
+    """What ``dnp inspect`` tells of the compiled plans of a bundle."""
+    from dnp.engine.plan import FOLDER, PlanStore
+
+    return [_entry(path, sidecar) for path, sidecar in PlanStore(engines or bundle.path / FOLDER).plans()]
+
+
+def plan_layers(bundle: Bundle, plan: dict[str, Any]) -> str:
+    """What the engine inspector says of a plan. Raises BackendError where there is no GPU to load it on."""
+    from dnp.engine.plan import PlanSpec
+    from dnp.engine.trt import inspect_layers
+
+    spec = PlanSpec(**plan["spec"])
+    return inspect_layers(bundle.graph(spec.graph), Path(plan["path"]), spec)
+
+
+def plan_table(plans: list[dict[str, Any]]) -> str:
+    """The plans for people."""
+    lines = []
+    for plan in plans:
+        spec, facts = plan["spec"], plan["facts"]
+        sizes = ", ".join(f"{s} {':'.join(map(str, dict.fromkeys(r)))}" for s, r in spec["profile"].items())
+        flags = ", ".join(f"{name}={value}" for name, value in spec["flags"].items() if value)
+        lines += [
+            f"{spec['graph']:<15}{spec['flavour']} {spec['version']}, {spec['architecture']}, {spec['precision']}"
+            + (f", {flags}" if flags else ""),
+            f"{'':<15}profile   {sizes}",
+            f"{'':<15}memory    plan {_mb(plan['bytes'])}, weights {_mb(facts.get('weights_bytes'))}, "
+            f"activations {_mb(facts.get('activation_bytes'))}, scratch {_mb(facts.get('scratch_bytes'))}",
+            f"{'':<15}built     in {facts.get('seconds')} s, {facts.get('built')}, {plan['file']}",
+        ]
+    return "\n".join(lines) or "no plans; make them with: dnp build"
+
+
+def _entry(path: Path, sidecar: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "file": path.name,
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "spec": dict(sidecar["spec"]),
+        "facts": dict(sidecar["facts"]),
+    }
+
+
+def _architectures(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers such as 89,120", param_hint="--sm") from None
+
+
+def _mb(size: int | None) -> str:
+    return "?" if size is None else f"{size / 1e6:.1f} MB"
+
+
+class _Bar:
+    """A progress bar for each plan on a terminal; lines of text go above it."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self._tqdm = tqdm
+        self._bar: Any = None
+        self._graph = ""
+
+    def __call__(self, state: BuildProgress) -> None:
+        """Move the bar; elapsed time is the bar's own."""
+        if state.graph != self._graph:
+            self.close()
+            self._graph = state.graph
+            self._bar = self._tqdm(
+                desc=state.graph, total=1, disable=None, file=sys.stderr, bar_format="{desc:<15}{elapsed} {postfix}"
+            )
+        self._bar.set_postfix_str(f"{state.phase} {state.done}/{state.total}", refresh=True)
+
+    def say(self, line: str) -> None:
+        """A line on stderr."""
+        self.close()
+        self._graph = ""
+        click.echo(f"dnp: {line}", err=True)
+
+    def close(self) -> None:
+        """End the present bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

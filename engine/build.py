@@ -1,0 +1,400 @@
+"""From a graph to a plan: parse, profile, compile. One module for both flavours of TensorRT.
+
+Networks are strongly typed: the arithmetic is what the ONNX file says, there is no precision flag. Weights are read
+by the parser from the path, so graphs beyond 2 GB of weights are nothing special.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from dnp.engine import cuda
+from dnp.engine.bundle import Bundle
+from dnp.engine.errors import BackendError, BundleError, Cancelled, SettingsError
+from dnp.engine.flavour import Flavour, flavour_of, listening, logger
+from dnp.engine.manifest import GraphSpec
+from dnp.engine.plan import FOLDER, Plan, PlanSpec, PlanStore, graph_sha256
+from dnp.engine.profile import Profile, Range, default_profile, to_dict
+from dnp.engine.schema import REMEDY, shown
+
+_FACTS: Final = {
+    "activation_bytes": "Total Activation Memory:",
+    "weights_bytes": "Total Weights Memory:",
+    "scratch_bytes": "Max Scratch Memory:",
+}
+_MEMORY_PER_WEIGHT: Final = 3.6  # bytes a build takes for each byte of weights, and what it takes without any
+_MEMORY_BESIDE: Final = 500 << 20
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What the compiler is told. Raises SettingsError for what it would refuse.
+
+    Attributes:
+        sm: the architectures to compile for, as 89 for SM 8.9; the present GPU's when empty.
+        optimization_level: 0 (fast build) to 5 (fast plan); the compiler's own choice when ``None``.
+        workspace: bytes of scratch memory that a kernel may use; no limit when ``None``.
+        weight_streaming: let weights stay in host memory where the GPU's does not hold them all.
+        refit: let weights be exchanged without a build. It costs fusions, and needs a GPU to build.
+    """
+
+    sm: tuple[int, ...] = ()
+    optimization_level: int | None = None
+    workspace: int | None = None
+    weight_streaming: bool = False
+    refit: bool = False
+
+    def __post_init__(self) -> None:
+        level, workspace = self.optimization_level, self.workspace
+        if level is not None and level not in range(6):
+            raise SettingsError(f"the optimisation level must be a whole number from 0 to 5, not {shown(level)}")
+        if workspace is not None and not (isinstance(workspace, int) and workspace > 0):
+            raise SettingsError(f"the workspace limit must be a number of bytes, not {shown(workspace)}")
+        if len(set(self.sm)) != len(self.sm):
+            raise SettingsError(f"an architecture is named twice: {', '.join(map(str, self.sm))}")
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """What changes a plan, apart from the architectures."""
+        return {name: value for name, value in asdict(self).items() if name != "sm"}
+
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """Where a build is: TensorRT's own phase, how many of its steps are done, and the seconds so far."""
+
+    graph: str
+    phase: str
+    done: int
+    total: int
+    seconds: float
+
+
+Progress = Callable[[BuildProgress], object]
+"""Called some times a second while a plan is compiled, and from no other thread; ``False`` stops the build."""
+Report = Callable[[str], None]
+"""Told, in one line, why a plan is built anew, and what the build will need."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What plans are compiled for: a flavour, its version, and the architectures."""
+
+    flavour: Flavour
+    version: str
+    sm: tuple[int, ...]
+    architecture: str
+
+
+def target(flavour: Flavour, sm: Sequence[int] = (), device: int = 0) -> Target:
+    """What to compile for: the architectures named, the present GPU's when none is.
+
+    Raises BackendError when there is no GPU and none was named, or for what the flavour does not compile for.
+    """
+    module = flavour.load()
+    if sm and not flavour.portable:
+        raise BackendError(f"{flavour.title} compiles for the GPU that is present; --sm is for tensorrt-rtx")
+    if sm:
+        for number in sm:
+            if number not in flavour.architectures:
+                raise BackendError(f"{flavour.title} does not compile for SM {number}; {_known(flavour)}")
+        return Target(flavour, module.__version__, tuple(sm), ",".join(f"sm{number}" for number in sm))
+    try:
+        gpu = cuda.open_cuda().properties(device)
+    except BackendError as error:
+        other = "; name the architectures to compile for, e.g. --sm 89,120" if flavour.portable else ""
+        raise BackendError(f"{flavour.title} compiles for the GPU that is present, but {error}{other}") from error
+    if flavour.portable and gpu.sm not in flavour.architectures:
+        raise BackendError(
+            f"{gpu.name} (SM {gpu.sm}) is none of those that {flavour.title} compiles for; {_known(flavour)}; "
+            "use the backend 'tensorrt' on this card"
+        )
+    architecture = f"sm{gpu.sm}" if flavour.portable else f"sm{gpu.sm} {gpu.name}"
+    return Target(flavour, module.__version__, (gpu.sm,) if flavour.portable else (), architecture)
+
+
+def build_plans(
+    bundle: Bundle,
+    flavour: str = "tensorrt-rtx",
+    *,
+    graphs: Sequence[str] = (),
+    ranges: Mapping[str, Range] | None = None,
+    settings: BuildSettings | None = None,
+    folder: Path | None = None,
+    force: bool = False,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> list[Plan]:
+    """Compile a plan for each of the bundle's graphs, or those named, unless there is one already.
+
+    What was asked for is kept beside the plans, and is what opening a session looks for.
+
+    Args:
+        ranges: see ``default_profile``.
+        folder: where plans are kept; ``engines/`` in the bundle when ``None``.
+        force: build also where there is a plan.
+
+    Raises:
+        BackendError: the compiler is not there, or cannot compile a graph.
+        SettingsError: ranges or settings that cannot be had.
+        OutputError: the folder cannot be written.
+        Cancelled: ``progress`` returned ``False``. Plans that were complete by then are kept, and none is half.
+    """
+    wanted = settings or BuildSettings()
+    goal = target(flavour_of(flavour), wanted.sm)
+    store = PlanStore(folder or bundle.path / FOLDER)
+    chosen = [bundle.graph(name) for name in graphs] or list(bundle.graphs.values())
+    profiles = [default_profile(bundle, graph, ranges) for graph in chosen]
+    plans = [
+        obtain(bundle, graph, profile, wanted, goal, store, force=force, report=report, progress=progress)
+        for graph, profile in zip(chosen, profiles, strict=True)
+    ]
+    said = {name: [r.low, r.best, r.high] for name, r in (ranges or {}).items()}
+    store.keep_settings(flavour, {"ranges": said, "settings": asdict(wanted)})
+    return plans
+
+
+def wanted_plan(
+    bundle: Bundle, graph: GraphSpec, flavour: Flavour, store: PlanStore, device: int = 0
+) -> tuple[Profile, BuildSettings, Target]:
+    """What ``dnp build`` was last asked for, as far as it fits the present GPU; the defaults otherwise.
+
+    Raises what ``target`` raises, and BackendError when what was asked for cannot be read.
+    """
+    said = store.settings(flavour.name)
+    try:
+        ranges = {name: Range(*numbers) for name, numbers in said.get("ranges", {}).items()}
+        asked = said.get("settings", {})
+        settings = BuildSettings(**{**asked, "sm": tuple(asked.get("sm", ()))})
+        profile = default_profile(bundle, graph, ranges)
+    except (TypeError, AttributeError, SettingsError) as error:
+        path = store.folder / f"{flavour.name}.json"
+        raise BackendError(f"{path} is damaged ({error}); build the plans again: dnp build") from error
+    here = target(flavour, (), device)
+    if flavour.portable and set(here.sm) <= set(settings.sm):
+        return profile, settings, target(flavour, settings.sm, device)
+    return profile, replace(settings, sm=here.sm), here
+
+
+def obtain(
+    bundle: Bundle,
+    graph: GraphSpec,
+    profile: Profile,
+    settings: BuildSettings,
+    goal: Target,
+    store: PlanStore,
+    *,
+    force: bool = False,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """The plan in ``store``, verified, or a new one where there is none that can be used. Raises as ``build_plans``."""
+    spec = PlanSpec(
+        graph=graph.name,
+        graph_sha256=graph_sha256(bundle, graph),
+        flavour=goal.flavour.name,
+        version=goal.version,
+        architecture=goal.architecture,
+        precision=bundle.precision,
+        profile=to_dict(profile),
+        flags=settings.flags,
+    )
+    plan, _ = store.find(spec)
+    if plan is not None and not force:
+        return plan
+    with store.building(spec):
+        plan, reason = store.find(spec)  # another process may have been faster
+        if plan is not None and not force:
+            return plan
+        if report is not None:
+            if reason:
+                report(f"{graph.name}: building anew: {reason}")
+            report(f"{graph.name}: {memory_needed(graph)}")
+        cache_file = store.folder / f".timing-{goal.version}-{spec.architecture.replace(' ', '-')}.cache"
+        timings = None if goal.flavour.portable else cache_file
+        data, facts = compile_plan(graph, profile, settings, goal, timings=timings, progress=progress)
+        return store.write(spec, data, facts)
+
+
+def memory_needed(graph: GraphSpec) -> str:
+    """What building a plan will take, by the size of the weights, and what is there, in words."""
+    files = [graph.path, graph.path.with_name(f"{graph.path.name}.data")]
+    weights = sum(file.stat().st_size for file in files if file.exists())
+    need = _MEMORY_PER_WEIGHT * weights + _MEMORY_BESIDE
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return f"compiling {weights / 1e6:.0f} MB of weights, about {need / 1e9:.1f} GB of memory"
+    warning = " (less is free than that)" if free < need else ""
+    return f"compiling {weights / 1e6:.0f} MB of weights, about {need / 1e9:.1f} GB of memory{warning}"
+
+
+def compile_plan(
+    graph: GraphSpec,
+    profile: Profile,
+    settings: BuildSettings,
+    goal: Target,
+    *,
+    timings: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """The plan as a buffer, and the facts: bytes of weights, activations and scratch, layers, seconds, peak memory.
+
+    The compiler runs in a thread of its own, so that this one can tell how it goes and answer a Ctrl-C.
+    Raises as ``build_plans``.
+    """
+    build = _Build(graph, profile, settings, goal, timings)
+    thread = threading.Thread(target=build.run, name=f"build-{graph.name}", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+            if progress is not None and progress(build.state()) is False:
+                raise Cancelled(f"the build of {graph.name!r} was stopped; no plan is half-written")
+    except BaseException:
+        build.cancelled = True
+        thread.join()
+        raise
+    if build.error is not None:
+        raise build.error
+    return build.data, build.facts
+
+
+class _Build:
+    """One run of the compiler, for a thread of its own."""
+
+    def __init__(
+        self, graph: GraphSpec, profile: Profile, settings: BuildSettings, goal: Target, timings: Path | None
+    ) -> None:
+        self.graph, self.profile, self.settings, self.goal, self.timings = graph, profile, settings, goal, timings
+        self.cancelled = False
+        self.error: BaseException | None = None
+        self.data: Any = None
+        self.facts: dict[str, Any] = {}
+        self.phases: dict[str, tuple[int, int]] = {}  # steps done, steps in all; innermost last
+        self._started = time.perf_counter()
+
+    def state(self) -> BuildProgress:
+        """Where it is: the outermost phase that has steps."""
+        name, (done, total) = next(iter([*self.phases.items()]), ("parsing", (0, 1)))
+        return BuildProgress(self.graph.name, name, done, total, time.perf_counter() - self._started)
+
+    def run(self) -> None:
+        """Compile; ``data`` and ``facts``, or ``error``, are set afterwards."""
+        try:
+            self._compile()
+        except BaseException as error:  # it is raised again where the build was asked for
+            self.error = error
+
+    def _compile(self) -> None:
+        trt = self.goal.flavour.load()
+        with listening(trt) as log:
+            builder = trt.Builder(logger(trt))
+            network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+            parser = trt.OnnxParser(network, logger(trt))
+            if not parser.parse_from_file(str(self.graph.path)):
+                raise self._parse_error(parser)
+            config = self._config(trt, builder)
+            data = builder.build_serialized_network(network, config)
+            if data is None:
+                raise self._build_error(log.errors())
+            if self.timings is not None:
+                self.timings.write_bytes(bytes(config.get_timing_cache().serialize()))
+            self.data = data
+            self.facts = {
+                **_facts(log.messages()),
+                "layers": network.num_layers,
+                "seconds": round(time.perf_counter() - self._started, 2),
+                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+                "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+
+    def _config(self, trt: Any, builder: Any) -> Any:
+        settings, flavour = self.settings, self.goal.flavour
+        config = builder.create_builder_config()
+        if settings.optimization_level is not None:
+            config.builder_optimization_level = settings.optimization_level
+        if settings.workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
+        if settings.weight_streaming:
+            config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+        if settings.refit:
+            config.set_flag(trt.BuilderFlag.REFIT)
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names for `dnp inspect --layers`
+        if flavour.portable:
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # stream capture wants it
+            config.num_compute_capabilities = len(self.goal.sm)
+            for index, number in enumerate(self.goal.sm):
+                config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
+        if self.timings is not None:
+            blob = self.timings.read_bytes() if self.timings.exists() else b""
+            config.set_timing_cache(config.create_timing_cache(blob), False)
+        config.progress_monitor = _monitor_class(trt)(self)
+        profile = builder.create_optimization_profile()
+        for name, tensor in self.graph.inputs.items():
+            if tensor.symbols:
+                sizes = [{s: getattr(r, which) for s, r in self.profile.items()} for which in ("low", "best", "high")]
+                profile.set_shape(name, *(tensor.resolve(dims) for dims in sizes))
+        config.add_optimization_profile(profile)
+        return config
+
+    def _parse_error(self, parser: Any) -> BundleError:
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        said = "; ".join(f"{e.node_name() or 'graph'}: {e.desc()}" for e in errors[:3]) or "no reason given"
+        return BundleError(f"{self.graph.path}: {self.goal.flavour.title} cannot read it: {said}; {REMEDY}")
+
+    def _build_error(self, said: str) -> Exception:
+        if self.cancelled:
+            return Cancelled(f"the build of {self.graph.name!r} was stopped")
+        hints = ""
+        if self.settings.refit and self.goal.flavour.portable:
+            hints = "; a plan that can be refitted needs a GPU to build: leave --refit out"
+        elif "OutOfMemory" in said or "out of memory" in said.lower():
+            hints = "; lower the largest sizes of the profile (--batch, --height, --width), or raise --workspace"
+        return BackendError(
+            f"{self.goal.flavour.title} {self.goal.version} cannot compile {self.graph.name!r} "
+            f"for {self.goal.architecture}: {said}{hints}"
+        )
+
+
+@cache
+def _monitor_class(trt: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """TensorRT calls it from threads of its own; an answer of False ends the build."""
+
+        def __init__(self, build: _Build) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._build = build
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._build.phases[phase_name] = 0, num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._build.phases[phase_name] = step + 1, self._build.phases.get(phase_name, (0, step + 1))[1]
+            return not self._build.cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._build.phases.pop(phase_name, None)
+
+    return Monitor
+
+
+def _facts(messages: Any) -> dict[str, int]:
+    found = {}
+    for message in messages:
+        for name, opening in _FACTS.items():
+            if message.startswith(opening):
+                found[name] = int(message.removeprefix(opening).split()[0])
+    return found
+
+
+def _known(flavour: Flavour) -> str:
+    return f"it knows {', '.join(map(str, flavour.architectures))}"

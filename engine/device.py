@@ -1,0 +1,155 @@
+"""One GPU and what is in its memory: ``Device``, and buffers that never move."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import numpy as np
+
+from dnp.engine.cuda import Cuda, GpuProperties, OutOfMemoryError
+from dnp.engine.errors import BackendError
+from dnp.engine.session import Array, Buffer
+
+
+class Device:
+    """A GPU for the sessions of one backend: one stream, one piece of scratch memory, one account of the bytes.
+
+    Attributes:
+        cuda: the calls.
+        stream: where everything happens, in the order it was started.
+        name: ``cuda:0``.
+        allocated: bytes of device memory in use by buffers and scratch.
+    """
+
+    def __init__(self, cuda: Cuda, number: int = 0, memory_limit: int | None = None) -> None:
+        self.cuda, self.name = cuda, f"cuda:{number}"
+        self.properties: GpuProperties = cuda.properties(number)
+        self.allocated = 0
+        self._limit = memory_limit
+        self._sizes: dict[int, int] = {}
+        self._scratch = (0, 0)  # address, size
+        self.stream: Any = cuda.stream()
+
+    def allocate(self, size: int, what: str) -> int:
+        """Device memory filled with zeros. Raises BackendError, with what would fit, when there is not enough."""
+        if self._limit is not None and self.allocated + size > self._limit:
+            raise BackendError(self._too_much(what, size, self._limit - self.allocated, "of the memory limit is left"))
+        try:
+            address = self.cuda.malloc(max(size, 1))
+        except OutOfMemoryError as error:
+            free = self.cuda.free_memory()
+            raise BackendError(self._too_much(what, size, free, f"is free on {self.properties.name}")) from error
+        self._sizes[address] = size
+        self.allocated += size
+        if size:
+            self.cuda.clear(address, size, self.stream)
+        return address
+
+    def free(self, address: int) -> None:
+        """Give back what ``allocate`` gave."""
+        self.allocated -= self._sizes.pop(address)
+        self.cuda.free(address)
+
+    def scratch(self, size: int) -> int:
+        """Memory for the activations of a graph while it runs, shared by all that run on the stream.
+
+        A larger piece replaces one that is too small; those who have that one keep it, so that no address that a
+        recorded graph holds ever changes.
+        """
+        address, there = self._scratch
+        if size > there:
+            address = self.allocate(size, "the activations")
+            self._scratch = (address, size)
+        return address
+
+    def close(self) -> None:
+        """Free everything."""
+        self.cuda.synchronize(self.stream)
+        for address in [*self._sizes]:
+            self.free(address)
+        self._scratch = (0, 0)
+        self.cuda.free_stream(self.stream)
+
+    def _too_much(self, what: str, size: int, left: int, where: str) -> str:
+        there = f"{max(left, 0) / 1e6:.1f} MB {where}"
+        return (
+            f"no memory on {self.name} for {what}: {size / 1e6:.1f} MB are wanted, {there}; "
+            "build plans of smaller largest sizes (dnp build --batch, --height, --width, --rows)"
+        )
+
+
+class DeviceBuffer(Buffer):
+    """A buffer in a device's memory, as large as it will ever be: its address never changes.
+
+    What crosses to or from the host goes through pinned memory of its own. Only ``read`` waits.
+    """
+
+    def __init__(self, name: str, dtype: str, largest: tuple[int, ...], device: Device, graph: str) -> None:
+        self.name, self.dtype, self.device = name, np.dtype(dtype), device.name
+        self._device = device
+        self._shape: tuple[int, ...] = (0,)
+        self._capacity = math.prod(largest) * self.dtype.itemsize
+        self.address = device.allocate(self._capacity, f"{name!r} {list(largest)} of {graph!r}")
+        self._pinned = 0
+        self._copied: Any = None  # happens when the device has read the pinned memory
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The present shape; ``(0,)`` before the first reshape."""
+        return self._shape
+
+    def shape_to(self, shape: tuple[int, ...]) -> None:
+        """Take on a shape, which never needs more room."""
+        assert math.prod(shape) * self.dtype.itemsize <= self._capacity
+        self._shape = shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the present shape."""
+        return math.prod(self._shape) * self.dtype.itemsize
+
+    def write(self, array: Array) -> None:
+        """See ``Buffer.write``. Starts the copy and does not wait for it."""
+        self._check(array.shape, array.dtype, "was given")
+        if self._copied is None:
+            self._copied = self._device.cuda.event()
+        else:
+            self._device.cuda.wait(self._copied)  # it has long happened, unless the last write was just now
+        np.copyto(self._host(self._shape), array)
+        self._device.cuda.to_device(self.address, self._pinned, self.nbytes, self._device.stream)
+        self._device.cuda.record(self._copied, self._device.stream)
+
+    def read(self) -> Array:
+        """See ``Buffer.read``."""
+        host = self._host(self._shape)
+        self._device.cuda.to_host(self._pinned, self.address, self.nbytes, self._device.stream)
+        self._device.cuda.synchronize(self._device.stream)
+        contents: Array = host.copy()
+        return contents
+
+    def copy(self, other: Buffer) -> None:
+        """See ``Buffer.copy``."""
+        self._check(other.shape, other.dtype, f"{other.name!r} holds")
+        if isinstance(other, DeviceBuffer) and other._device is self._device:
+            self._device.cuda.on_device(self.address, other.address, self.nbytes, self._device.stream)
+        else:
+            self.write(other.read())
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._device.free(self.address)
+        if self._pinned:
+            self._device.cuda.free_host(self._pinned)
+            self._pinned = 0
+        if self._copied is not None:
+            self._device.cuda.free_event(self._copied)
+            self._copied = None
+
+    def _host(self, shape: tuple[int, ...]) -> Array:
+        if not self._pinned:
+            self._pinned = self._device.cuda.malloc_host(max(self._capacity, 1))
+        memory = (ctypes.c_uint8 * self.nbytes).from_address(self._pinned)
+        array: Array = np.ctypeslib.as_array(memory).view(self.dtype).reshape(shape)
+        return array

@@ -1,0 +1,111 @@
+"""TensorRT comes as two products with one API: what differs between them, as a value.
+
+``tensorrt`` compiles on the GPU that it will run on, data-centre cards included. ``tensorrt-rtx`` compiles for any of
+its architectures on any machine, a GPU or not, and finishes the kernels on the user's card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Final
+
+from dnp.engine.errors import BackendError, missing_extra
+from dnp.engine.interrupts import uninterrupted
+from dnp.engine.schema import nearest
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of the two products.
+
+    Attributes:
+        name: of the backend, and of the extra that installs it.
+        module: what is imported.
+        title: as people call it.
+        portable: whether it compiles for other architectures than the present GPU's; then the driver finishes the
+            kernels at first use and keeps them in a runtime cache. Otherwise a timing cache speeds up builds.
+        architectures: those it compiles for, as ``89`` for SM 8.9; empty for whatever GPU is there.
+    """
+
+    name: str
+    module: str
+    title: str
+    portable: bool
+    architectures: tuple[int, ...]
+
+    def load(self) -> Any:
+        """The module. Raises BackendError with the line that installs it."""
+        try:
+            with uninterrupted():
+                return import_module(self.module)
+        except ModuleNotFoundError as error:
+            if error.name in (self.module, f"{self.module}_libs", f"{self.module}_bindings"):
+                raise missing_extra(self.title, self.name, f"the backend {self.name!r}") from error
+            raise BackendError(f"{self.title} is installed but lacks {error.name}; {self._repair}") from error
+        except (ImportError, OSError, RuntimeError) as error:  # what its loader of shared libraries raises
+            raise BackendError(f"{self.title} is installed but does not load ({error}); {self._repair}") from error
+
+    @property
+    def _repair(self) -> str:
+        return f"repair it: pip install --force-reinstall 'dnp-engine[{self.name}]'"
+
+
+TENSORRT: Final = Flavour("tensorrt", "tensorrt", "TensorRT", portable=False, architectures=())
+TENSORRT_RTX: Final = Flavour(
+    "tensorrt-rtx", "tensorrt_rtx", "TensorRT for RTX", portable=True, architectures=(75, 80, 86, 89, 120, 121)
+)
+FLAVOURS: Final = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)}
+
+
+def flavour_of(name: str) -> Flavour:
+    """The flavour called ``name``. Raises BackendError when there is none."""
+    if name not in FLAVOURS:
+        raise BackendError(f"{name!r} compiles no plans, {nearest(name, FLAVOURS)}")
+    return FLAVOURS[name]
+
+
+@cache
+def logger(module: Any) -> Any:
+    """The one logger of a TensorRT module: it keeps the first that it is given, and ignores any other."""
+
+    class Logger(module.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+            self.lines: list[tuple[int, str]] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity != module.ILogger.Severity.VERBOSE:
+                self.lines.append((int(severity), message))
+
+    return Logger()
+
+
+class Log:
+    """What TensorRT says during a block: severities from 0 (internal error) by 1 (error), 2 (warning) to 3 (info)."""
+
+    def __init__(self, lines: list[tuple[int, str]]) -> None:
+        self._lines = lines
+
+    def errors(self) -> str:
+        """The errors, in one line; what to say when TensorRT returns None or False."""
+        said = [message.strip().splitlines()[0] for severity, message in self._lines if severity <= 1 and message]
+        return "; ".join(said) or "it gave no reason"
+
+    def messages(self) -> Iterator[str]:
+        """Everything but the verbose messages."""
+        return (message for _, message in self._lines)
+
+
+@contextmanager
+def listening(module: Any) -> Iterator[Log]:
+    """Collect what TensorRT says inside the block."""
+    into = logger(module)
+    before, into.lines = into.lines, []
+    try:
+        yield Log(into.lines)
+    finally:
+        into.lines = before

@@ -1,0 +1,139 @@
+"""Optimisation profiles: the sizes that a compiled plan takes, as ranges of the symbols in a graph's shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from dnp.engine.errors import SettingsError
+from dnp.engine.manifest import GraphSpec
+from dnp.engine.schema import shown
+
+if TYPE_CHECKING:
+    from dnp.engine.bundle import Bundle
+
+BATCH: Final = 8  # images sampled at once, as the pipeline cuts its requests
+BEAMS: Final = 4  # rows of the caption decoder for each image
+ROWS: Final = 128  # rows of a sampler table: 64 steps of a sampler that runs the network twice a step
+_OPTIONS: Final = {  # of `dnp build`, by symbol
+    "batch": "--batch",
+    "images": "--batch",
+    "height": "--height",
+    "width": "--width",
+    "image_height": "--image-height",
+    "image_width": "--image-width",
+    "rows": "--rows",
+    "draws": "--rows",
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The sizes of one symbol: the smallest, the one to be fastest at, and the largest.
+
+    Raises SettingsError unless 1 <= low <= best <= high.
+    """
+
+    low: int
+    best: int
+    high: int
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (self.low, self.best, self.high))
+        if not (whole and 1 <= self.low <= self.best <= self.high <= 1 << 24):
+            raise SettingsError(
+                f"{shown(self.low)}:{shown(self.best)}:{shown(self.high)} is no range; give whole numbers as "
+                "smallest:best:largest, in this order"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Range:
+        """``4`` is that size alone, ``1:8`` is best at the smallest, ``1:4:8`` names all three.
+
+        Raises SettingsError for anything else.
+        """
+        try:
+            numbers = [int(part) for part in text.split(":")]
+        except ValueError:
+            numbers = []
+        if len(numbers) == 1:
+            return cls(*numbers * 3)
+        if len(numbers) == 2:
+            return cls(numbers[0], *numbers)
+        if len(numbers) == 3:
+            return cls(*numbers)
+        raise SettingsError(f"{shown(text)} is no range; write 4, 1:8 or 1:4:8 (smallest:best:largest)")
+
+    def scaled(self, divisor: int, name: str) -> Range:
+        """Sizes in pixels as sizes in units of ``divisor`` pixels. Raises SettingsError when they do not fit."""
+        sizes = (self.low, self.best, self.high)
+        if any(size % divisor for size in sizes):
+            raise SettingsError(f"{name} {self} has sizes that are no multiples of {divisor} pixels")
+        return Range(*(size // divisor for size in sizes))
+
+    def __contains__(self, size: int) -> bool:
+        return self.low <= size <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.low}" if self.low == self.high else f"{self.low}:{self.best}:{self.high}"
+
+
+Profile = Mapping[str, Range]
+"""The range of each symbol of one graph."""
+
+
+def default_profile(bundle: Bundle, graph: GraphSpec, ranges: Mapping[str, Range] | None = None) -> dict[str, Range]:
+    """The profile of one of the bundle's graphs: its default image size, batches up to 8, tables up to 128 rows.
+
+    ``ranges`` replaces some of it: ``batch`` and ``rows`` in their own units, ``height``, ``width``,
+    ``image_height`` and ``image_width`` in pixels. Raises SettingsError when one of them cannot be had.
+    """
+    ranges = dict(ranges or {})
+    for name in ranges:
+        if name not in ("batch", "rows", "height", "width", "image_height", "image_width"):
+            raise SettingsError(f"a profile has no {name!r}; batch, rows, height, width, image_height, image_width")
+    latents = bundle.latents
+    batch = ranges.get("batch", Range(1, 1, BATCH))
+    rows = ranges.get("rows", Range(1, min(25, ROWS), ROWS))
+    found = {"batch": batch, "images": batch, "rows": rows, "draws": Range(1, 1, rows.high)}
+    for side in ("height", "width"):
+        grain, most = latents.multiple * latents.pixels, getattr(latents, f"max_{side}") * latents.pixels
+        size = getattr(latents, side) * latents.pixels
+        pixels = ranges.get(side, Range(size, size, size))
+        pixels.scaled(grain, side)
+        if pixels.high > most:
+            raise SettingsError(f"{side} {pixels} goes beyond {most} pixels, which is the most this bundle can make")
+        found[side] = pixels.scaled(latents.pixels, side)
+        found[f"image_{side}"] = ranges.get(f"image_{side}", pixels)
+    if graph.name == "caption_step":
+        found["batch"] = Range(batch.low, batch.best, batch.high * BEAMS)
+    return {symbol: found[symbol] for symbol in graph.symbols}
+
+
+def any_profile(graph: GraphSpec) -> dict[str, Range]:
+    """For a graph that is in no bundle: every symbol from 1 to 8."""
+    return {symbol: Range(1, 4, 8) for symbol in graph.symbols}
+
+
+def check_dims(graph: GraphSpec, profile: Profile, dims: Mapping[str, int]) -> None:
+    """Raises SettingsError, naming the plan's range and what widens it, for a size that the plan has no code for."""
+    for symbol, range_ in profile.items():
+        size = dims[symbol]
+        if size not in range_:
+            wider = Range(min(size, range_.low), range_.best, max(size, range_.high))
+            option = _OPTIONS.get(symbol)
+            remedy = f"; build a wider one: dnp build {option}, from {range_} to {wider}" if option else ""
+            raise SettingsError(
+                f"graph {graph.name!r}: the plan was compiled for {symbol} {range_}, not for {size}{remedy}"
+            )
+
+
+def largest(profile: Profile) -> dict[str, int]:
+    """The largest size of every symbol."""
+    return {symbol: range_.high for symbol, range_ in profile.items()}
+
+
+def to_dict(profile: Profile) -> dict[str, Any]:
+    """The profile as JSON holds it: ``[low, best, high]`` by symbol."""
+    return {symbol: [range_.low, range_.best, range_.high] for symbol, range_ in profile.items()}

@@ -1,0 +1,334 @@
+"""The backends ``tensorrt`` and ``tensorrt-rtx``: compiled plans, and runs recorded as CUDA graphs."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from dnp.engine import cuda
+from dnp.engine.build import BuildSettings, compile_plan, obtain, target, wanted_plan
+from dnp.engine.device import Device, DeviceBuffer
+from dnp.engine.errors import BackendError
+from dnp.engine.flavour import TENSORRT, TENSORRT_RTX, Flavour, listening, logger
+from dnp.engine.host import check_border
+from dnp.engine.manifest import GraphSpec, TensorSpec
+from dnp.engine.plan import FOLDER, PlanSpec, PlanStore
+from dnp.engine.profile import BATCH, Profile, Range, any_profile, check_dims, largest
+from dnp.engine.session import Backend, BackendOptions, Buffer, Session
+
+if TYPE_CHECKING:
+    from dnp.engine.bundle import Bundle
+
+_log = logging.getLogger("dnp.engine")
+_DTYPES: Final = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "UINT8": "uint8"}
+
+
+@dataclass
+class _Run:
+    """A graph at fixed sizes: an execution context of its own, and what was recorded of it."""
+
+    context: Any
+    dims: dict[str, int]
+    recorded: Any = None
+
+
+class TrtSession(Session):
+    """A plan on a GPU. Buffers have the profile's largest sizes and never move, so what was recorded stays valid.
+
+    Sizes that were prepared have an execution context each, whose run is one launch of a recorded CUDA graph; all
+    others share one, whose runs are enqueued.
+    """
+
+    def __init__(
+        self, graph: GraphSpec, plan: memoryview | mmap.mmap, profile: Profile, backend: TrtBackend, cache: Path | None
+    ) -> None:
+        gpu = backend.device.properties
+        title = f"{backend.flavour.title} {backend.module.__version__}"
+        super().__init__(graph, f"{backend.name} ({title}, {gpu.name}, SM {gpu.sm}, {backend.device.name})")
+        self._profile, self.most = profile, largest(profile)
+        self._backend, self._device, self._cuda = backend, backend.device, backend.device.cuda
+        self._trt = backend.module
+        with listening(self._trt) as log:
+            self._runtime = self._trt.Runtime(logger(self._trt))
+            engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise BackendError(
+                f"{self._where}: {backend.flavour.title} cannot load the plan on {self._device.properties.name}: "
+                f"{log.errors()}; build it again: dnp build --force"
+            )
+        self._engine = engine
+        self._check_engine()
+        self._cache_file = cache
+        self._config = self._runtime_config()
+        self._scratch_size = int(engine.get_device_memory_size_for_profile_v2(0))
+        self._scratch = self._device.scratch(self._scratch_size) if self._scratch_size else 0
+        self._inputs = self._allocate(graph.inputs)
+        self._outputs = self._allocate(graph.outputs)
+        self.inputs = MappingProxyType(self._inputs)
+        self.outputs = MappingProxyType(self._outputs)
+        self._loose: _Run | None = None
+        self._prepared: dict[tuple[int, ...], _Run] = {}
+
+    def reshape(self, **dims: int) -> None:
+        """See ``Session.reshape``. Allocates nothing. Raises SettingsError for sizes outside of the profile."""
+        self._require_open()
+        dims = self._checked(dims)
+        check_dims(self.graph, self._profile, dims)
+        self._cuda.activate()
+        for name, spec in self.graph.inputs.items():
+            if name not in self._linked:
+                self._inputs[name].shape_to(spec.resolve(dims))
+        for name, spec in self.graph.outputs.items():
+            self._outputs[name].shape_to(spec.resolve(dims))
+        self._dims = dims
+
+    def bucket(self, symbol: str, size: int) -> int:
+        """See ``Session.bucket``: sampler tables are run at one or two lengths, whatever the sampler."""
+        if symbol not in ("rows", "draws") or symbol not in self._profile or (symbol == "draws" and size == 1):
+            return size
+        check_dims(self.graph, {symbol: self._profile[symbol]}, {symbol: size})
+        return self.most[symbol]
+
+    def link(self, name: str, buffer: Buffer) -> None:
+        """See ``Session.link``."""
+        self._require_open()
+        here = isinstance(buffer, DeviceBuffer) and buffer.device == self._device.name
+        self._check_link(name, buffer, reachable=here)
+        assert isinstance(buffer, DeviceBuffer)
+        if name not in self._linked:
+            self._inputs[name].free()
+            self._linked.add(name)
+        self._inputs[name] = buffer
+        self._forget()
+
+    def carry(self, into: str, output: str) -> None:
+        """See ``Session.carry``."""
+        before = dict(self._carried)
+        super().carry(into, output)
+        if self._carried != before:
+            self._forget()
+
+    def prepare(self) -> None:
+        """See ``Session.prepare``: record the run at the present sizes as a CUDA graph.
+
+        When that cannot be done, the backend runs without recorded graphs from then on, and says so once.
+        """
+        dims = self._require_dims()
+        key = tuple(dims.values())
+        if key in self._prepared or self._backend.eager:
+            return
+        run = _Run(self._context(), {})
+        self._enqueue(run)  # what TensorRT does only once must not be recorded
+        self._cuda.synchronize(self._device.stream)
+        try:
+            if self._backend.flavour.portable and not run.context.is_stream_capturable(self._device.stream):
+                raise BackendError("TensorRT says that this graph cannot be recorded at these sizes")
+            self._cuda.begin_capture(self._device.stream)
+            try:
+                self._enqueue(run)
+            finally:
+                run.recorded = self._cuda.end_capture(self._device.stream)
+        except BackendError as error:
+            self._backend.eager = True
+            _log.warning("%s: runs without CUDA graphs from now on: %s", self._where, error)
+            return
+        self._prepared[key] = run
+
+    def run(self) -> None:
+        """See ``Session.run``. Starts the work and does not wait for it."""
+        dims = self._require_dims()
+        run = self._prepared.get(tuple(dims.values()))
+        if run is not None and not self._backend.eager:
+            self._cuda.launch(run.recorded, self._device.stream)
+        else:
+            self._loose = self._loose or _Run(self._context(), {})
+            self._enqueue(self._loose)
+
+    def refit(self, path: Path) -> None:
+        """Take the weights of another ONNX file of the same structure, all of them, and leave nothing of the old ones.
+
+        A LoRA is merged into the original weights before: what was merged is never merged into again.
+        Raises BackendError when the plan was not built with ``refit``, or when the file does not fit.
+        """
+        self._require_open()
+        if not self._engine.refittable:
+            raise BackendError(f"{self._where}: this plan keeps its weights; build one that does not: --refit")
+        self._cuda.synchronize(self._device.stream)
+        with listening(self._trt) as log:
+            refitter = self._trt.Refitter(self._engine, logger(self._trt))
+            parser = self._trt.OnnxParserRefitter(refitter, logger(self._trt))
+            fits = parser.refit_from_file(str(path)) and not refitter.get_missing_weights()
+            if not fits or not refitter.refit_cuda_engine():
+                raise BackendError(f"{self._where}: the weights of {path} do not fit this plan: {log.errors()}")
+        self._forget()
+
+    def layers(self) -> str:
+        """What the engine inspector says of each layer, as JSON."""
+        self._require_open()
+        told: str = self._engine.create_engine_inspector().get_engine_information(self._trt.LayerInformationFormat.JSON)
+        return told
+
+    def close(self) -> None:
+        """See ``Session.close``."""
+        if self._closed:
+            return
+        self._closed = True
+        self._cuda.synchronize(self._device.stream)
+        self._forget()
+        self._save_cache()
+        del self._config, self._engine, self._runtime
+        for name, buffer in [*self._inputs.items(), *self._outputs.items()]:
+            if name not in self._linked:
+                buffer.free()
+
+    def _enqueue(self, run: _Run) -> None:
+        dims = self._require_dims()
+        if run.dims != dims:
+            for name, spec in self.graph.inputs.items():
+                if not run.context.set_input_shape(name, spec.resolve(dims)):
+                    raise BackendError(f"{self._where}: TensorRT takes no {name!r} of {list(spec.resolve(dims))}")
+            run.dims = dims
+        for name, spec in self.graph.inputs.items():
+            if self._inputs[name].shape != spec.resolve(dims):
+                raise self._unlike(name, spec.resolve(dims), self._inputs[name])
+        with listening(self._trt) as log:
+            if not run.context.execute_async_v3(int(self._device.stream)):
+                raise BackendError(f"{self._where} failed on {self.backend} with {dims}: {log.errors()}")
+        for into, output in self._carried.items():
+            target, source = self._inputs[into], self._outputs[output]
+            self._cuda.on_device(target.address, source.address, source.nbytes, self._device.stream)
+
+    def _context(self) -> Any:
+        with listening(self._trt) as log:
+            context = self._engine.create_execution_context(self._config)
+        if context is None:
+            raise BackendError(f"{self._where}: TensorRT made no execution context: {log.errors()}")
+        context.set_device_memory(self._scratch, self._scratch_size)
+        for name, buffer in [*self._inputs.items(), *self._outputs.items()]:
+            if not context.set_tensor_address(name, buffer.address):
+                raise BackendError(f"{self._where}: TensorRT takes no address for {name!r}")
+        return context
+
+    def _runtime_config(self) -> Any:
+        trt = self._trt
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._backend.flavour.portable:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # we record ourselves, with what is carried
+            # A recorded graph keeps the kernels that it was recorded with: they must be the best ones by then.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            self._cache = config.create_runtime_cache()
+            if self._cache_file is not None and self._cache_file.exists():
+                self._cache.deserialize(self._cache_file.read_bytes())  # False: of another GPU or version, and unused
+            config.set_runtime_cache(self._cache)
+        return config
+
+    def _save_cache(self) -> None:
+        """Keep the kernels that the driver finished, for the next start."""
+        if self._cache_file is None or not self._backend.flavour.portable:
+            return
+        part = self._cache_file.with_suffix(".partial")
+        try:
+            part.write_bytes(bytes(self._cache.serialize()))
+            part.replace(self._cache_file)
+        except OSError as error:
+            _log.warning("%s: the runtime cache is not kept: %s", self._where, error)
+            part.unlink(missing_ok=True)
+
+    def _check_engine(self) -> None:
+        """Hold what the plan says of its border against the manifest."""
+        engine, found = self._engine, {"inputs": {}, "outputs": {}}  # type: ignore[var-annotated]
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            side = "inputs" if engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT else "outputs"
+            dtype = engine.get_tensor_dtype(name).name
+            shape = tuple(None if size < 0 else size for size in engine.get_tensor_shape(name))
+            found[side][name] = (_DTYPES.get(dtype, dtype.lower()), shape)
+        check_border(self.graph, found)
+
+    def _allocate(self, specs: Mapping[str, TensorSpec]) -> dict[str, DeviceBuffer]:
+        return {
+            name: DeviceBuffer(name, spec.dtype, spec.resolve(self.most), self._device, self.graph.name)
+            for name, spec in specs.items()
+        }
+
+    def _forget(self) -> None:
+        """Drop what was recorded: it holds addresses, copies or weights that are no longer right."""
+        for run in self._prepared.values():
+            self._cuda.free_graph(run.recorded)
+        self._prepared.clear()
+        self._loose = None
+
+
+class TrtBackend(Backend):
+    """Plans on one GPU, with one stream and one scratch memory for all of them."""
+
+    flavour: Flavour
+
+    def __init__(self, options: BackendOptions) -> None:
+        if options.precision is not None:
+            raise BackendError(
+                f"the backend {self.name!r} computes in what the graph says, not in {options.precision!r}; export the "
+                "model in the precision you want: dnp export --precision fp16"
+            )
+        self.options, self.eager = options, options.eager
+        self.module = self.flavour.load()
+        self.device = Device(cuda.open_cuda(options.device), options.device, options.memory_limit)
+
+    def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> TrtSession:
+        """See ``Backend.session``. Builds the plan when there is none that can be used, which takes its time."""
+        if bundle is None:
+            profile: Profile = any_profile(graph)
+            goal = target(self.flavour, (), self.options.device)
+            built, _ = compile_plan(graph, profile, BuildSettings(), goal)
+            return TrtSession(graph, memoryview(built), profile, self, None)
+        store = PlanStore(self.options.engines or bundle.path / FOLDER)
+        profile, settings, goal = wanted_plan(bundle, graph, self.flavour, store, self.options.device)
+        plan = obtain(bundle, graph, profile, settings, goal, store, report=_log.warning)
+        with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return TrtSession(graph, data, profile, self, plan.path.with_suffix(".cache"))
+
+    @property
+    def batches(self) -> Sequence[int]:  # type: ignore[override]
+        """See ``Backend.batches``."""
+        return () if self.eager else range(1, BATCH + 1)
+
+    def close(self) -> None:
+        """See ``Backend.close``."""
+        self.device.close()
+
+
+def inspect_layers(graph: GraphSpec, path: Path, spec: PlanSpec, device: int = 0) -> str:
+    """What the engine inspector says of a plan's layers, as JSON. Raises BackendError where it cannot be loaded."""
+    backend = _CLASSES[spec.flavour](BackendOptions(device=device, eager=True))
+    try:
+        profile = {symbol: Range(*numbers) for symbol, numbers in spec.profile.items()}
+        session = TrtSession(graph, memoryview(path.read_bytes()), profile, backend, None)
+        try:
+            return session.layers()
+        finally:
+            session.close()
+    finally:
+        backend.close()
+
+
+class TensorRtBackend(TrtBackend):
+    """TensorRT, on the GPU that the plans are built on."""
+
+    name = "tensorrt"
+    flavour = TENSORRT
+
+
+class TensorRtRtxBackend(TrtBackend):
+    """TensorRT for RTX, whose plans can be built anywhere."""
+
+    name = "tensorrt-rtx"
+    flavour = TENSORRT_RTX
+
+
+_CLASSES: Final = {kind.name: kind for kind in (TensorRtBackend, TensorRtRtxBackend)}

@@ -1,0 +1,360 @@
+"""A stand-in for CUDA and TensorRT, for the tests alone: it computes with ONNX Runtime in ordinary memory.
+
+It shows in which order the calls are made and that the bookkeeping is right. It says nothing about a GPU: not that
+anything works there, nor how long it takes. Everything that it makes says so: its device is called ``FAKE``, its
+version ends in ``fake``, and its plans begin with the sentence ``THIS IS NO PLAN``.
+
+Work that is started is done only when somebody waits for it, as on a device that is slow: whoever reads too early or
+frees too early sees it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+
+from dnp.engine.cuda import Cuda, GpuProperties, OutOfMemoryError
+from dnp.engine.errors import BackendError
+
+MARK = b"THIS IS NO PLAN but a note for the fake of the tests\n"
+POISON = 0xA5  # what memory holds that nobody wrote
+DTYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64", "tensor(uint8)": "UINT8"}
+NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "UINT8": np.uint8}
+
+
+class FakeCuda:
+    """The public face of ``dnp.engine.cuda.Cuda`` over numpy memory.
+
+    ``calls`` holds the name of each call in order; ``fail`` maps a name to an error that it raises once it is called.
+    """
+
+    def __init__(self, memory=1 << 40, sm=89):
+        self.memory, self.sm = memory, sm
+        self.calls, self.fail = [], {}
+        self.device, self.pinned = {}, {}
+        self.pending = []  # started, and not yet done
+        self.recording = None
+        self.graphs, self.events, self.streams = {}, {}, set()
+
+    def __getattribute__(self, name):
+        found = object.__getattribute__(self, name)
+        if name in PUBLIC:
+            calls, fail = object.__getattribute__(self, "calls"), object.__getattribute__(self, "fail")
+            calls.append(name)
+            if name in fail:
+                raise fail[name]
+        return found
+
+    def counted(self, since=0):
+        """How often each call was made, from the call number ``since`` on."""
+        return Counter(self.calls[since:])
+
+    def activate(self):
+        pass
+
+    def properties(self, device=0):
+        return GpuProperties("FAKE, no GPU", self.sm, self.memory)
+
+    def free_memory(self):
+        return self.memory - sum(block.nbytes for block in self.device.values())
+
+    def malloc(self, size):
+        if size > self.memory - sum(block.nbytes for block in self.device.values()):
+            raise OutOfMemoryError("the fake found no memory")
+        return self._block(self.device, size)
+
+    def free(self, address):
+        self._drain()
+        del self.device[address]
+
+    def malloc_host(self, size):
+        return self._block(self.pinned, size)
+
+    def free_host(self, address):
+        assert not self.pending, "pinned memory was freed while copies were under way"
+        del self.pinned[address]
+
+    def to_device(self, device, host, size, stream):
+        self._start(stream, lambda: self._move(device, self.device, host, self.pinned, size))
+
+    def to_host(self, host, device, size, stream):
+        self._start(stream, lambda: self._move(host, self.pinned, device, self.device, size))
+
+    def on_device(self, into, source, size, stream):
+        self._start(stream, lambda: self._move(into, self.device, source, self.device, size))
+
+    def clear(self, address, size, stream):
+        self._start(stream, lambda: ctypes.memset(address, 0, size))
+
+    def stream(self):
+        self.streams.add(len(self.streams) + 7)
+        return max(self.streams)
+
+    def free_stream(self, stream):
+        self.streams.remove(stream)
+
+    def synchronize(self, stream):
+        assert self.recording is None, "waiting while recording is an error"
+        self._drain()
+
+    def begin_capture(self, stream):
+        assert self.recording is None
+        self.recording = []
+
+    def end_capture(self, stream):
+        handle = len(self.graphs) + 100
+        self.graphs[handle], self.recording = self.recording, None
+        return handle
+
+    def launch(self, graph, stream):
+        work = self.graphs[graph]
+        self._start(stream, lambda: [step() for step in work])
+
+    def free_graph(self, graph):
+        self._drain()
+        del self.graphs[graph]
+
+    def event(self):
+        handle = len(self.events) + 1000
+        self.events[handle] = 0
+        return handle
+
+    def record(self, event, stream):
+        assert self.recording is None
+
+    def wait(self, event):
+        assert self.recording is None, "waiting while recording is an error"
+        self._drain()
+
+    def elapsed(self, start, end):
+        return 0.0
+
+    def free_event(self, event):
+        del self.events[event]
+
+    def _start(self, stream, work):
+        assert stream in self.streams, "work on a stream that does not exist"
+        (self.pending if self.recording is None else self.recording).append(work)
+
+    def _drain(self):
+        work, self.pending = self.pending, []
+        for step in work:
+            step()
+
+    def _block(self, blocks, size):
+        whole = np.full(size + 256, POISON, np.uint8)
+        block = whole[-whole.ctypes.data % 256 :][:size]
+        blocks[block.ctypes.data] = block
+        return block.ctypes.data
+
+    def _move(self, into, into_blocks, source, source_blocks, size):
+        assert into_blocks[into].nbytes >= size, "a copy beyond the end"
+        assert source_blocks[source].nbytes >= size, "a copy from beyond the end"
+        ctypes.memmove(into, source, size)
+
+
+PUBLIC = {name for name in vars(Cuda) if not name.startswith("_")}
+
+
+class FakeTensorRt:
+    """As much of the module ``tensorrt_rtx`` as the package uses; ``fail`` switches single calls to failing."""
+
+    __name__ = "fake_tensorrt"
+    __version__ = "0.0.0.fake"
+
+    def __init__(self, cuda):
+        self.cuda, self.fail, self.built, self.contexts = cuda, set(), 0, []
+        self.log = None
+        module = self
+
+        class ILogger:
+            class Severity:
+                INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+        class IProgressMonitor:
+            pass
+
+        class Builder:
+            def __init__(self, logger):
+                module.log = logger
+
+            def create_network(self, flags):
+                return SimpleNamespace(path=None, num_layers=0)
+
+            def create_builder_config(self):
+                return Config()
+
+            def create_optimization_profile(self):
+                return SimpleNamespace(set_shape=lambda *_: None)
+
+            def build_serialized_network(self, network, config):
+                module.built += 1
+                config.progress_monitor.phase_start("Building", None, 3)
+                for step in range(3):
+                    if not config.progress_monitor.step_complete("Building", step):
+                        return None
+                config.progress_monitor.phase_finish("Building")
+                if "build" in module.fail:
+                    module.say("the fake was told to fail\nat length")
+                    return None
+                module.log.log(3, "Total Activation Memory: 1000 bytes")
+                module.log.log(3, "Total Weights Memory: 2000 bytes")
+                return MARK + json.dumps({"path": network.path}).encode()
+
+        class Config:
+            def set_flag(self, flag):
+                pass
+
+            def set_memory_pool_limit(self, pool, size):
+                pass
+
+            def set_compute_capability(self, capability, index):
+                pass
+
+            def add_optimization_profile(self, profile):
+                pass
+
+            def create_timing_cache(self, blob):
+                return bytes(blob)
+
+            def set_timing_cache(self, cache, ignore_mismatch):
+                pass
+
+            def get_timing_cache(self):
+                return SimpleNamespace(serialize=lambda: b"timings")
+
+        class OnnxParser:
+            num_errors = 0
+
+            def __init__(self, network, logger):
+                self.network = network
+
+            def parse_from_file(self, path):
+                self.network.path = path
+                return "parse" not in module.fail
+
+        class Runtime:
+            def __init__(self, logger):
+                module.log = logger
+
+            def deserialize_cuda_engine(self, plan):
+                plan = bytes(plan)
+                if "deserialize" in module.fail or not plan.startswith(MARK):
+                    module.say("no plan")
+                    return None
+                return FakeEngine(module, json.loads(plan.removeprefix(MARK))["path"])
+
+        for kind in (ILogger, IProgressMonitor, Builder, OnnxParser, Runtime):
+            setattr(self, kind.__name__, kind)
+        names = SimpleNamespace
+        self.TensorIOMode = names(INPUT="input", OUTPUT="output")
+        self.ExecutionContextAllocationStrategy = names(USER_MANAGED=2)
+        self.CudaGraphStrategy = names(DISABLED=0)
+        self.DynamicShapesKernelSpecializationStrategy = names(EAGER=1)
+        self.NetworkDefinitionCreationFlag = names(STRONGLY_TYPED=1)
+        self.BuilderFlag = names(WEIGHT_STREAMING=1, REFIT=2, REQUIRE_USER_ALLOCATION=3)
+        self.MemoryPoolType = names(WORKSPACE=0)
+        self.ProfilingVerbosity = names(DETAILED=2)
+        self.LayerInformationFormat = names(JSON=1)
+        self.ComputeCapability = names(SM75=75, SM80=80, SM86=86, SM89=89, SM120=120, SM121=121)
+
+    def say(self, message):
+        """An error in TensorRT's log."""
+        self.log.log(1, message)
+
+
+class FakeEngine:
+    def __init__(self, module, path):
+        self.module = module
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 2
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.values = {v.name: v for v in [*self.session.get_inputs(), *self.session.get_outputs()]}
+        self.inputs = [v.name for v in self.session.get_inputs()]
+        self.outputs = [v.name for v in self.session.get_outputs()]
+        self.num_io_tensors, self.refittable = len(self.values), False
+
+    def get_tensor_name(self, index):
+        return [*self.values][index]
+
+    def get_tensor_mode(self, name):
+        return "input" if name in self.inputs else "output"
+
+    def get_tensor_dtype(self, name):
+        return SimpleNamespace(name=DTYPES[self.values[name].type])
+
+    def get_tensor_shape(self, name):
+        return tuple(size if isinstance(size, int) else -1 for size in self.values[name].shape)
+
+    def get_device_memory_size_for_profile_v2(self, index):
+        return 4096
+
+    def create_runtime_config(self):
+        cache = SimpleNamespace(serialize=lambda: b"kernels", deserialize=lambda blob: True)
+        return SimpleNamespace(
+            set_execution_context_allocation_strategy=lambda strategy: None,
+            create_runtime_cache=lambda: cache,
+            set_runtime_cache=lambda cache: None,
+        )
+
+    def create_execution_context(self, config):
+        if "context" in self.module.fail:
+            return None
+        context = FakeContext(self)
+        self.module.contexts.append(context)
+        return context
+
+
+class FakeContext:
+    def __init__(self, engine):
+        self.engine, self.module = engine, engine.module
+        self.shapes, self.addresses, self.scratch = {}, {}, 0
+
+    def set_device_memory(self, address, size):
+        assert self.module.cuda.device[address].nbytes >= size >= 4096
+        self.scratch = address
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = tuple(shape)
+        return "shape" not in self.module.fail
+
+    def set_tensor_address(self, name, address):
+        assert address % 256 == 0
+        self.addresses[name] = address
+        return True
+
+    def is_stream_capturable(self, stream):
+        return "capturable" not in self.module.fail
+
+    def execute_async_v3(self, stream):
+        if "execute" in self.module.fail:
+            self.module.say("the fake was told to fail")
+            return False
+        assert self.scratch, "no device memory was given"
+        shapes, addresses = dict(self.shapes), dict(self.addresses)  # what a recording holds too
+        self.module.cuda._start(stream, lambda: self._execute(shapes, addresses))
+        return True
+
+    def _execute(self, shapes, addresses):
+        engine, cuda = self.engine, self.module.cuda
+        feeds = {name: self._view(name, addresses[name], shapes[name]) for name in engine.inputs}
+        results = engine.session.run(engine.outputs, feeds)
+        for name, result in zip(engine.outputs, results, strict=True):
+            assert cuda.device[addresses[name]].nbytes >= result.nbytes, f"{name} goes beyond its buffer"
+            ctypes.memmove(addresses[name], np.ascontiguousarray(result).ctypes.data, result.nbytes)
+
+    def _view(self, name, address, shape):
+        dtype = np.dtype(NUMPY[DTYPES[self.engine.values[name].type]])
+        size = int(np.prod(shape)) * dtype.itemsize
+        return self.module.cuda.device[address][:size].view(dtype).reshape(shape)
+
+
+def broken(message="the fake was told to fail"):
+    """An error as a CUDA call raises it."""
+    return BackendError(message)

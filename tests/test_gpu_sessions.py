@@ -1,0 +1,383 @@
+"""What runs on a GPU, against a stand-in for CUDA and TensorRT: the order of the calls, and what is waited for.
+
+Nothing here ran on a GPU, see ``fake_gpu``. Results are compared with those of the ``cpu`` backend.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dnp
+from dnp.engine import cuda as cuda_module
+from dnp.engine.build import BuildSettings, build_plans
+from dnp.engine.errors import BackendError, DnpError, SettingsError
+from dnp.engine.flavour import FLAVOURS, Flavour
+from dnp.engine.plan import PlanSpec, PlanStore
+from dnp.engine.profile import Range
+from dnp.engine.session import BackendOptions
+from dnp.engine.trt import TensorRtBackend, TensorRtRtxBackend
+
+_spec = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).with_name("fake_gpu.py"))
+fake_gpu = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fake_gpu)
+
+BACKENDS = {"tensorrt": TensorRtBackend, "tensorrt-rtx": TensorRtRtxBackend}
+PROMPT = "a large red circle left of a small blue square on a plain yellow background"
+QUICK = {"steps": 3, "dns_steps": 2}
+HOST = {"to_host", "to_device", "synchronize", "wait"}
+
+
+@pytest.fixture(params=sorted(FLAVOURS))
+def flavour(request):
+    return request.param
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A fake device, and a fake of both flavours of TensorRT on it."""
+    cuda = fake_gpu.FakeCuda()
+    cuda.trt = fake_gpu.FakeTensorRt(cuda)
+    monkeypatch.setattr(cuda_module, "open_cuda", lambda device=0: cuda)
+    monkeypatch.setattr(Flavour, "load", lambda self: cuda.trt)
+    return cuda
+
+
+@pytest.fixture
+def open_pipeline(gpu, tmp_path, default_bundle):
+    opened = []
+
+    def open_one(flavour="tensorrt-rtx", largest=2, **options):
+        """A pipeline on plans for batches up to ``largest``: every size is warmed up, on a processor here."""
+        options = {"engines": tmp_path / "engines", **options}
+        store = PlanStore(options["engines"])
+        if not (store.folder / f"{flavour}.json").exists():
+            store.keep_settings(flavour, {"ranges": {"batch": [1, 1, largest]}, "settings": {}})
+        opened.append(dnp.Pipeline(default_bundle, BACKENDS[flavour](BackendOptions(**options))))
+        return opened[-1]
+
+    yield open_one
+    for pipeline in opened:
+        pipeline.close()
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+    return dnp.Pipeline.open()
+
+
+def test_the_fake_has_the_public_face_of_what_it_stands_for(gpu):
+    assert {name for name in vars(fake_gpu.FakeCuda) if not name.startswith("_")} >= fake_gpu.PUBLIC
+    assert "FAKE" in gpu.properties().name
+    assert gpu.trt.__version__.endswith("fake")
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_whole_request_is_the_same_as_on_the_cpu(open_pipeline, on_cpu, flavour, eager):
+    settings = {"seed": 3, "images": 2, "compare": True, **QUICK}
+    result = open_pipeline(flavour, eager=eager)(PROMPT, **settings)
+    expected = on_cpu(PROMPT, **settings)
+    for name in ("arrays", "dns_arrays", "plain_arrays"):
+        difference = getattr(result, name).astype(int) - getattr(expected, name)
+        assert abs(difference).max() <= 1  # the steps are padded here, and the threads may differ
+    assert result.negatives == expected.negatives
+    assert "FAKE" in result.runs_on
+    assert result.backend == flavour
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_recorded_runs_give_the_bits_of_eager_ones(open_pipeline, sampler):
+    settings = {"seed": 5, "sampler": sampler, **QUICK}
+    recorded, eager = (open_pipeline(eager=eager)(PROMPT, **settings) for eager in (False, True))
+    assert np.array_equal(recorded.arrays, eager.arrays)
+    assert recorded.negatives == eager.negatives
+
+
+def test_between_steps_nothing_is_waited_for_and_nothing_crosses(open_pipeline, gpu):
+    pipeline = open_pipeline()
+    pipeline.warm_up()
+    request = pipeline.resolve(dnp.Request(prompt=PROMPT, negative="a small green cross", steps=20))
+    marks = [len(gpu.calls)]
+    steps = pipeline.steps(request)
+    for _ in steps:
+        marks.append(len(gpu.calls))
+    between = [gpu.calls[start:end] for start, end in itertools.pairwise(marks[1:])]
+    assert between == [["launch"]] * 19
+
+
+def test_tokens_cross_to_the_host_but_caches_do_not(open_pipeline, gpu):
+    pipeline = open_pipeline()
+    pipeline.warm_up()
+    steps = pipeline.steps(pipeline.resolve(dnp.Request(prompt=PROMPT, **QUICK)))
+    marks = [len(gpu.calls) for step in steps if step.phase == "caption"]
+    for start, end in itertools.pairwise(marks):
+        calls = gpu.calls[start:end]
+        # token, parent and position go up, the next token comes down: 8 bytes a caption each
+        assert calls.count("to_device") == 3
+        assert calls.count("to_host") == 1
+        assert calls.count("synchronize") == 1
+        assert calls.count("launch") == 1
+        assert calls.count("on_device") == 0  # it is in the recorded run
+
+
+def test_contexts_latents_and_vision_features_stay_on_the_device(open_pipeline, gpu):
+    pipeline = open_pipeline()
+    pipeline.warm_up()
+    since = len(gpu.calls)
+    pipeline(PROMPT, negative="a small green cross", **QUICK)
+    calls = gpu.counted(since)
+    # ids of two texts, table, noise, state and index go up; the image comes down, and the latents, which must be finite
+    assert calls["to_device"] == 6
+    assert calls["to_host"] == 2
+    assert calls["on_device"] == 2  # the contexts; all else is linked or recorded
+
+
+def test_a_request_records_nothing_and_allocates_nothing_on_the_device(open_pipeline, gpu):
+    pipeline = open_pipeline(largest=3)
+    pipeline.warm_up()
+    before = gpu.counted()
+    assert before["begin_capture"] == before["end_capture"] == 3 * (1 + 2 + 1 + 2)  # batches × sessions, denoise twice
+    variations = (
+        {"sampler": "ddim", "steps": 3},
+        {"sampler": "euler_a", "steps": 7, "guidance": -2.5},
+        {"sampler": "unipc", "steps": 40, "guidance": [1.0] * 40},
+        {"sampler": "heun", "steps": 5, "images": 3, "seed": 9},
+    )
+    for variation in variations:
+        pipeline("another prompt", negative="and its n*", **variation)
+    pipeline(PROMPT, **QUICK)
+    after = gpu.counted()
+    for call in ("begin_capture", "malloc", "stream"):
+        assert after[call] == before[call], call
+
+
+def test_every_step_of_every_sampler_is_a_launch(open_pipeline, gpu):
+    pipeline = open_pipeline()
+    pipeline.warm_up()
+    since = len(gpu.calls)
+    result = pipeline(PROMPT, negative="n*", sampler="pndm", steps=6)
+    rows = len(result.request.final_table(pipeline._schedule).rows)
+    assert gpu.counted(since)["launch"] == rows + 2 + 1  # the text encoder twice, the decoder once
+
+
+def test_activations_share_one_piece_of_memory(open_pipeline, gpu):
+    open_pipeline().warm_up()
+    assert len({context.scratch for context in gpu.trt.contexts}) == 1
+
+
+def test_closing_gives_everything_back(open_pipeline, gpu):
+    pipeline = open_pipeline()
+    pipeline(PROMPT, **QUICK)
+    assert gpu.device
+    assert gpu.pinned
+    pipeline.close()
+    assert (gpu.device, gpu.pinned, gpu.graphs, gpu.events, gpu.streams) == ({}, {}, {}, {}, set())
+    with pytest.raises(DnpError, match="closed"):
+        pipeline(PROMPT)
+
+
+@pytest.mark.parametrize("how", ["capturable", "end_capture"])
+def test_a_capture_that_fails_falls_back_with_one_warning(open_pipeline, gpu, caplog, how):
+    if how == "capturable":
+        gpu.trt.fail.add("capturable")
+    else:
+        gpu.fail["end_capture"] = fake_gpu.broken("cudaStreamEndCapture failed: operation not permitted")
+        gpu.begin_capture = lambda stream: None
+    with caplog.at_level(logging.WARNING, "dnp.engine"):
+        result = open_pipeline()(PROMPT, **QUICK)
+    told = [record.getMessage() for record in caplog.records if "without CUDA graphs" in record.getMessage()]
+    assert len(told) == 1
+    assert gpu.counted()["launch"] == 0
+    assert result.images
+
+
+def test_what_the_profile_excludes_is_refused_before_any_work(open_pipeline, gpu):
+    pipeline = open_pipeline()
+    pipeline.warm_up()
+    since = len(gpu.calls)
+    with pytest.raises(SettingsError, match=r"compiled for rows 1:25:128, not for 199.*dnp build --rows"):
+        pipeline(PROMPT, sampler="heun", steps=100)
+    assert not gpu.counted(since)["launch"]
+    with pytest.raises(SettingsError, match=r"compiled for height 16, not for 24.*dnp build --height"):
+        pipeline(PROMPT, negative="n*", height=96)
+
+
+def test_more_images_than_the_plan_takes_are_sampled_in_turns(open_pipeline, gpu):
+    pipeline = open_pipeline(largest=2)
+    result = pipeline(PROMPT, images=3, **QUICK)
+    assert len(result.images) == 3
+    assert gpu.counted()["begin_capture"] == 2 * 6
+    with pytest.raises(SettingsError, match="beams must be a whole number from 1 to 8, not 9"):
+        pipeline(PROMPT, beams=9)
+    assert len(pipeline(PROMPT, images=2, beams=8, **QUICK).negatives) == 2
+
+
+def test_a_memory_limit_says_what_was_asked_for_and_what_would_fit(open_pipeline):
+    pipeline = open_pipeline(memory_limit=1_000_000)
+    with pytest.raises(
+        BackendError, match=r"no memory on cuda:0 for 'noise' .*MB of the memory limit is left.*dnp build"
+    ):
+        pipeline.warm_up()
+
+
+def test_a_full_device_says_so(open_pipeline, gpu):
+    gpu.memory = 1_000_000
+    with pytest.raises(BackendError, match=r"no memory on cuda:0 .* MB is free on FAKE"):
+        open_pipeline().warm_up()
+
+
+ERRORS = {
+    "deserialize": r"cannot load the plan on FAKE, no GPU: no plan; build it again: dnp build --force",
+    "context": "made no execution context",
+    "execute": r"graph 'encode_text' failed on tensorrt-rtx .*: the fake was told to fail",
+    "shape": "takes no 'ids' of",
+    "parse": "cannot read it: no reason given",
+    "build": r"cannot compile 'encode_image' for sm89: the fake was told to fail$",
+}
+
+
+@pytest.mark.parametrize("call", ERRORS)
+def test_calls_that_fail_without_an_exception_are_noticed(open_pipeline, gpu, call):
+    gpu.trt.fail.add(call)
+    with pytest.raises(DnpError, match=ERRORS[call]):
+        open_pipeline()(PROMPT, **QUICK)
+    gpu.trt.fail.clear()
+
+
+@pytest.mark.parametrize("call", ["launch", "synchronize", "to_host", "to_device", "malloc_host"])
+def test_a_cuda_call_that_fails_is_an_error_and_the_pipeline_lives_on(open_pipeline, gpu, call):
+    pipeline = open_pipeline()
+    first = pipeline(PROMPT, **QUICK)
+    if call == "malloc_host":
+        call = "on_device"  # pinned memory is there by now
+    gpu.fail[call] = fake_gpu.broken(f"cuda call {call} failed: unspecified launch failure")
+    with pytest.raises(BackendError, match=f"{call} failed"):
+        pipeline(PROMPT, **QUICK)
+    gpu.fail.clear()
+    gpu.pending.clear()
+    assert np.array_equal(pipeline(PROMPT, **QUICK).arrays, first.arrays)
+
+
+def test_plans_are_built_once_and_found_again(open_pipeline, gpu, flavour, tmp_path):
+    open_pipeline(flavour).warm_up()
+    assert gpu.trt.built == 5
+    open_pipeline(flavour).warm_up()
+    assert gpu.trt.built == 5
+    assert len(list((tmp_path / "engines").glob("*.plan"))) == 5
+
+
+@pytest.mark.parametrize("change", ["version", "damaged", "cut", "sidecar", "architecture"])
+def test_a_plan_that_is_not_right_is_built_anew_and_the_reason_told(open_pipeline, gpu, tmp_path, caplog, change):
+    open_pipeline().warm_up(captioner=False)
+    plan = next((tmp_path / "engines").glob("denoise-*.plan"))
+    sidecar = plan.with_suffix(".json")
+    if change == "version":
+        gpu.trt.__version__ = "0.0.1.fake"
+    elif change == "damaged":
+        plan.write_bytes(plan.read_bytes()[:-1] + b"?")
+    elif change == "cut":
+        plan.write_bytes(plan.read_bytes()[:-10])
+    elif change == "sidecar":
+        sidecar.write_text("{")
+    else:
+        gpu.sm = 120
+    reasons = {
+        "version": "version is 0.0.0.fake, wanted is 0.0.1.fake",
+        "damaged": "is damaged: its SHA-256 differs",
+        "cut": r"is damaged: \d+ bytes, wanted are \d+",
+        "sidecar": "has no sidecar that can be read",
+        "architecture": "architecture is sm89, wanted is sm120",
+    }
+    before = gpu.trt.built
+    with caplog.at_level(logging.WARNING, "dnp.engine"):
+        open_pipeline().warm_up(captioner=False)
+    assert gpu.trt.built - before == (3 if change in ("version", "architecture") else 1)
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("denoise: building anew")]
+    assert len(told) == 1
+    assert re.search(reasons[change], told[0]), told[0]
+
+
+def test_a_plan_for_several_architectures_serves_each(open_pipeline, gpu, default_bundle, tmp_path):
+    ranges = {"batch": Range(1, 1, 1)}
+    build_plans(default_bundle, settings=BuildSettings(sm=(86, 120)), ranges=ranges, folder=tmp_path / "engines")
+    assert gpu.trt.built == 5
+    for sm in (86, 120):
+        gpu.sm = sm
+        open_pipeline().warm_up()
+    assert gpu.trt.built == 5
+
+
+def test_a_gpu_that_is_too_old_is_refused(open_pipeline, gpu):
+    gpu.sm = 61
+    with pytest.raises(BackendError, match=r"FAKE, no GPU \(SM 61\) is none of those .* it knows 75, 80"):
+        open_pipeline().warm_up()
+
+
+def test_a_precision_is_the_graph_s(gpu, flavour):
+    with pytest.raises(BackendError, match=r"not in 'bf16'.*dnp export --precision fp16"):
+        BACKENDS[flavour](BackendOptions(precision="bf16"))
+
+
+def test_latents_that_are_no_numbers_and_flat_images_are_errors(open_pipeline, monkeypatch):
+    pipeline = open_pipeline()
+    with pytest.raises(DnpError, match="no longer finite numbers"):
+        pipeline(PROMPT, negative="n*", guidance=1e38, steps=2)
+    buffer = pipeline._decode.outputs["image"]
+    monkeypatch.setattr(type(buffer), "read", lambda self: np.zeros(self.shape, self.dtype))
+    with pytest.raises(DnpError, match=r"one flat colour.*--check-ranges"):
+        pipeline(PROMPT, negative="n*", **QUICK)
+
+
+def test_a_buffer_written_twice_keeps_both_contents_in_order(open_pipeline):
+    pipeline = open_pipeline()
+    session = pipeline._encode_text
+    session.reshape(batch=1)
+    ids, context = session.inputs["ids"], session.outputs["context"]
+    results = []
+    for text in ("a red circle", "a blue square"):
+        array = pipeline.tokenizer.encode([text])
+        ids.write(array)
+        array[:] = 0  # the caller's own again
+        session.run()
+        results.append(context.read())
+    assert not np.array_equal(*results)
+
+
+def test_the_runtime_cache_lies_beside_the_plan(open_pipeline, tmp_path, flavour):
+    open_pipeline(flavour).warm_up()
+    pipeline = open_pipeline(flavour)
+    pipeline.warm_up()
+    pipeline.close()
+    caches = [path.name for path in (tmp_path / "engines").glob("*.cache") if not path.name.startswith(".")]
+    timings = list((tmp_path / "engines").glob(".timing-*.cache"))
+    assert len(caches) == (5 if flavour == "tensorrt-rtx" else 0)
+    assert len(timings) == (0 if flavour == "tensorrt-rtx" else 1)
+
+
+def test_settings_that_are_damaged_name_the_file(open_pipeline, tmp_path):
+    pipeline, folder = open_pipeline(), tmp_path / "engines"
+    for text in ("[", "[]", '{"ranges": {"batch": [3, 2, 1]}}', '{"settings": {"speed": 9}}'):
+        (folder / "tensorrt-rtx.json").write_text(text)
+        with pytest.raises(BackendError, match=r"tensorrt-rtx\.json is damaged.*dnp build"):
+            pipeline.warm_up()
+
+
+def test_sidecars_say_what_the_plan_is(open_pipeline, tmp_path, default_bundle):
+    open_pipeline().warm_up(captioner=False)
+    (path, sidecar), *_ = PlanStore(tmp_path / "engines").plans()
+    assert set(sidecar) == {"spec", "facts", "size", "sha256"}
+    assert sidecar["spec"]["precision"] == default_bundle.precision
+    assert path.with_suffix(".json").read_text() == json.dumps(sidecar, indent=1) + "\n"
+    spec = PlanSpec(**sidecar["spec"])
+    assert spec.key in path.name
+    for change in ({"version": "1"}, {"graph_sha256": "0"}, {"profile": {}}, {"flags": {}}, {"architecture": "sm86"}):
+        assert replace(spec, **change).key != spec.key
+        assert next(iter(change)) in spec.difference(replace(spec, **change).__dict__)
