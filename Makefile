@@ -3,10 +3,13 @@
 PYTHON ?= python3
 PROMPT ?= a large red circle left of a small blue square on a plain yellow background
 SEED ?= 0
+COMMA := ,
+BACKEND ?= tensorrt
+BUNDLE ?= build/fp16
 EXPLORED := a large blue cross on a plain red background
 SOURCES := $(shell find dnp engine runtime export -type f -not -path '*/__pycache__/*')
 
-.PHONY: demo test test-fast lint bundle gallery clean
+.PHONY: demo test test-fast lint bundle gallery gpu-check clean
 
 demo: .venv/installed  ## plain, DNS and DNP image of one prompt, side by side, in out/
 	.venv/bin/dnp generate "$(PROMPT)" --seed $(SEED) --compare --out out
@@ -33,12 +36,25 @@ gallery: .venv-test/installed  ## the pictures of the README
 	.venv-test/bin/dnp explore "$(EXPLORED)" --out build/pictures
 	mv build/pictures/*-explored.png docs/images/explore.png
 
+gpu-check: .venv-$(BACKEND)/installed $(BUNDLE)/bundle.json  ## what only a GPU can show; BACKEND=tensorrt, tensorrt-rtx, cuda
+	.venv-$(BACKEND)/bin/python benchmarks/gpu_check.py --backend $(BACKEND) --bundle $(BUNDLE)
+
+build/fp16/bundle.json: .venv-test/installed
+	.venv-test/bin/dnp export models/tiny/stable-diffusion build/fp16 --captioner models/tiny/blip --overwrite \
+	    --precision fp16 --name dnp-tiny-fp16 --default guidance=4 --default dns_guidance=1
+
 clean:
-	rm -rf .venv .venv-test build dist out *.egg-info
+	rm -rf .venv .venv-* build dist out *.egg-info
 
 .venv/installed: pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check ".[cpu]"
+	touch $@
+
+.venv-$(BACKEND)/installed: pyproject.toml setup.py $(SOURCES)
+	$(PYTHON) -m venv .venv-$(BACKEND)
+	.venv-$(BACKEND)/bin/pip install --quiet --disable-pip-version-check \
+	    ".[$(if $(filter cuda,$(BACKEND)),gpu,cpu$(COMMA)$(BACKEND))]" onnx
 	touch $@
 
 .venv-test/installed: pyproject.toml setup.py tests/constraints.txt $(SOURCES)

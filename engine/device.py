@@ -1,16 +1,20 @@
-"""One GPU and what is in its memory: ``Device``, and buffers that never move."""
+"""One GPU and what is in its memory: ``Device``, buffers, and what the sessions on it have in common."""
 
 from __future__ import annotations
 
 import ctypes
 import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from dnp.engine.cuda import Cuda, GpuProperties, OutOfMemoryError
 from dnp.engine.errors import BackendError
-from dnp.engine.session import Array, Buffer
+from dnp.engine.manifest import GraphSpec
+from dnp.engine.session import Array, Buffer, Session
 
 
 class Device:
@@ -81,17 +85,16 @@ class Device:
 
 
 class DeviceBuffer(Buffer):
-    """A buffer in a device's memory, as large as it will ever be: its address never changes.
+    """A buffer in a device's memory. Its address changes only when ``reserve`` makes it larger.
 
     What crosses to or from the host goes through pinned memory of its own. Only ``read`` waits.
     """
 
-    def __init__(self, name: str, dtype: str, largest: tuple[int, ...], device: Device, graph: str) -> None:
+    def __init__(self, name: str, dtype: str, device: Device, graph: str) -> None:
         self.name, self.dtype, self.device = name, np.dtype(dtype), device.name
-        self._device = device
+        self._device, self._graph = device, graph
         self._shape: tuple[int, ...] = (0,)
-        self._capacity = math.prod(largest) * self.dtype.itemsize
-        self.address = device.allocate(self._capacity, f"{name!r} {list(largest)} of {graph!r}")
+        self._capacity, self.address = 0, 0
         self._pinned = 0
         self._copied: Any = None  # happens when the device has read the pinned memory
 
@@ -100,8 +103,16 @@ class DeviceBuffer(Buffer):
         """The present shape; ``(0,)`` before the first reshape."""
         return self._shape
 
+    def reserve(self, shape: tuple[int, ...]) -> None:
+        """Make room for ``shape``, which loses the contents when there was too little. Raises BackendError."""
+        size = math.prod(shape) * self.dtype.itemsize
+        if size > self._capacity:
+            self.free()
+            self.address = self._device.allocate(size, f"{self.name!r} {list(shape)} of {self._graph!r}")
+            self._capacity = size
+
     def shape_to(self, shape: tuple[int, ...]) -> None:
-        """Take on a shape, which never needs more room."""
+        """Take on a shape that ``reserve`` made room for."""
         assert math.prod(shape) * self.dtype.itemsize <= self._capacity
         self._shape = shape
 
@@ -139,7 +150,9 @@ class DeviceBuffer(Buffer):
 
     def free(self) -> None:
         """Give the memory back."""
-        self._device.free(self.address)
+        if self.address:
+            self._device.free(self.address)
+            self._capacity, self.address = 0, 0
         if self._pinned:
             self._device.cuda.free_host(self._pinned)
             self._pinned = 0
@@ -153,3 +166,87 @@ class DeviceBuffer(Buffer):
         memory = (ctypes.c_uint8 * self.nbytes).from_address(self._pinned)
         array: Array = np.ctypeslib.as_array(memory).view(self.dtype).reshape(shape)
         return array
+
+
+class DeviceSession(Session):
+    """A session whose buffers are in a device's memory. A backend says how a run is started."""
+
+    def __init__(self, graph: GraphSpec, backend: str, device: Device) -> None:
+        super().__init__(graph, backend)
+        self._device, self._cuda = device, device.cuda
+        self._inputs = {n: DeviceBuffer(n, spec.dtype, device, graph.name) for n, spec in graph.inputs.items()}
+        self._outputs = {n: DeviceBuffer(n, spec.dtype, device, graph.name) for n, spec in graph.outputs.items()}
+        self.inputs = MappingProxyType(self._inputs)
+        self.outputs = MappingProxyType(self._outputs)
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Drop what was recorded: addresses or copies in it are no longer right."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Drop what the library holds."""
+
+    def reshape(self, **dims: int) -> None:
+        """See ``Session.reshape``."""
+        self._require_open()
+        dims = self._checked(dims)
+        self._admit(dims)
+        self._cuda.activate()
+        for buffer, shape in self._own(dims):
+            buffer.reserve(shape)
+            buffer.shape_to(shape)
+        self._dims = dims
+
+    def link(self, name: str, buffer: Buffer) -> None:
+        """See ``Session.link``."""
+        self._require_open()
+        here = isinstance(buffer, DeviceBuffer) and buffer.device == self._device.name
+        self._check_link(name, buffer, reachable=here)
+        assert isinstance(buffer, DeviceBuffer)
+        if name not in self._linked:
+            self._inputs[name].free()
+            self._linked.add(name)
+        self._inputs[name] = buffer
+        self._forget()
+
+    def carry(self, into: str, output: str) -> None:
+        """See ``Session.carry``."""
+        before = dict(self._carried)
+        super().carry(into, output)
+        if self._carried != before:
+            self._forget()
+
+    def close(self) -> None:
+        """See ``Session.close``."""
+        if self._closed:
+            return
+        self._closed = True
+        self._cuda.synchronize(self._device.stream)
+        self._forget()
+        self._release()
+        for name, buffer in [*self._inputs.items(), *self._outputs.items()]:
+            if name not in self._linked:
+                buffer.free()
+
+    def _admit(self, dims: Mapping[str, int]) -> None:
+        """Raises SettingsError for sizes that cannot be run; a backend without limits takes any."""
+
+    def _own(self, dims: Mapping[str, int]) -> list[tuple[DeviceBuffer, tuple[int, ...]]]:
+        """The buffers that are not another session's, and their shapes."""
+        inputs = [
+            (self._inputs[n], spec.resolve(dims)) for n, spec in self.graph.inputs.items() if n not in self._linked
+        ]
+        return [*inputs, *((self._outputs[n], spec.resolve(dims)) for n, spec in self.graph.outputs.items())]
+
+    def _check_inputs(self, dims: Mapping[str, int]) -> None:
+        """Raises SettingsError when a linked buffer has another shape than this session is about to read."""
+        for name in self._linked:
+            expected = self.graph.inputs[name].resolve(dims)
+            if self._inputs[name].shape != expected:
+                raise self._unlike(name, expected, self._inputs[name])
+
+    def _start_carrying(self) -> None:
+        for into, output in self._carried.items():
+            target, source = self._inputs[into], self._outputs[output]
+            self._cuda.on_device(target.address, source.address, source.nbytes, self._device.stream)

@@ -69,7 +69,7 @@ class OrtSession(HostSession):
         sides = {"inputs": self._session.get_inputs(), "outputs": self._session.get_outputs()}
         check_border(
             graph,
-            {side: {v.name: (_dtype(v.type), tuple(v.shape)) for v in values} for side, values in sides.items()},
+            {side: {v.name: (dtype_name(v.type), tuple(v.shape)) for v in values} for side, values in sides.items()},
         )
         self._value = ort.OrtValue.ortvalue_from_numpy
         self._binding = self._session.io_binding()
@@ -113,6 +113,6 @@ def _settings(ort: Any, threads: int) -> Any:
     return settings
 
 
-def _dtype(name: str) -> str:
+def dtype_name(name: str) -> str:
     """ONNX Runtime's ``tensor(uint8)`` as numpy's ``uint8``."""
     return _DTYPES.get(name, name.removeprefix("tensor(").removesuffix(")"))

@@ -7,19 +7,18 @@ import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from dnp.engine import cuda
 from dnp.engine.build import BuildSettings, compile_plan, obtain, target, wanted_plan
-from dnp.engine.device import Device, DeviceBuffer
+from dnp.engine.device import Device, DeviceSession
 from dnp.engine.errors import BackendError
 from dnp.engine.flavour import TENSORRT, TENSORRT_RTX, Flavour, listening, logger
 from dnp.engine.host import check_border
-from dnp.engine.manifest import GraphSpec, TensorSpec
+from dnp.engine.manifest import GraphSpec
 from dnp.engine.plan import FOLDER, PlanSpec, PlanStore
 from dnp.engine.profile import BATCH, Profile, Range, any_profile, check_dims, largest
-from dnp.engine.session import Backend, BackendOptions, Buffer, Session
+from dnp.engine.session import Backend, BackendOptions
 
 if TYPE_CHECKING:
     from dnp.engine.bundle import Bundle
@@ -37,7 +36,7 @@ class _Run:
     recorded: Any = None
 
 
-class TrtSession(Session):
+class TrtSession(DeviceSession):
     """A plan on a GPU. Buffers have the profile's largest sizes and never move, so what was recorded stays valid.
 
     Sizes that were prepared have an execution context each, whose run is one launch of a recorded CUDA graph; all
@@ -49,43 +48,30 @@ class TrtSession(Session):
     ) -> None:
         gpu = backend.device.properties
         title = f"{backend.flavour.title} {backend.module.__version__}"
-        super().__init__(graph, f"{backend.name} ({title}, {gpu.name}, SM {gpu.sm}, {backend.device.name})")
+        where = f"{backend.name} ({title}, {gpu.name}, SM {gpu.sm}, {backend.device.name})"
+        super().__init__(graph, where, backend.device)
         self._profile, self.most = profile, largest(profile)
-        self._backend, self._device, self._cuda = backend, backend.device, backend.device.cuda
-        self._trt = backend.module
+        self._backend, self._trt = backend, backend.module
         with listening(self._trt) as log:
             self._runtime = self._trt.Runtime(logger(self._trt))
             engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(
-                f"{self._where}: {backend.flavour.title} cannot load the plan on {self._device.properties.name}: "
-                f"{log.errors()}; build it again: dnp build --force"
+                f"{self._where}: {backend.flavour.title} cannot load the plan on {gpu.name}: {log.errors()}; "
+                "build it again: dnp build --force"
             )
+        if engine.streamable_weights_size:  # 0 unless it was built to be
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         self._engine = engine
         self._check_engine()
         self._cache_file = cache
         self._config = self._runtime_config()
         self._scratch_size = int(engine.get_device_memory_size_for_profile_v2(0))
         self._scratch = self._device.scratch(self._scratch_size) if self._scratch_size else 0
-        self._inputs = self._allocate(graph.inputs)
-        self._outputs = self._allocate(graph.outputs)
-        self.inputs = MappingProxyType(self._inputs)
-        self.outputs = MappingProxyType(self._outputs)
+        for buffer, shape in self._own(self.most):
+            buffer.reserve(shape)
         self._loose: _Run | None = None
         self._prepared: dict[tuple[int, ...], _Run] = {}
-
-    def reshape(self, **dims: int) -> None:
-        """See ``Session.reshape``. Allocates nothing. Raises SettingsError for sizes outside of the profile."""
-        self._require_open()
-        dims = self._checked(dims)
-        check_dims(self.graph, self._profile, dims)
-        self._cuda.activate()
-        for name, spec in self.graph.inputs.items():
-            if name not in self._linked:
-                self._inputs[name].shape_to(spec.resolve(dims))
-        for name, spec in self.graph.outputs.items():
-            self._outputs[name].shape_to(spec.resolve(dims))
-        self._dims = dims
 
     def bucket(self, symbol: str, size: int) -> int:
         """See ``Session.bucket``: sampler tables are run at one or two lengths, whatever the sampler."""
@@ -93,25 +79,6 @@ class TrtSession(Session):
             return size
         check_dims(self.graph, {symbol: self._profile[symbol]}, {symbol: size})
         return self.most[symbol]
-
-    def link(self, name: str, buffer: Buffer) -> None:
-        """See ``Session.link``."""
-        self._require_open()
-        here = isinstance(buffer, DeviceBuffer) and buffer.device == self._device.name
-        self._check_link(name, buffer, reachable=here)
-        assert isinstance(buffer, DeviceBuffer)
-        if name not in self._linked:
-            self._inputs[name].free()
-            self._linked.add(name)
-        self._inputs[name] = buffer
-        self._forget()
-
-    def carry(self, into: str, output: str) -> None:
-        """See ``Session.carry``."""
-        before = dict(self._carried)
-        super().carry(into, output)
-        if self._carried != before:
-            self._forget()
 
     def prepare(self) -> None:
         """See ``Session.prepare``: record the run at the present sizes as a CUDA graph.
@@ -173,19 +140,6 @@ class TrtSession(Session):
         told: str = self._engine.create_engine_inspector().get_engine_information(self._trt.LayerInformationFormat.JSON)
         return told
 
-    def close(self) -> None:
-        """See ``Session.close``."""
-        if self._closed:
-            return
-        self._closed = True
-        self._cuda.synchronize(self._device.stream)
-        self._forget()
-        self._save_cache()
-        del self._config, self._engine, self._runtime
-        for name, buffer in [*self._inputs.items(), *self._outputs.items()]:
-            if name not in self._linked:
-                buffer.free()
-
     def _enqueue(self, run: _Run) -> None:
         dims = self._require_dims()
         if run.dims != dims:
@@ -193,15 +147,11 @@ class TrtSession(Session):
                 if not run.context.set_input_shape(name, spec.resolve(dims)):
                     raise BackendError(f"{self._where}: TensorRT takes no {name!r} of {list(spec.resolve(dims))}")
             run.dims = dims
-        for name, spec in self.graph.inputs.items():
-            if self._inputs[name].shape != spec.resolve(dims):
-                raise self._unlike(name, spec.resolve(dims), self._inputs[name])
+        self._check_inputs(dims)
         with listening(self._trt) as log:
             if not run.context.execute_async_v3(int(self._device.stream)):
                 raise BackendError(f"{self._where} failed on {self.backend} with {dims}: {log.errors()}")
-        for into, output in self._carried.items():
-            target, source = self._inputs[into], self._outputs[output]
-            self._cuda.on_device(target.address, source.address, source.nbytes, self._device.stream)
+        self._start_carrying()
 
     def _context(self) -> Any:
         with listening(self._trt) as log:
@@ -251,18 +201,18 @@ class TrtSession(Session):
             found[side][name] = (_DTYPES.get(dtype, dtype.lower()), shape)
         check_border(self.graph, found)
 
-    def _allocate(self, specs: Mapping[str, TensorSpec]) -> dict[str, DeviceBuffer]:
-        return {
-            name: DeviceBuffer(name, spec.dtype, spec.resolve(self.most), self._device, self.graph.name)
-            for name, spec in specs.items()
-        }
+    def _admit(self, dims: Mapping[str, int]) -> None:
+        check_dims(self.graph, self._profile, dims)
 
     def _forget(self) -> None:
-        """Drop what was recorded: it holds addresses, copies or weights that are no longer right."""
         for run in self._prepared.values():
             self._cuda.free_graph(run.recorded)
         self._prepared.clear()
         self._loose = None
+
+    def _release(self) -> None:
+        self._save_cache()
+        del self._config, self._engine, self._runtime
 
 
 class TrtBackend(Backend):
@@ -296,7 +246,7 @@ class TrtBackend(Backend):
     @property
     def batches(self) -> Sequence[int]:  # type: ignore[override]
         """See ``Backend.batches``."""
-        return () if self.eager else range(1, BATCH + 1)
+        return () if self.eager else range(BATCH, 0, -1)
 
     def close(self) -> None:
         """See ``Backend.close``."""

@@ -151,7 +151,7 @@ class Pipeline:
         batches = [batch for batch in self._backend.batches if batch <= self._batch]
         if "sampling" not in self._prepared:
             self._prepared.add("sampling")
-            samplers = ("ddim", "euler_a")  # one that draws no noise on the way, and one that does
+            samplers = ("euler_a", "ddim")  # one that draws noise on the way, and one that does not
             tables = [sampler_table(self._schedule, sampler, 2, 1.0) for sampler in samplers]
             sessions = (self._encode_text, self._denoise, self._decode)
             prepare_sampling(self.bundle, *sessions, batches=batches, tables=tables)

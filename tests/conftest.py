@@ -107,6 +107,22 @@ def default_bundle():
 
 
 @pytest.fixture(scope="session")
+def default_fp16(model_folder, tmp_path_factory):
+    """The default model exported in fp16, as a bundle. Plans for it go elsewhere."""
+    from dnp.engine import Bundle
+    from dnp.export.bundle import export_bundle
+
+    report = export_bundle(
+        model_folder / "stable-diffusion",
+        tmp_path_factory.mktemp("fp16") / "bundle",
+        captioner=model_folder / "blip",
+        precision="fp16",
+        defaults={"guidance": 4.0, "dns_guidance": 1.0},
+    )
+    return Bundle.open(report.path)
+
+
+@pytest.fixture(scope="session")
 def model_folder():
     """The weights that the default bundle was exported from, in the folders of diffusers and transformers."""
     return Path(__file__).parent.parent / "models" / "tiny"

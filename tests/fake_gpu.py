@@ -11,6 +11,7 @@ frees too early sees it.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 from collections import Counter
 from types import SimpleNamespace
@@ -40,6 +41,7 @@ class FakeCuda:
         self.pending = []  # started, and not yet done
         self.recording = None
         self.graphs, self.events, self.streams = {}, {}, set()
+        self.handles = itertools.count(100)
 
     def __getattribute__(self, name):
         found = object.__getattribute__(self, name)
@@ -92,8 +94,9 @@ class FakeCuda:
         self._start(stream, lambda: ctypes.memset(address, 0, size))
 
     def stream(self):
-        self.streams.add(len(self.streams) + 7)
-        return max(self.streams)
+        handle = next(self.handles)
+        self.streams.add(handle)
+        return handle
 
     def free_stream(self, stream):
         self.streams.remove(stream)
@@ -107,7 +110,7 @@ class FakeCuda:
         self.recording = []
 
     def end_capture(self, stream):
-        handle = len(self.graphs) + 100
+        handle = next(self.handles)
         self.graphs[handle], self.recording = self.recording, None
         return handle
 
@@ -120,7 +123,7 @@ class FakeCuda:
         del self.graphs[graph]
 
     def event(self):
-        handle = len(self.events) + 1000
+        handle = next(self.handles)
         self.events[handle] = 0
         return handle
 
@@ -278,7 +281,7 @@ class FakeEngine:
         self.values = {v.name: v for v in [*self.session.get_inputs(), *self.session.get_outputs()]}
         self.inputs = [v.name for v in self.session.get_inputs()]
         self.outputs = [v.name for v in self.session.get_outputs()]
-        self.num_io_tensors, self.refittable = len(self.values), False
+        self.num_io_tensors, self.refittable, self.streamable_weights_size = len(self.values), False, 0
 
     def get_tensor_name(self, index):
         return [*self.values][index]
@@ -353,6 +356,73 @@ class FakeContext:
         dtype = np.dtype(NUMPY[DTYPES[self.engine.values[name].type]])
         size = int(np.prod(shape)) * dtype.itemsize
         return self.module.cuda.device[address][:size].view(dtype).reshape(shape)
+
+
+class FakeOnnxRuntime:
+    """``onnxruntime`` with a CUDA provider, which is its CPU provider at work in the fake's memory."""
+
+    __version__ = "0.0.0.fake"
+
+    def __init__(self, cuda, providers=("CUDAExecutionProvider",)):
+        self.cuda, self.providers, self.recorded = cuda, list(providers), []
+        self.refuse_recording = False
+        self.SessionOptions = onnxruntime.SessionOptions
+
+    def get_available_providers(self):
+        return [*self.providers, "CPUExecutionProvider"]
+
+    class RunOptions(dict):
+        def add_run_config_entry(self, key, value):
+            self[key] = value
+
+    def InferenceSession(self, path, options, providers):  # noqa: N802  the library's name
+        return FakeOrtSession(self, path, dict(providers)["CUDAExecutionProvider"])
+
+
+class FakeOrtSession:
+    def __init__(self, module, path, settings):
+        self.module, self.settings = module, settings
+        if module.refuse_recording and settings["enable_cuda_graph"] == "1":
+            raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.get_inputs, self.get_outputs = self.session.get_inputs, self.session.get_outputs
+        self.replays = {}
+
+    def get_providers(self):
+        return [*self.module.providers, "CPUExecutionProvider"]
+
+    def io_binding(self):
+        bound = {}
+
+        def bind(name, device, number, dtype, shape, address):
+            assert device == "cuda"
+            bound[name] = (np.dtype(dtype), tuple(shape), address)
+
+        return SimpleNamespace(bind_input=bind, bind_output=bind, bound=bound)
+
+    def run_with_iobinding(self, binding, how):
+        assert how["disable_synchronize_execution_providers"] == "1"
+        bound, number = dict(binding.bound), int(how["gpu_graph_id"])
+        if number > 0:
+            # what was recorded under a number is done again, whatever is bound by then
+            assert self.settings["enable_cuda_graph"] == "1"
+            bound = self.replays.setdefault(number, bound)
+            self.module.recorded.append(number)
+        self.module.cuda._start(int(self.settings["user_compute_stream"]), lambda: self._execute(bound))
+
+    def _execute(self, bound):
+        def view(name):
+            dtype, shape, address = bound[name]
+            size = int(np.prod(shape)) * dtype.itemsize
+            return self.module.cuda.device[address][:size].view(dtype).reshape(shape)
+
+        outputs = [value.name for value in self.get_outputs()]
+        results = self.session.run(outputs, {value.name: view(value.name) for value in self.get_inputs()})
+        for name, result in zip(outputs, results, strict=True):
+            view(name)[...] = result
 
 
 def broken(message="the fake was told to fail"):

@@ -21,7 +21,7 @@ from dnp.cli import run
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"
 QUICK = ["--steps", "3", "--dns-steps", "2"]
 GRAPHS = ["encode_text", "denoise", "decode_latents", "encode_image", "caption_step"]
-COMMANDS = ["generate", "dns", "explore", "caption", "export", "inspect", "doctor"]
+COMMANDS = ["generate", "dns", "explore", "caption", "export", "build", "inspect", "doctor"]
 
 
 @pytest.fixture

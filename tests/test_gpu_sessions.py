@@ -10,6 +10,8 @@ import itertools
 import json
 import logging
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import pytest
 
 import dnp
 from dnp.engine import cuda as cuda_module
+from dnp.engine import ort_cuda, trt
 from dnp.engine.build import BuildSettings, build_plans
 from dnp.engine.errors import BackendError, DnpError, SettingsError
 from dnp.engine.flavour import FLAVOURS, Flavour
@@ -30,7 +33,7 @@ _spec = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).with_n
 fake_gpu = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(fake_gpu)
 
-BACKENDS = {"tensorrt": TensorRtBackend, "tensorrt-rtx": TensorRtRtxBackend}
+BACKENDS = {"tensorrt": TensorRtBackend, "tensorrt-rtx": TensorRtRtxBackend, "cuda": ort_cuda.CudaBackend}
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"
 QUICK = {"steps": 3, "dns_steps": 2}
 HOST = {"to_host", "to_device", "synchronize", "wait"}
@@ -48,6 +51,9 @@ def gpu(monkeypatch):
     cuda.trt = fake_gpu.FakeTensorRt(cuda)
     monkeypatch.setattr(cuda_module, "open_cuda", lambda device=0: cuda)
     monkeypatch.setattr(Flavour, "load", lambda self: cuda.trt)
+    cuda.ort = fake_gpu.FakeOnnxRuntime(cuda)
+    monkeypatch.setattr(ort_cuda, "import_onnxruntime", lambda: cuda.ort)
+    monkeypatch.setattr(ort_cuda, "BATCH", 2)  # every batch size is warmed up, on a processor here
     return cuda
 
 
@@ -81,16 +87,17 @@ def test_the_fake_has_the_public_face_of_what_it_stands_for(gpu):
 
 
 @pytest.mark.parametrize("eager", [False, True])
-def test_a_whole_request_is_the_same_as_on_the_cpu(open_pipeline, on_cpu, flavour, eager):
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_whole_request_is_the_same_as_on_the_cpu(open_pipeline, on_cpu, backend, eager):
     settings = {"seed": 3, "images": 2, "compare": True, **QUICK}
-    result = open_pipeline(flavour, eager=eager)(PROMPT, **settings)
+    result = open_pipeline(backend, eager=eager)(PROMPT, **settings)
     expected = on_cpu(PROMPT, **settings)
     for name in ("arrays", "dns_arrays", "plain_arrays"):
         difference = getattr(result, name).astype(int) - getattr(expected, name)
         assert abs(difference).max() <= 1  # the steps are padded here, and the threads may differ
     assert result.negatives == expected.negatives
     assert "FAKE" in result.runs_on
-    assert result.backend == flavour
+    assert result.backend == backend
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
@@ -381,3 +388,82 @@ def test_sidecars_say_what_the_plan_is(open_pipeline, tmp_path, default_bundle):
     for change in ({"version": "1"}, {"graph_sha256": "0"}, {"profile": {}}, {"flags": {}}, {"architecture": "sm86"}):
         assert replace(spec, **change).key != spec.key
         assert next(iter(change)) in spec.difference(replace(spec, **change).__dict__)
+
+
+def test_onnxruntime_replays_what_it_recorded_and_nothing_moves(open_pipeline, gpu, on_cpu):
+    pipeline = open_pipeline("cuda")
+    pipeline.warm_up()
+    numbers, before = set(gpu.ort.recorded), gpu.counted()
+    assert len(numbers) == 2 * (1 + 2 + 1 + 2)
+    settings = {"negative": "n*", "sampler": "euler_a", "steps": 6}
+    result = pipeline(PROMPT, **settings)
+    assert set(gpu.ort.recorded) == numbers
+    assert gpu.counted()["malloc"] == before["malloc"]
+    assert abs(result.arrays.astype(int) - on_cpu(PROMPT, **settings).arrays).max() <= 1
+    # a size that was not prepared moves the buffers: what was recorded for them is never replayed again
+    since = len(gpu.ort.recorded)
+    larger = pipeline(PROMPT, negative="n*", height=192, steps=2)
+    again = pipeline(PROMPT, **settings)
+    assert larger.arrays.shape[1] == 192
+    assert np.array_equal(again.arrays, result.arrays)
+    assert len(gpu.ort.recorded[since:]) == 4  # two requests, two texts each: those buffers have not moved
+
+
+def test_onnxruntime_between_steps_waits_for_nothing(open_pipeline, gpu):
+    pipeline = open_pipeline("cuda")
+    pipeline.warm_up()
+    request = pipeline.resolve(dnp.Request(prompt=PROMPT, negative="n*", steps=8))
+    marks = [len(gpu.calls) for _ in pipeline.steps(request)]
+    between = [gpu.calls[start:end] for start, end in itertools.pairwise(marks)]
+    assert between == [["on_device", "on_device"]] * 7  # the state and the row index
+
+
+def test_onnxruntime_that_cannot_record_runs_eagerly_and_says_so_once(open_pipeline, gpu, caplog):
+    gpu.ort.refuse_recording = True
+    with caplog.at_level(logging.WARNING, "dnp.engine"):
+        assert open_pipeline("cuda")(PROMPT, **QUICK).images
+    assert len([r for r in caplog.records if "without CUDA graphs" in r.getMessage()]) == 1
+    assert not gpu.ort.recorded
+
+
+def test_onnxruntime_without_its_cuda_provider_is_refused(open_pipeline, gpu):
+    gpu.ort.providers = []
+    with pytest.raises(BackendError, match=r"pip install 'dnp-engine\[gpu\]'"):
+        open_pipeline("cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_gpu_check_runs_to_its_end_and_names_the_fake(gpu, monkeypatch, tmp_path, capsys, backend):
+    """Every line of the program that is for those who have a GPU; its figures mean nothing here."""
+    spec = importlib.util.spec_from_file_location(
+        "gpu_check", Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
+    )
+    gpu_check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu_check)
+    monkeypatch.setattr(trt, "BATCH", 1)
+    monkeypatch.setattr(ort_cuda, "BATCH", 1)
+    monkeypatch.setattr(gpu_check, "REPEATS", 2)
+    gpu.elapsed = lambda start, end: 1.0
+    out = tmp_path / "check.json"
+    code = gpu_check.main(["--backend", backend, "--batches", "1", "--out", str(out)])
+    told, report = capsys.readouterr(), json.loads(out.read_text())
+    failed = {name for name, entry in report["checks"].items() if not entry["passed"]}
+    assert failed == (set() if backend == "cuda" else {"refit"}), told.out  # the fake's plans keep their weights
+    assert code == (0 if backend == "cuda" else 1)
+    assert "FAKE" in report["gpu"]["name"]
+    assert "FAKE" in told.out
+    assert report["checks"]["capture"]["passed"]
+    assert report["steps"][0]["batch"] == 1
+
+
+def test_gpu_check_without_a_gpu_is_a_sentence(tmp_path):
+    program = Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
+    done = subprocess.run(
+        [sys.executable, program, "--backend", "tensorrt-rtx", "--out", tmp_path / "out.json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:  # where there is a GPU, it runs
+        assert done.returncode == 4, done.stderr
+        assert done.stderr.startswith("gpu-check: there is no NVIDIA driver here")
+        assert not list(tmp_path.iterdir())

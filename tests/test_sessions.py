@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -35,7 +36,10 @@ ONNX_TYPES = {
 IMAGE = ("batch", "height", "width", 3)
 
 
-@pytest.fixture(params=backend_names())
+HOSTS = ("cpu", "openvino")  # the backends that compute in ordinary memory
+
+
+@pytest.fixture(params=HOSTS)
 def backend(request):
     return request.param
 
@@ -508,6 +512,10 @@ def test_sessions_open_from_a_bundle(step, backend):
         check(session, arrays)
 
 
+def test_the_backends_are_the_documented_ones():
+    assert backend_names() == ("cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx")
+
+
 def test_doctor_tries_every_backend(backend):
     report = {r.name: r for r in doctor()}[backend]
     assert (report.works, report.why_not, report.remedy) == (True, "", "")
@@ -528,7 +536,7 @@ def test_doctor_says_what_is_missing_and_how_to_add_it(monkeypatch):
         assert not report.works
         assert report.version == ""
         assert "not installed" in report.why_not
-        assert report.remedy == f"pip install 'dnp-engine[{report.name}]'"
+        assert report.remedy == f"pip install 'dnp-engine[{'gpu' if report.name == 'cuda' else report.name}]'"
 
 
 def test_a_missing_package_is_named_with_its_pip_line(step, backend, monkeypatch):
@@ -549,7 +557,33 @@ def test_doctor_notices_wrong_numbers(monkeypatch):
     monkeypatch.setattr(HostBuffer, "read", lambda self: self.view * 0)
     for report in doctor():
         assert not report.works
-        assert "wrong numbers" in report.why_not
+        assert "wrong numbers" in report.why_not or report.name not in HOSTS
+
+
+def test_carried_outputs_are_the_next_run_s_inputs(step, backend):
+    with open_graph(step, backend) as session, open_graph(step, backend) as by_hand:
+        for opened in (session, by_hand):
+            fill(opened, 2, 3)
+        session.carry("state", "next_state")
+        for _ in range(3):
+            session.run()
+            by_hand.run()
+            by_hand.inputs["state"].copy(by_hand.outputs["next_state"])
+            np.testing.assert_array_equal(session.inputs["state"].read(), by_hand.inputs["state"].read())
+        assert session.bucket("rows", 7) == 7
+        session.prepare()
+        for wrong, told in (
+            (("stat", "next_state"), "no input 'stat' to carry, did you mean 'state'?"),
+            (("state", "next"), "no output 'next' to carry"),
+            (("state", "next_index"), "cannot be carried into 'state'"),
+        ):
+            with pytest.raises(SettingsError, match=re.escape(told)):
+                session.carry(*wrong)
+        with pytest.raises(SettingsError, match="takes over 'next_state', and cannot be linked"):
+            session.link("state", by_hand.outputs["next_state"])
+        by_hand.link("state", session.outputs["next_state"])
+        with pytest.raises(SettingsError, match="is linked, nothing can be carried into it"):
+            by_hand.carry("state", "next_state")
 
 
 def test_cores_are_those_that_this_process_may_use(monkeypatch, tmp_path):

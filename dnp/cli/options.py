@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,12 +38,25 @@ class Engine:
     backend: str | None
     precision: str | None
     threads: int | None
+    device: int | None
+    eager: bool
+    memory_limit: int | None
+    engines: Path | None
 
     def open(self) -> Pipeline:
         """The pipeline asked for; raises what ``Pipeline.open`` raises."""
         from dnp.runtime.pipeline import Pipeline
 
-        return Pipeline.open(self.bundle, self.backend or "cpu", precision=self.precision, threads=self.threads)
+        return Pipeline.open(
+            self.bundle,
+            self.backend or "cpu",
+            precision=self.precision,
+            threads=self.threads,
+            device=self.device or 0,
+            eager=self.eager,
+            memory_limit=None if self.memory_limit is None else self.memory_limit << 20,
+            engines=self.engines,
+        )
 
 
 def engine_options(function: F) -> F:
@@ -51,7 +64,7 @@ def engine_options(function: F) -> F:
 
     @wraps(function)
     def packed(*arguments: Any, **settings: Any) -> Any:
-        engine = Engine(*(settings.pop(name) for name in ("bundle", "backend", "precision", "threads")))
+        engine = Engine(**{field.name: settings.pop(field.name) for field in fields(Engine)})
         return function(*arguments, engine=engine, **settings)
 
     return _stacked(
@@ -61,6 +74,10 @@ def engine_options(function: F) -> F:
         click.option("--backend", help="What runs the graphs, cpu when left out; `dnp doctor` lists them."),
         click.option("--precision", help="Arithmetic of the openvino backend: f32 (its default) or bf16."),
         click.option("--threads", type=int, help="Threads of the backend; all cores when left out."),
+        click.option("--device", type=int, help="Number of the GPU, where the backend runs on one; 0 when left out."),
+        click.option("--eager", is_flag=True, help="Run without recorded CUDA graphs, where the backend has them."),
+        click.option("--memory-limit", type=int, metavar="MB", help="Most GPU memory for buffers and activations."),
+        click.option("--engines", type=click.Path(path_type=Path), help="Folder of compiled plans, see `dnp build`."),
     )(packed)  # type: ignore[return-value]
 
 

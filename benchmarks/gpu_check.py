@@ -1,0 +1,347 @@
+"""Everything about a GPU backend that only a GPU can show: ``make gpu-check``, or ``python benchmarks/gpu_check.py``.
+
+Builds the plans, compares every graph and a whole request with the ``cpu`` backend, checks that runs are recorded as
+CUDA graphs, and measures. Prints a table, writes JSON, and exits with 1 when anything is not as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from dnp import Pipeline
+from dnp.engine import Bundle, cuda, open_backend
+from dnp.engine.build import BuildSettings, build_plans
+from dnp.engine.errors import DnpError
+from dnp.engine.flavour import FLAVOURS
+from dnp.engine.manifest import GraphSpec
+from dnp.engine.plan import FOLDER
+from dnp.engine.session import BackendOptions
+from dnp.runtime.denoise import Sample, load_samples
+from dnp.runtime.resize import resize_matrices
+from dnp.runtime.samplers import sampler_table
+from dnp.runtime.schedule import NoiseSchedule
+
+PROMPT = "a large red circle left of a small blue square on a plain yellow background"
+# The largest difference from the cpu backend, relative to the largest value; images in grey levels, tokens exactly.
+BOUNDS = {"fp32": 2e-3, "fp16": 3e-2}
+LEVELS = {"fp32": 2, "fp16": 12}
+PSNR = {"fp32": 40.0, "fp16": 25.0}  # dB, of the final image: 25 steps let a difference grow
+REPEATS = 20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="tensorrt", help="tensorrt, tensorrt-rtx or cuda")
+    parser.add_argument("--bundle", type=Path, help="the shipped default when left out")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu-check.json"))
+    parser.add_argument("--batches", type=int, default=8, help="measure batches from 1 to this")
+    chosen = parser.parse_args(arguments)
+    try:
+        bundle = Bundle.open(chosen.bundle) if chosen.bundle else Bundle.default()
+        with tempfile.TemporaryDirectory(prefix="dnp-gpu-check-") as folder:
+            report = check(bundle, chosen.backend, Path(folder) / FOLDER, chosen.batches)
+    except DnpError as error:
+        print(f"gpu-check: {error}", file=sys.stderr)
+        return error.exit_code
+    print(table(report))
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    part = chosen.out.with_suffix(".partial")
+    part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    part.replace(chosen.out)
+    print(f"wrote {chosen.out}")
+    return 0 if report["passed"] else 1
+
+
+def check(bundle: Bundle, backend: str, engines: Path, batches: int) -> dict:
+    """All of it, as JSON can hold it."""
+    gpu = cuda.open_cuda().properties()
+    started = time.perf_counter()
+    compiles = backend in FLAVOURS  # the backend 'cuda' has no plans
+    plans = build_plans(bundle, backend, folder=engines, report=tell) if compiles else []
+    build_s = time.perf_counter() - started
+    options = BackendOptions(engines=engines)
+    checks: dict[str, dict] = {"graphs": compare_graphs(bundle, backend, options)}
+    checks["request"], start = compare_requests(bundle, backend, options)
+    checks["capture"] = {"passed": captured(bundle, backend, options)}
+    if compiles:
+        checks["refit"] = refit(bundle, backend, engines.with_name("refit"))
+    report = {
+        "gpu": asdict(gpu),
+        "backend": backend,
+        "bundle": {"name": bundle.name, "precision": bundle.precision, "fingerprint": bundle.fingerprint},
+        "machine": {"python": platform.python_version(), "system": platform.platform(), "packages": packages()},
+        "command": " ".join(sys.argv),
+        "build_seconds": build_s,
+        "plans": [{"graph": plan.spec.graph, **plan.facts} for plan in plans],
+        "start": start,
+        "checks": checks,
+        "steps": time_steps(bundle, backend, options, batches),
+    }
+    report["passed"] = all(part["passed"] for part in checks.values())
+    return report
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def compare_graphs(bundle: Bundle, backend: str, options: BackendOptions) -> dict:
+    """Every graph with the same random inputs on both backends, at batch 1 and 3."""
+    found = {}
+    rng = np.random.default_rng(0)
+    one, two = open_backend("cpu"), open_backend(backend, options)
+    for name, graph in bundle.graphs.items():
+        expected_session, session = one.session(graph, bundle), two.session(graph, bundle)
+        worst = {}
+        for batch in (1, 3):
+            dims = example_dims(bundle, graph, batch, session)
+            inputs = example_inputs(bundle, graph, dims, rng)
+            results = []
+            for opened in (expected_session, session):
+                opened.reshape(**dims)
+                for tensor, array in inputs.items():
+                    opened.inputs[tensor].write(array)
+                opened.run()
+                results.append({tensor: buffer.read() for tensor, buffer in opened.outputs.items()})
+            for tensor, expected in results[0].items():
+                worst[tensor] = max(worst.get(tensor, 0.0), difference(expected, results[1][tensor]))
+        limits = {tensor: limit(bundle, spec.dtype) for tensor, spec in graph.outputs.items()}
+        found[name] = {
+            "errors": worst,
+            "bounds": limits,
+            "passed": all(worst[tensor] <= limits[tensor] for tensor in worst),
+        }
+        expected_session.close()
+        session.close()
+    two.close()
+    return {"passed": all(entry["passed"] for entry in found.values()), **found}
+
+
+def example_dims(bundle: Bundle, graph: GraphSpec, batch: int, session) -> dict[str, int]:
+    latents = bundle.latents
+    height, width = latents.height * latents.pixels, latents.width * latents.pixels
+    sizes = {"batch": batch, "images": batch, "height": latents.height, "width": latents.width}
+    sizes |= {"rows": session.bucket("rows", 4), "draws": 1, "image_height": height, "image_width": width}
+    return {symbol: sizes[symbol] for symbol in graph.symbols}
+
+
+def example_inputs(bundle: Bundle, graph: GraphSpec, dims: dict[str, int], rng: np.random.Generator) -> dict:
+    """Inputs as a request has them, but random."""
+    arrays = {}
+    for name, spec in graph.inputs.items():
+        shape = spec.resolve(dims)
+        if spec.dtype.startswith("float"):
+            arrays[name] = rng.standard_normal(shape).astype(spec.dtype)
+        else:
+            arrays[name] = rng.integers(0, 255 if spec.dtype == "uint8" else 2, shape).astype(spec.dtype)
+    if graph.name == "encode_text":
+        arrays["ids"] = rng.integers(0, bundle.text.eos, arrays["ids"].shape)
+    if graph.name == "denoise":
+        table = sampler_table(NoiseSchedule.from_config(bundle.schedule), "ddim", 4, 7.5).rows
+        arrays["table"][:, : len(table)] = table
+    if graph.name == "encode_image":
+        columns, rows = resize_matrices(dims["image_height"], dims["image_width"], bundle.caption.image_size)
+        arrays |= {"resize_columns": columns, "resize_rows": rows}
+    if graph.name == "caption_step":
+        arrays["parent"] = np.arange(dims["batch"])
+        arrays["position"] = np.full(dims["batch"], 3)
+    return arrays
+
+
+def difference(expected: np.ndarray, found: np.ndarray) -> float:
+    """The largest one: in grey levels for images, in tokens, and relative to the largest value for floats."""
+    worst = float(np.abs(expected.astype(np.float64) - found.astype(np.float64)).max())
+    if not np.isfinite(worst):
+        return 1e30
+    return worst / max(1.0, float(np.abs(expected).max())) if expected.dtype.kind == "f" else worst
+
+
+def limit(bundle: Bundle, dtype: str) -> float:
+    return {"uint8": LEVELS[bundle.precision], "int64": 0}.get(dtype, BOUNDS[bundle.precision])
+
+
+def compare_requests(bundle: Bundle, backend: str, options: BackendOptions) -> tuple[dict, dict]:
+    """The same request on both backends; and how long the GPU's first image takes, cold and warm."""
+    expected = Pipeline(bundle, "cpu")(PROMPT, seed=7, compare=True)
+    start = {}
+    for name in ("cold", "warm"):  # the second start finds the driver's work done and its files in the cache
+        started = time.perf_counter()
+        with Pipeline(bundle, backend, options) as pipeline:
+            pipeline.warm_up()
+            opened = time.perf_counter()
+            result = pipeline(PROMPT, seed=7, compare=True)
+            first = time.perf_counter()
+            pipeline(PROMPT, seed=8)
+            start[name] = {"open_s": opened - started, "first_s": first - opened, "next_s": time.perf_counter() - first}
+    found = {"n*": [result.negatives[0], expected.negatives[0]], "runs_on": result.runs_on}
+    for name in ("plain_arrays", "dns_arrays", "arrays"):
+        found[f"psnr_{name}"] = psnr(getattr(result, name), getattr(expected, name))
+    found["passed"] = found["psnr_plain_arrays"] >= PSNR[bundle.precision]
+    return found, start
+
+
+def psnr(one: np.ndarray, two: np.ndarray) -> float:
+    """Of images of 255 grey levels, in dB; at most 99."""
+    error = float(((one.astype(np.float64) - two) ** 2).mean())
+    return min(99.0, 10 * float(np.log10(255**2 / error))) if error else 99.0
+
+
+def captured(bundle: Bundle, backend: str, options: BackendOptions) -> bool:
+    """Whether the step was recorded, and gives the bits of an eager run."""
+    results = []
+    for eager in (False, True):
+        with Pipeline(bundle, backend, BackendOptions(engines=options.engines, eager=eager)) as pipeline:
+            results.append(pipeline(PROMPT, seed=3, steps=5, dns_steps=5).arrays)
+            recorded = not pipeline._backend.eager  # a capture that fails switches to eager
+        if not eager and not recorded:
+            return False
+    return bool(np.array_equal(*results))
+
+
+def refit(bundle: Bundle, backend: str, engines: Path) -> dict:
+    """Weights A, then B, then A again: the last results must be the first, bit by bit, and B's must differ."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = bundle.graphs["encode_text"]
+    try:
+        build_plans(bundle, backend, graphs=[graph.name], settings=BuildSettings(refit=True), folder=engines)
+        other = engines / "other.onnx"
+        model = onnx.load(graph.path)
+        for tensor in model.graph.initializer:
+            array = numpy_helper.to_array(tensor)
+            if array.dtype.kind == "f" and array.ndim == 2:
+                tensor.CopyFrom(numpy_helper.from_array((array * 1.25).astype(array.dtype), tensor.name))
+        onnx.save(model, other)
+        opened = open_backend(backend, BackendOptions(engines=engines))
+        session = opened.session(graph, bundle)
+        results = []
+        for weights in (None, other, graph.path):
+            if weights is not None:
+                session.refit(weights)
+            session.reshape(batch=1)
+            session.inputs["ids"].write(np.arange(bundle.text.length, dtype=np.int64)[None])
+            session.run()
+            results.append(session.outputs["context"].read())
+        session.close()
+        opened.close()
+    except DnpError as error:
+        return {"passed": False, "error": str(error)}
+    finally:
+        shutil.rmtree(engines, ignore_errors=True)
+    same, different = np.array_equal(results[0], results[2]), not np.array_equal(results[0], results[1])
+    return {"passed": bool(same and different), "a_b_a_bit_equal": bool(same), "b_differs": bool(different)}
+
+
+def time_steps(bundle: Bundle, backend: str, options: BackendOptions, batches: int) -> list[dict]:
+    """Milliseconds a denoising step, launched from a recorded graph and enqueued, interleaved; and the host's share."""
+    latents = bundle.latents
+    shape = (latents.channels, latents.height, latents.width)
+    table = sampler_table(NoiseSchedule.from_config(bundle.schedule), "ddim", 25, 7.5)
+    found = []
+    opened = {eager: open_backend(backend, BackendOptions(engines=options.engines, eager=eager)) for eager in (0, 1)}
+    sessions = {eager: one.session(bundle.graphs["denoise"], bundle) for eager, one in opened.items()}
+    for batch in range(1, batches + 1):
+        times: dict[int, list[float]] = {0: [], 1: []}
+        host: dict[int, list[float]] = {0: [], 1: []}
+        for session in sessions.values():
+            load_samples(session, [Sample(table, 0)] * batch, shape)
+            session.prepare()
+            load_samples(session, [Sample(table, 0)] * batch, shape)
+        for _ in range(REPEATS):
+            for eager, session in sessions.items():
+                device = opened[eager].device
+                start, end = device.cuda.event(), device.cuda.event()
+                device.cuda.synchronize(device.stream)
+                device.cuda.record(start, device.stream)
+                began = time.perf_counter()
+                for _ in range(10):
+                    session.run()
+                host[eager].append((time.perf_counter() - began) / 10)
+                device.cuda.record(end, device.stream)
+                device.cuda.wait(end)
+                times[eager].append(device.cuda.elapsed(start, end) / 10)
+                device.cuda.free_event(start)
+                device.cuda.free_event(end)
+        found.append(
+            {
+                "batch": batch,
+                "recorded_ms": spread(times[0]),
+                "eager_ms": spread(times[1]),
+                "host_recorded_ms": spread(host[0]),
+                "host_eager_ms": spread(host[1]),
+            }
+        )
+    for eager in sessions:
+        sessions[eager].close()
+        opened[eager].close()
+    return found
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles in milliseconds."""
+    low, median, high = statistics.quantiles([s * 1000 for s in seconds], n=4)
+    return {"median": median, "low": low, "high": high}
+
+
+def packages() -> dict[str, str]:
+    found = {}
+    for name in ("dnp-engine", "tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13", "cuda-python", "onnxruntime", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def table(report: dict) -> str:
+    checks, gpu = report["checks"], report["gpu"]
+    lines = [f"{report['backend']} on {gpu['name']} (SM {gpu['sm']}), {report['bundle']['precision']}", ""]
+    lines.append(f"{'graph':<16}{'build s':>8}  largest difference from cpu (bound)")
+    seconds = {plan["graph"]: f"{plan['seconds']:.1f}" for plan in report["plans"]}
+    for name, entry in checks["graphs"].items():
+        if name != "passed":
+            errors = ", ".join(f"{t} {e:.1e} ({entry['bounds'][t]:g})" for t, e in entry["errors"].items())
+            lines.append(f"{name:<16}{seconds.get(name, '-'):>8}  {errors}  {passed(entry)}")
+    request = checks["request"]
+    lines += [
+        "",
+        f"whole request: plain image {request['psnr_plain_arrays']:.1f} dB, DNS {request['psnr_dns_arrays']:.1f} dB, "
+        f"DNP {request['psnr_arrays']:.1f} dB against cpu; n* {request['n*'][0]!r} / {request['n*'][1]!r}  "
+        f"{passed(request)}",
+        f"recorded as CUDA graphs, bits of eager runs: {passed(checks['capture'])}",
+    ]
+    if "refit" in checks:
+        lines.append(f"refit A, B, A: {passed(checks['refit'])} {checks['refit'].get('error', '')}")
+    for name, times in report["start"].items():
+        lines.append(
+            f"{name} start: open {times['open_s']:.2f} s, first request {times['first_s']:.3f} s, "
+            f"next {times['next_s']:.3f} s"
+        )
+    lines += ["", "ms a step, median [quartiles], on the GPU; and host time", "batch   recorded            eager"]
+    for row in report["steps"]:
+        cells = [f"{t['median']:8.3f} [{t['low']:.3f}, {t['high']:.3f}]" for t in (row["recorded_ms"], row["eager_ms"])]
+        hosts = f"{row['host_recorded_ms']['median']:.4f} / {row['host_eager_ms']['median']:.4f}"
+        lines.append(f"{row['batch']:>5} {'  '.join(cells)}   host {hosts}")
+    lines += ["", "all as it should be" if report["passed"] else "NOT as it should be, see above"]
+    return "\n".join(lines)
+
+
+def passed(entry: dict) -> str:
+    return "ok" if entry["passed"] else "FAILED"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,325 @@
+"""Plans from the real compiler of TensorRT for RTX, which needs no GPU; and the folder that they are kept in."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper, save
+
+from dnp.cli import main
+from dnp.engine import cuda
+from dnp.engine.build import BuildSettings, Target, build_plans, compile_plan, target
+from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError, SettingsError
+from dnp.engine.flavour import TENSORRT_RTX
+from dnp.engine.manifest import GraphSpec, TensorSpec
+from dnp.engine.plan import PlanSpec, PlanStore
+from dnp.engine.profile import Range, check_dims, default_profile
+
+DNP = str(Path(sys.executable).with_name("dnp"))
+# The most activation memory of each graph's plan, in bytes, at batches up to 8 (32 rows of the caption decoder): a
+# third more than was measured. Attention that is not fused takes a matrix of all tokens by all tokens besides.
+ACTIVATIONS = {
+    "encode_text": 12e6,
+    "denoise": 19e6,
+    "decode_latents": 35e6,
+    "encode_image": 24e6,
+    "caption_step": 15e6,
+}
+
+
+def no_gpu() -> bool:
+    try:
+        cuda.open_cuda()
+    except BackendError:
+        return True
+    return False
+
+
+without_gpu = pytest.mark.skipif(not no_gpu(), reason="says what happens where there is no GPU")
+
+
+@pytest.fixture(scope="module")
+def plans(default_fp16, tmp_path_factory):
+    """All five plans, for three architectures at once."""
+    folder = tmp_path_factory.mktemp("engines")
+    return build_plans(default_fp16, settings=BuildSettings(sm=(86, 89, 120)), folder=folder)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A graph that is compiled in a moment: y = x w, float16, and the bundle's part that a plan's key needs."""
+    weight = numpy_helper.from_array(np.eye(16, dtype=np.float16), "w")
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT16, ["batch", 16]) for n in "xy")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "small", [x], [y], [weight])
+    path = tmp_path / "small.onnx"
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    spec = TensorSpec(("batch", 16), "float16")
+    return GraphSpec("small", path, {"x": spec}, {"y": spec})
+
+
+def for_sm89() -> Target:
+    return target(TENSORRT_RTX, (89,))
+
+
+def test_every_graph_compiles_in_fp16_for_three_architectures(plans, default_fp16):
+    assert [plan.spec.graph for plan in plans] == list(default_fp16.graphs)
+    for plan in plans:
+        assert plan.spec.architecture == "sm86,sm89,sm120"
+        assert plan.spec.precision == "fp16"
+        assert plan.path.read_bytes()[:4] == b"vtrt"
+        assert plan.spec.profile["batch"][0] == 1
+        assert plan.spec.profile["batch"][2] >= 8
+        assert 0 < plan.facts["activation_bytes"] <= ACTIVATIONS[plan.spec.graph], plan.facts
+        assert plan.facts["weights_bytes"] > 0
+        assert plan.facts["layers"] > 0
+        assert plan.facts["seconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [75, 80, 86, 89, 120, 121])
+def test_the_denoiser_compiles_for_each_architecture_alone(default_fp16, tmp_path, sm):
+    (plan,) = build_plans(default_fp16, graphs=["denoise"], settings=BuildSettings(sm=(sm,)), folder=tmp_path)
+    assert plan.facts["activation_bytes"] <= ACTIVATIONS["denoise"]
+
+
+@pytest.mark.slow
+def test_the_bound_on_activations_tells_fused_attention_from_unfused(default_bundle, default_fp16, tmp_path):
+    """In fp32, attention is not fused: the same graph at the same sizes passes the bound of fp16, doubled."""
+    larger = {"height": Range(128, 128, 128), "width": Range(128, 128, 128)}
+    sizes = []
+    for bundle in (default_fp16, default_bundle):
+        (plan,) = build_plans(
+            bundle, graphs=["denoise"], ranges=larger, settings=BuildSettings(sm=(89,)), folder=tmp_path
+        )
+        sizes.append(plan.facts["activation_bytes"])
+    assert sizes[1] > 3 * sizes[0], sizes
+
+
+def test_a_plan_that_is_there_is_not_built_again(plans, default_fp16):
+    folder = plans[0].path.parent
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if not path.name.endswith("rtx.json")}
+    again = build_plans(default_fp16, settings=BuildSettings(sm=(86, 89, 120)), folder=folder)
+    assert [plan.path for plan in again] == [plan.path for plan in plans]
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if not path.name.endswith("rtx.json")}
+    assert after == before
+
+
+def test_inspect_shows_the_plans(plans, default_fp16, capsys):
+    folder = str(plans[0].path.parent)
+    assert run_command("inspect", str(default_fp16.path), "--engines", folder) == 0
+    told = capsys.readouterr().out
+    assert "tensorrt-rtx 1.7" in told
+    assert "sm86,sm89,sm120, fp16" in told
+    assert "batch 1:8" in told
+    assert "activations" in told
+    assert run_command("inspect", str(default_fp16.path), "--engines", folder, "--json") == 0
+    listed = json.loads(capsys.readouterr().out)["plans"]
+    assert {plan["spec"]["graph"] for plan in listed} == set(default_fp16.graphs)
+
+
+@without_gpu
+def test_layers_and_running_take_a_gpu(plans, default_fp16, capsys):
+    folder = str(plans[0].path.parent)
+    assert run_command("inspect", str(default_fp16.path), "--engines", folder, "--layers") == 4
+    assert "there is no NVIDIA driver here" in capsys.readouterr().err
+    assert run_command("generate", "a circle", "--backend", "tensorrt-rtx", "--bundle", str(default_fp16.path)) == 4
+    assert "there is no NVIDIA driver here" in capsys.readouterr().err
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        ([], 4, "name the architectures to compile for, e.g. --sm 89,120"),
+        (["--sm", "90"], 4, "does not compile for SM 90; it knows 75, 80, 86, 89, 120, 121"),
+        (["--sm", "8.9"], 2, "no list of numbers such as 89,120"),
+        (["--sm", "89,89"], 2, "named twice: 89, 89"),
+        (["--sm", "89", "--batch", "8:1"], 2, "8:8:1 is no range"),
+        (["--sm", "89", "--batch", "many"], 2, "'many' is no range; write 4, 1:8 or 1:4:8"),
+        (["--sm", "89", "--height", "100"], 2, "height 100 has sizes that are no multiples of 16 pixels"),
+        (["--sm", "89", "--height", "64:4096"], 2, "beyond 256 pixels"),
+        (["--sm", "89", "--graph", "denoize"], 3, "did you mean 'denoise'?"),
+        (["--sm", "89", "--optimization-level", "9"], 2, "from 0 to 5, not 9"),
+        (["--backend", "tensorrt"], 4, "pip install 'dnp-engine[tensorrt]'"),
+        (["--backend", "cpu", "--sm", "89"], 4, "'cpu' compiles no plans"),
+        (["--sm", "89", "--refit", "--graph", "encode_text"], 4, "needs a GPU to build: leave --refit out"),
+        (["--sm", "89", "--workspace", "1", "--graph", "encode_image"], 4, "cannot compile 'encode_image'"),
+    ],
+)
+def test_bad_input_is_a_sentence(default_fp16, tmp_path, capsys, arguments, code, told):
+    folder = tmp_path / "engines"
+    assert run_command("build", str(default_fp16.path), "--engines", str(folder), *arguments) == code
+    assert told in capsys.readouterr().err
+    assert not list(folder.glob("*.plan")) if folder.exists() else True
+
+
+def test_a_folder_that_cannot_be_written_is_told(default_fp16, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        build_plans(default_fp16, settings=BuildSettings(sm=(89,)), folder=tmp_path / "file", graphs=["encode_text"])
+
+
+def test_a_callback_stops_a_build_and_nothing_is_left(default_fp16, tmp_path):
+    seen = []
+
+    def stop(state):
+        seen.append(state)
+        return len(seen) < 3
+
+    with pytest.raises(Cancelled, match="build of 'denoise' was stopped"):
+        build_plans(default_fp16, graphs=["denoise"], settings=BuildSettings(sm=(89,)), folder=tmp_path, progress=stop)
+    assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
+    assert [state.seconds for state in seen] == sorted(state.seconds for state in seen)
+
+
+def test_progress_names_the_phase(default_fp16, tmp_path):
+    seen = []
+    build_plans(
+        default_fp16, graphs=["encode_text"], settings=BuildSettings(sm=(89,)), folder=tmp_path, progress=seen.append
+    )
+    assert {state.graph for state in seen} == {"encode_text"}
+    assert any(state.phase != "parsing" for state in seen)
+
+
+def test_an_operator_that_tensorrt_lacks_is_named(tmp_path):
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch"]) for n in "xy")
+    nodes = [helper.make_node("Multinomial", ["x2"], ["y2"]), helper.make_node("Cast", ["y1"], ["y"], to=1)]
+    nodes = [
+        helper.make_node("Unsqueeze", ["x", "axis"], ["x2"]),
+        nodes[0],
+        helper.make_node("Squeeze", ["y2", "axis"], ["y1"]),
+        nodes[1],
+    ]
+    axis = numpy_helper.from_array(np.array([1], np.int64), "axis")
+    graph = helper.make_graph(nodes, "odd", [x], [y], [axis])
+    path = tmp_path / "odd.onnx"
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    spec = TensorSpec(("batch",))
+    with pytest.raises(BundleError, match=r"odd\.onnx: TensorRT for RTX cannot read it: .*Multinomial"):
+        compile_plan(
+            GraphSpec("odd", path, {"x": spec}, {"y": spec}), {"batch": Range(1, 2, 3)}, BuildSettings(), for_sm89()
+        )
+
+
+def test_a_file_that_is_no_graph_is_told(small):
+    small.path.write_bytes(b"nonsense")
+    with pytest.raises(BundleError, match=r"small\.onnx: TensorRT for RTX cannot read it"):
+        compile_plan(small, {"batch": Range(1, 2, 3)}, BuildSettings(), for_sm89())
+
+
+def test_two_processes_that_want_the_same_plan_build_it_once(default_fp16, tmp_path):
+    command = [
+        DNP, "build", str(default_fp16.path), "--sm", "89", "--graph", "encode_text",
+        "--engines", str(tmp_path), "--json",
+    ]  # fmt: skip
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    built = {json.loads(out)["plans"][0]["facts"]["built"] for out, _ in told}
+    assert len(built) == 1
+    assert sum("compiling" in errors for _, errors in told) == 1
+    assert len(list(tmp_path.glob("*.plan"))) == 1
+
+
+def test_ctrl_c_ends_a_build_and_leaves_nothing(default_fp16, tmp_path):
+    command = [DNP, "build", str(default_fp16.path), "--sm", "89", "--graph", "denoise"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [*command, "--engines", str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    while "compiling" not in (line := process.stderr.readline()):
+        assert line, "it ended by itself"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert "cancelled" in process.stderr.read()
+    assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
+
+
+def test_a_plan_is_found_only_as_it_was_written(tmp_path):
+    spec = a_spec()
+    store = PlanStore(tmp_path)
+    assert store.find(spec) == (None, "")
+    written = store.write(spec, b"a plan", {"seconds": 1.5})
+    assert store.find(spec) == (written, "")
+    other = replace(spec, version="2")
+    assert store.find(other) == (None, f"{written.path.name}: version is 1, wanted is 2")
+    written.path.write_bytes(b"a plam")
+    assert store.find(spec)[1] == f"{written.path.name} is damaged: its SHA-256 differs"
+    written.path.write_bytes(b"a pla")
+    assert store.find(spec)[1] == f"{written.path.name} is damaged: 5 bytes, wanted are 6"
+    written.path.with_suffix(".json").unlink()
+    assert "no sidecar that can be read" in store.find(spec)[1]
+    assert not [path.name for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+def test_the_key_covers_every_field_and_nothing_else(tmp_path):
+    spec = a_spec()
+    changed = [
+        replace(spec, **{field.name: {"x": [1, 1, 2]} if field.type.startswith("dict") else "other"})
+        for field in fields(spec)
+    ]
+    assert len({other.key for other in [spec, *changed]}) == len(fields(spec)) + 1
+    for field, other in zip(fields(spec), changed, strict=True):
+        assert other.difference(asdict(spec)).startswith(field.name)
+    assert not spec.difference(asdict(spec))
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=3).map(sorted))
+def test_a_range_reads_back_as_it_is_written(numbers):
+    parsed = Range.parse(":".join(map(str, numbers)))
+    assert (parsed.low, parsed.high) == (numbers[0], numbers[-1])
+    assert parsed.low <= parsed.best <= parsed.high
+    assert Range.parse(str(parsed)) == parsed
+
+
+@given(st.text(max_size=12))
+def test_no_text_is_a_range_by_accident(text):
+    try:
+        parsed = Range.parse(text)
+    except SettingsError:
+        return
+    assert 1 <= parsed.low <= parsed.best <= parsed.high
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
+def test_a_size_is_refused_exactly_when_the_plan_lacks_it(low, more, size):
+    graph = GraphSpec("denoise", None, {"x": TensorSpec(("batch",))}, {})
+    profile = {"batch": Range(low, low, low + more)}
+    if low <= size <= low + more:
+        check_dims(graph, profile, {"batch": size})
+    else:
+        with pytest.raises(SettingsError, match=r"dnp build --batch, from .* to "):
+            check_dims(graph, profile, {"batch": size})
+
+
+def test_default_profiles_are_small_and_cover_the_bundle(default_bundle):
+    profiles = {name: default_profile(default_bundle, graph) for name, graph in default_bundle.graphs.items()}
+    assert {str(profile["batch"]) for name, profile in profiles.items() if name != "caption_step"} == {"1:1:8"}
+    assert profiles["denoise"]["height"] == Range(16, 16, 16)
+    assert profiles["encode_image"]["image_height"] == Range(64, 64, 64)
+    for name, graph in default_bundle.graphs.items():
+        assert set(profiles[name]) == set(graph.symbols)
+    with pytest.raises(SettingsError, match="a profile has no 'depth'"):
+        default_profile(default_bundle, default_bundle.graphs["denoise"], {"depth": Range(1, 1, 1)})
+
+
+def a_spec() -> PlanSpec:
+    return PlanSpec("denoise", "ab", "tensorrt-rtx", "1", "sm89", "fp16", {"batch": [1, 1, 8]}, {"refit": False})
+
+
+def run_command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    return stopped.value.code
