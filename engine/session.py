@@ -9,13 +9,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dnp.engine.errors import SettingsError
 from dnp.engine.manifest import GraphSpec
+
+if TYPE_CHECKING:
+    from dnp.engine.bundle import Bundle
 
 Array = npt.NDArray[Any]
 MAX_THREADS = 1024
@@ -134,3 +137,25 @@ class Session(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Backend(ABC):
+    """Where graphs run, and what the sessions opened there share: a device, its memory, its compiled plans.
+
+    Attributes:
+        name: as the user calls it.
+        options: how it was told to run.
+    """
+
+    name: str
+    options: BackendOptions
+
+    @abstractmethod
+    def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> Session:
+        """Open ``graph``; ``bundle`` is the one it belongs to, which backends with plans of their own need.
+
+        Raises BackendError when it cannot run here, BundleError when its file is no graph that can be loaded.
+        """
+
+    def close(self) -> None:  # noqa: B027  most have nothing to free
+        """Free what the sessions shared. They are closed before."""

@@ -17,7 +17,7 @@ from PIL import Image
 from dnp.engine.bundle import Bundle
 from dnp.engine.errors import BundleError, Cancelled, DnpError, SettingsError
 from dnp.engine.registry import open_session
-from dnp.engine.session import BackendOptions, Session
+from dnp.engine.session import Backend, BackendOptions, Session
 from dnp.runtime.captioner import Captioner
 from dnp.runtime.clock import Clock
 from dnp.runtime.denoise import Sample, denoise, finite, load_samples
@@ -45,7 +45,7 @@ class Pipeline:
     One request at a time: the buffers are the pipeline's own. Open one pipeline per thread.
     """
 
-    def __init__(self, bundle: Bundle, backend: str = "cpu", options: BackendOptions | None = None) -> None:
+    def __init__(self, bundle: Bundle, backend: str | Backend = "cpu", options: BackendOptions | None = None) -> None:
         self.bundle = bundle
         self._backend = backend
         self._options = options or BackendOptions()
@@ -111,7 +111,10 @@ class Pipeline:
     def _session(self, graph: str) -> Session:
         self._check_open()
         started = time.perf_counter()
-        session = open_session(self.bundle, graph, self._backend, self._options)
+        if isinstance(self._backend, Backend):
+            session = self._backend.session(self.bundle.graph(graph), self.bundle)
+        else:
+            session = open_session(self.bundle, graph, self._backend, self._options)
         self._opening += time.perf_counter() - started
         return session
 
@@ -381,7 +384,7 @@ class Pipeline:
             request=request,
             seconds=clock.total(),
             bundle=self.bundle.fingerprint,
-            backend=self._backend,
+            backend=self._backend.name if isinstance(self._backend, Backend) else self._backend,
             precision=self._options.precision,
             runs_on=self.runs_on,
         )
