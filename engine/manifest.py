@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -18,6 +18,7 @@ from dnp.engine.layout import ROW, SLOTS
 from dnp.engine.schema import REMEDY, SHAPE_ENTRY, Id, Shape, Size, mapping, record, same_names, shown
 
 SCHEMA: Final = 1
+FP16_LARGEST: Final = 65504.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,15 @@ class Ranges:
     error: float
     precision: Literal["fp16", "fp32"] = "fp16"
     float32: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """The largest activation as a share of what fp16 holds; from 1 on, fp16 alone would overflow."""
+        return self.largest / FP16_LARGEST
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ranges as ``bundle.json`` holds them."""
+        return {**asdict(self), "float32": list(self.float32)}
 
 
 @dataclass(frozen=True)

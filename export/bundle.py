@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -190,9 +190,10 @@ def _check_ranges(
     found = check_ranges(Bundle.open(folder), check, whole)
     records = []
     for name, graph in graphs.items():
-        record = check_graph(build(name, found[name].precision), folder, graph)
-        record.manifest["ranges"] = {**asdict(found[name]), "float32": list(found[name].float32)}
-        records.append(record)
+        ranges = found[name]
+        record = check_graph(build(name, ranges.precision), folder, graph)
+        entry = {**record.manifest, "ranges": ranges.to_dict()}
+        records.append(replace(record, manifest=entry, ranges=ranges))
     return records
 
 

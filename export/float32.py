@@ -98,9 +98,13 @@ def keep_float32(model: ir.Model, values: Collection[str]) -> None:
                 node.replace_input_with(index, wide[operand])
         for result in node.outputs:
             if result.dtype == HALF and result not in kept:
-                _narrow(model.graph, node, result)
+                wide[_narrow(model.graph, node, result)] = result  # who takes it in float32 takes it as it was made
     for value in kept:
         value.type = ir.TensorType(SINGLE)
+    for value in wide:
+        cast = value.producer()
+        if cast is not None and not value.uses() and not value.is_graph_output():
+            model.graph.remove(cast, safe=True)
 
 
 def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, name: str, *, before: ir.Node) -> ir.Value:
@@ -111,8 +115,8 @@ def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, name: str, *, be
     return result
 
 
-def _narrow(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
-    """Have ``node`` give float32, and a Cast behind it ``result`` in fp16, under the name it had."""
+def _narrow(graph: ir.Graph, node: ir.Node, result: ir.Value) -> ir.Value:
+    """Have ``node`` give ``result`` in float32, and a Cast behind it the fp16 value returned, under the name it had."""
     cast = ir.node("Cast", [result], {"to": HALF}, name=f"{result.name}.cast")
     (narrow,) = cast.outputs
     narrow.type, narrow.shape = ir.TensorType(HALF), result.shape
@@ -126,3 +130,4 @@ def _narrow(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
     narrow.name = name
     result.type = ir.TensorType(SINGLE)
     graph.insert_after(node, cast)
+    return narrow

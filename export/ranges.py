@@ -1,32 +1,31 @@
 """How much of fp16's number range whole DNP requests need, and the values that need more put back to float32.
 
-Every graph of an fp16 bundle is run beside its float32 twin (``float32.widen``), which shows magnitudes that fp16
-could not hold and carries the request, so that the error of each run is that of one run and adds up to nothing.
+The requests run on the float32 twin of each graph (``float32.widen``), which shows magnitudes that fp16 could not
+hold. Beside it, on the same inputs, its rounded form (``rounding``) shows the error of one run of the fp16 graph.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from dnp.engine.bundle import Bundle
 from dnp.engine.errors import DnpError, ExportError
-from dnp.engine.manifest import GraphSpec, Ranges, TensorSpec
+from dnp.engine.manifest import FP16_LARGEST, GraphSpec, Ranges, TensorSpec
 from dnp.engine.ort import OrtSession
 from dnp.engine.session import Backend, BackendOptions
 from dnp.export.float32 import half_values, keep_float32, widen
 from dnp.export.onnx_file import clean, write_model
+from dnp.export.rounding import rounded_graph, write_twin
 from dnp.runtime.pipeline import Pipeline, drive
 from dnp.runtime.request import Request
 
-FP16_LARGEST: Final = float(np.finfo(np.float16).max)  # 65,504
 SAFETY: Final = 2.0
 LIMIT: Final = FP16_LARGEST / SAFETY
 """The magnitude from which a value stays float32: other prompts, seeds and sizes may need twice what was seen."""
@@ -152,20 +151,16 @@ class RangeBackend(Backend):
         names = half_values(model)
         widen(model)
         watch(model, names)
-        clean(model)
-        path = self._folder / graph.name / f"{graph.name}.onnx"
-        path.parent.mkdir()
-        write_model(model, path)
-        outputs = _wide(graph.outputs)
+        twin = write_twin(model, graph, self._folder / f"{graph.name}.onnx")
         if names:
-            outputs[LARGEST] = TensorSpec((len(names),))
-        twin = replace(graph, path=path, inputs=_wide(graph.inputs), outputs=outputs)
+            twin = replace(twin, outputs={**twin.outputs, LARGEST: TensorSpec((len(names),))})
         self.measured[graph.name] = Measured(dict.fromkeys(names, 0.0))
-        return RangeSession(twin, OrtSession(graph, self.options), self.measured[graph.name], self.options)
+        half = OrtSession(rounded_graph(graph, self._folder), self.options)
+        return RangeSession(twin, half, self.measured[graph.name], self.options)
 
 
 class RangeSession(OrtSession):
-    """The float32 twin of an fp16 graph, in its place: each run also runs the fp16 graph, on the same inputs."""
+    """The float32 twin of an fp16 graph, in its place: each run also runs the rounded graph, on the same inputs."""
 
     def __init__(self, twin: GraphSpec, half: OrtSession, measured: Measured, options: BackendOptions) -> None:
         super().__init__(twin, options)
@@ -180,7 +175,7 @@ class RangeSession(OrtSession):
     def run(self) -> None:
         """See ``Session.run``."""
         for name, buffer in self._half.inputs.items():  # before the run, which may be what changes them
-            buffer.write(_cast(self.inputs[name].read(), buffer.dtype))
+            buffer.write(self.inputs[name].read())
         super().run()
         self._half.run()
         if LARGEST in self.outputs:
@@ -237,11 +232,3 @@ def _beyond(graph: GraphSpec, measured: Measured) -> list[str]:
 def _has_half_borders(graph: GraphSpec) -> bool:
     return any(tensor.dtype == "float16" for tensor in [*graph.inputs.values(), *graph.outputs.values()])
 
-
-def _wide(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    return {n: replace(t, dtype="float32") if t.dtype == "float16" else t for n, t in tensors.items()}
-
-
-def _cast(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    with np.errstate(over="ignore"):  # what overflows here shows in the error
-        return array.astype(dtype, copy=False)
