@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dnp.engine.bundle import Bundle
-from dnp.engine.errors import DnpError, ExportError
+from dnp.engine.errors import DnpError, ExportError, SettingsError
 from dnp.engine.manifest import FP16_LARGEST, GraphSpec, Ranges, TensorSpec
 from dnp.engine.ort import OrtSession
 from dnp.engine.session import Backend, BackendOptions
@@ -52,7 +52,7 @@ class RangeCheck:
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 3 <= self.steps <= MOST_STEPS:
-            raise ExportError(
+            raise SettingsError(
                 f"the ranges are checked with 3 to {MOST_STEPS} steps, the first, middle and last timestep among "
                 f"them, not {self.steps!r}"
             )
@@ -123,15 +123,15 @@ def measure(bundle: Bundle, check: RangeCheck) -> dict[str, Measured]:
     filling = FILLER * bundle.text.length
     with tempfile.TemporaryDirectory(dir=bundle.path, prefix=".ranges-") as folder:
         backend = RangeBackend(Path(folder))
-        pipeline = Pipeline(bundle, backend)
-        for prompt in (*PROMPTS, filling, *check.prompts):
-            try:
-                pipeline(prompt, **settings)
-            except DnpError as error:
-                raise ExportError(f"the ranges cannot be checked with the prompt {prompt[:60]!r}: {error}") from error
-        # A request with an empty prompt is refused, but a pair may hold one in either place.
-        drive(pipeline.sample([""], [""], Request(prompt=FILLER, **settings)))
-        pipeline.close()
+        with Pipeline(bundle, backend) as pipeline:
+            for prompt in (*PROMPTS, filling, *check.prompts):
+                try:
+                    pipeline(prompt, **settings)
+                except DnpError as error:
+                    text = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
+                    raise ExportError(f"the ranges cannot be checked with the prompt {text!r}: {error}") from error
+            # A request with an empty prompt is refused, but a pair may hold one in either place.
+            drive(pipeline.sample([""], [""], Request(prompt=FILLER, **settings)))
     return {name: backend.measured[name] for name in bundle.graphs}
 
 
@@ -231,4 +231,3 @@ def _beyond(graph: GraphSpec, measured: Measured) -> list[str]:
 
 def _has_half_borders(graph: GraphSpec) -> bool:
     return any(tensor.dtype == "float16" for tensor in [*graph.inputs.values(), *graph.outputs.values()])
-
