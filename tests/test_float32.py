@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnx.reference
 import onnx_ir
 import pytest
 from hypothesis import given, settings
