@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -18,6 +18,7 @@ from dnp.engine.layout import ROW, SLOTS
 from dnp.engine.schema import REMEDY, SHAPE_ENTRY, Id, Shape, Size, mapping, record, same_names, shown
 
 SCHEMA: Final = 1
+FP16_LARGEST: Final = 65504.0
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,45 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Ranges:
+    """What whole DNP requests needed of an fp16 graph's number range, measured in float32 at export.
+
+    Attributes:
+        largest: the largest magnitude of any activation that fp16 would hold.
+        at: the value in the graph that reached it.
+        limit: the magnitude from which a value was put back to float32; fp16 itself ends at 65,504.
+        error: the largest error of the graph as it is against float32, relative to an output's largest value or 1.
+        precision: ``fp32`` where so many values passed the limit that the whole graph was exported in float32.
+        float32: the values put back to float32 one by one, in the graph's order.
+    """
+
+    largest: float
+    at: str
+    limit: float
+    error: float
+    precision: Literal["fp16", "fp32"] = "fp16"
+    float32: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """The largest activation as a share of what fp16 holds; from 1 on, fp16 alone would overflow."""
+        return self.largest / FP16_LARGEST
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ranges as ``bundle.json`` holds them."""
+        return {**asdict(self), "float32": list(self.float32)}
+
+
+@dataclass(frozen=True)
 class GraphSpec:
-    """One graph: its file, and its inputs and outputs by name."""
+    """One graph: its file, its inputs and outputs by name, and what was measured of it at export."""
 
     name: str
     path: Path
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     parity: dict[str, Parity] = field(default_factory=dict)
+    ranges: Ranges | None = None
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -153,6 +185,7 @@ class _GraphEntry:
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     parity: dict[str, Parity] = field(default_factory=dict)
+    ranges: Ranges | None = None
 
 
 def parse(data: Any, root: Path) -> Manifest:
@@ -169,7 +202,9 @@ def parse(data: Any, root: Path) -> Manifest:
             f"schema {SCHEMA}; upgrade it: pip install --upgrade dnp-engine"
         )
     entries = mapping(_GraphEntry, data.get("graphs", {}), f"{where}: graphs")
-    graphs = {name: GraphSpec(name, root / e.file, e.inputs, e.outputs, e.parity) for name, e in entries.items()}
+    graphs = {
+        name: GraphSpec(name, root / e.file, e.inputs, e.outputs, e.parity, e.ranges) for name, e in entries.items()
+    }
     manifest = record(Manifest, data, where, ready={"graphs": graphs})
     listed = [(f"graphs.{name}.file", entry.file) for name, entry in entries.items()]
     listed += [("text.tokenizer", manifest.text.tokenizer), ("caption.tokenizer", manifest.caption.tokenizer)]

@@ -7,7 +7,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dnp.engine.errors import BundleError
 
@@ -24,7 +25,8 @@ T = TypeVar("T")
 def record(kind: type[T], data: Any, where: str, ready: Mapping[str, Any] | None = None) -> T:
     """A dataclass from a JSON object that has its fields as keys, and no others.
 
-    Fields may be text, numbers, ``Id``, ``Size``, ``Shape``, choices (``Literal``), dataclasses, or dicts of these.
+    Fields may be text, numbers, ``Id``, ``Size``, ``Shape``, choices (``Literal``), dataclasses, or dicts of these,
+    lists of text, or an optional dataclass.
     ``where`` opens each message; the values in ``ready`` are used as they are. Raises BundleError.
     """
     ready = ready or {}
@@ -83,8 +85,12 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:
         entries = as_object(value, where).items()
         return value if arguments[1] is Any else {k: _value(arguments[1], v, f"{where}.{k}") for k, v in entries}
-    if origin is tuple and isinstance(value, list) and all(_is_entry(entry) for entry in value):
-        return tuple(value)
+    if origin in (Union, UnionType):  # an optional record: left out, never null
+        return _value(arguments[0], value, where)
+    if origin is tuple and isinstance(value, list):
+        fits = _is_text if arguments[0] is str else _is_entry
+        if all(fits(entry) for entry in value):
+            return tuple(value)
     if origin is Literal and isinstance(value, str) and value in arguments:
         return value
     if origin is Annotated and _is_integer(value) and arguments[1] <= value <= LARGEST:
@@ -98,6 +104,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 def _wanted(kind: Any) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
+    if origin is tuple and arguments[0] is str:
+        return "a list of names"
     if origin is tuple:
         return 'a shape such as ["batch", 4, "4*height"]'
     if origin is Literal:
@@ -116,6 +124,10 @@ def _is_number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer that no float can hold
         return False
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _is_entry(entry: Any) -> bool:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,15 @@ from typing import Any
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from dnp.engine.bundle import MANIFEST, SCHEMA, Defaults, seal
+from dnp.engine.bundle import MANIFEST, SCHEMA, Bundle, Defaults, seal
 from dnp.engine.errors import BundleError, ExportError, OutputError, SettingsError
 from dnp.engine.schema import REMEDY, record
 from dnp.export import stable_diffusion
 from dnp.export.blip import blip_graphs, caption_manifest, caption_tokenizer, load_blip
-from dnp.export.graph import GraphExport, GraphRecord, export_graph
+from dnp.export.graph import GraphExport, GraphRecord, WrittenGraph, check_graph, export_graph, write_graph
 from dnp.export.memory import PeakMemory
 from dnp.export.precision import Precision, check_precision
+from dnp.export.ranges import RangeCheck, check_ranges
 from dnp.export.source import read_source
 from dnp.export.tokenizer import prompt_tokenizer
 from dnp.runtime.samplers import check_defaults
@@ -42,7 +42,9 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 Progress = Callable[[str, int, int], None]
-"""Called as each stage begins: its name out of ``STAGES``, how many are done, how many there are."""
+"""Called as each stage begins: its name out of ``STAGES``, how many are done, how many there are.
+
+``ranges`` is a stage before ``seal`` where the ranges are checked."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def export_bundle(
     precision: str = "fp32",
     name: str | None = None,
     defaults: Mapping[str, Any] | None = None,
+    ranges: RangeCheck | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -86,6 +89,8 @@ def export_bundle(
         precision: the arithmetic of the graphs, ``fp32`` or ``fp16``.
         name: the bundle's name; that of the folder ``out`` when left out.
         defaults: what replaces single ones of ``DEFAULTS``.
+        ranges: run whole requests with the fp16 graphs, put back to float32 what overflows, and keep the list in the
+            manifest. Only then are the graphs compared with PyTorch.
         overwrite: replace a bundle that is already there.
         progress: see ``Progress``.
 
@@ -98,6 +103,8 @@ def export_bundle(
     records: list[GraphRecord] = []
     with PeakMemory() as memory, _without_bars():
         exact = check_precision(precision)
+        if ranges is not None and exact == "fp32":
+            raise ExportError("only fp16 graphs have ranges to check; use precision fp16 (--precision fp16)")
         settings = _merge_defaults(defaults or {})
         _check_out(out, overwrite)
         model = read_source(Path(source))
@@ -108,17 +115,25 @@ def export_bundle(
         name = out.name if name is None else name
         prompt = prompt_tokenizer(model)
         captions = load_blip(Path(captioner))
+
+        def build(stage: str, precision: Precision = exact) -> GraphExport:
+            make = stable_diffusion.GRAPHS.get(stage)
+            return _caption_graph(captions, precision, stage) if make is None else make(model, precision)
+
+        stages = STAGES if ranges is None else (*STAGES[:-1], "ranges", STAGES[-1])
+
+        def tell(stage: str) -> None:
+            if progress is not None:
+                progress(stage, stages.index(stage), len(stages))
+
         with _staging(out) as folder:
-            for index, stage in enumerate(STAGES[:-1]):
-                _tell(progress, stage, index)
-                make = stable_diffusion.GRAPHS.get(stage)
-                build: Callable[[], GraphExport]
-                if make is not None:
-                    build = partial(make, model, exact)
+            written: list[WrittenGraph] = []
+            for stage in STAGES[:-1]:
+                tell(stage)
+                if ranges is None:
+                    records.append(export_graph(build(stage), folder))
                 else:
-                    build = partial(_caption_graph, captions, exact, stage)
-                records.append(export_graph(build(), folder))
-            _tell(progress, STAGES[-1], len(STAGES) - 1)
+                    written.append(write_graph(build(stage), folder))
             caption = caption_manifest(captions)
             for tokenizer, file in (
                 (prompt.tokenizer, prompt.manifest["tokenizer"]),
@@ -137,8 +152,12 @@ def export_bundle(
                 "schedule": dict(model.schedule),
                 "caption": caption,
                 "defaults": settings,
-                "graphs": {record.name: record.manifest for record in records},
             }
+            if ranges is not None:
+                tell("ranges")
+                records = _check_ranges(folder, manifest, written, build, ranges)
+            tell("seal")
+            manifest["graphs"] = {record.name: record.manifest for record in records}
             seal(folder, manifest)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             _replace(out, folder)
@@ -154,9 +173,28 @@ def _caption_graph(parts: Any, precision: Precision, name: str) -> GraphExport:
     return graph
 
 
-def _tell(progress: Progress | None, stage: str, index: int) -> None:
-    if progress is not None:
-        progress(stage, index, len(STAGES))
+def _check_ranges(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    written: Sequence[WrittenGraph],
+    build: Callable[[str, Precision], GraphExport],
+    check: RangeCheck,
+) -> list[GraphRecord]:
+    """Check the ranges of the graphs in ``folder``, sealed for the time being, and then each against PyTorch."""
+    graphs = dict(zip(STAGES, written, strict=False))
+    seal(folder, {**manifest, "graphs": {name: graph.manifest for name, graph in graphs.items()}})
+
+    def whole(name: str) -> None:
+        graphs[name] = write_graph(build(name, "fp32"), folder)
+
+    found = check_ranges(Bundle.open(folder), check, whole)
+    records = []
+    for name, graph in graphs.items():
+        ranges = found[name]
+        record = check_graph(build(name, ranges.precision), folder, graph)
+        entry = {**record.manifest, "ranges": ranges.to_dict()}
+        records.append(replace(record, manifest=entry, ranges=ranges))
+    return records
 
 
 def _merge_defaults(changes: Mapping[str, Any]) -> dict[str, Any]:

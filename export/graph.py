@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +19,11 @@ from torch import nn
 
 from dnp.engine import open_graph
 from dnp.engine.errors import ExportError
-from dnp.engine.manifest import GraphSpec, TensorSpec
+from dnp.engine.manifest import GraphSpec, Ranges, TensorSpec
 from dnp.export.attention import translations
 from dnp.export.memory import PeakMemory
-from dnp.export.onnx_file import save_graph
+from dnp.export.onnx_file import file_facts, save_graph
+from dnp.export.rounding import rounded_graph
 
 Array = npt.NDArray[Any]
 Dims = Mapping[str, int]
@@ -81,6 +83,7 @@ class GraphRecord:
         bytes: size on disk, external data included.
         seconds: for export, saving and comparison.
         peak_memory: the process's largest resident size meanwhile, in bytes.
+        ranges: what whole requests needed of fp16's range, where that was checked.
     """
 
     name: str
@@ -90,6 +93,7 @@ class GraphRecord:
     bytes: int
     seconds: float
     peak_memory: int
+    ranges: Ranges | None = None
 
 
 def export_graph(spec: GraphExport, folder: Path) -> GraphRecord:
@@ -97,28 +101,51 @@ def export_graph(spec: GraphExport, folder: Path) -> GraphRecord:
 
     Raises ExportError when torch cannot export the module, or when an output differs by more than its bound.
     """
+    return check_graph(spec, folder, write_graph(spec, folder))
+
+
+@dataclass(frozen=True)
+class WrittenGraph:
+    """A graph's file before it is compared with PyTorch: its manifest entry so far, and what writing it cost."""
+
+    manifest: dict[str, Any]
+    seconds: float
+    peak_memory: int
+
+
+def write_graph(spec: GraphExport, folder: Path) -> WrittenGraph:
+    """The first half of ``export_graph``: the file, which is compared with nothing yet."""
     started = time.perf_counter()
     file = f"graphs/{spec.name}.onnx"
     with PeakMemory() as memory:
         program = _trace(spec)
         shapes = {name: tensor.shape for name, tensor in [*spec.inputs.items(), *spec.outputs.items()]}
-        nodes, size = save_graph(program.model, folder / file, shapes)
-        del program
-        parity = _compare(spec, folder / file)
+        save_graph(program.model, folder / file, shapes)
+    manifest = {
+        "file": file,
+        "inputs": {name: tensor.to_dict() for name, tensor in spec.inputs.items()},
+        "outputs": {name: tensor.to_dict() for name, tensor in spec.outputs.items()},
+    }
+    return WrittenGraph(manifest, time.perf_counter() - started, memory.peak)
+
+
+def check_graph(spec: GraphExport, folder: Path, written: WrittenGraph) -> GraphRecord:
+    """The second half of ``export_graph``, which may come later: compare the file, as it is by then, with PyTorch."""
+    started = time.perf_counter()
+    path = folder / written.manifest["file"]
+    with PeakMemory() as memory:
+        parity = _compare(spec, path)
     for name, found in parity.items():
         if not found.error <= found.bound:  # also when the error is NaN
             raise ExportError(
                 f"graph {spec.name!r} differs from PyTorch: output {name!r} by {found.error:.3g}, allowed is "
                 f"{found.bound:.3g}. If this is precision fp16, export fp32: the model may need it"
             )
-    manifest = {
-        "file": file,
-        "inputs": {name: tensor.to_dict() for name, tensor in spec.inputs.items()},
-        "outputs": {name: tensor.to_dict() for name, tensor in spec.outputs.items()},
-        "parity": {name: {"max_abs_error": p.error, "bound": p.bound} for name, p in parity.items()},
-    }
-    seconds = time.perf_counter() - started
-    return GraphRecord(spec.name, manifest, parity, nodes, size, seconds, memory.peak)
+    errors = {name: {"max_abs_error": p.error, "bound": p.bound} for name, p in parity.items()}
+    manifest = {**written.manifest, "parity": errors}
+    nodes, size = file_facts(path)
+    seconds = written.seconds + time.perf_counter() - started
+    return GraphRecord(spec.name, manifest, parity, nodes, size, seconds, max(written.peak_memory, memory.peak))
 
 
 def _trace(spec: GraphExport) -> torch.onnx.ONNXProgram:
@@ -155,12 +182,18 @@ def _trace(spec: GraphExport) -> torch.onnx.ONNXProgram:
 
 
 def _compare(spec: GraphExport, path: Path) -> dict[str, Parity]:
-    """The largest absolute error of each output over all ``spec.checks``; NaN where any value is NaN."""
+    """The largest absolute error of each output over all ``spec.checks``; NaN where any value is NaN.
+
+    An fp16 graph is compared in its rounded form: the ``cpu`` backend itself would hide what overflows.
+    """
     reference = spec.module if spec.reference is None else spec.reference
     errors, largest = dict.fromkeys(spec.outputs, 0.0), dict.fromkeys(spec.outputs, 1.0)
     rng = np.random.default_rng(1)
     graph = GraphSpec(spec.name, path, dict(spec.inputs), dict(spec.outputs))
-    with open_graph(graph, "cpu") as session:
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".rounded-") as rounded,
+        open_graph(rounded_graph(graph, Path(rounded)), "cpu") as session,
+    ):
         for dims in spec.checks:
             arrays = spec.fresh_inputs(rng, dims)
             _check_inputs(spec, arrays, dims)
@@ -169,7 +202,7 @@ def _compare(spec: GraphExport, path: Path) -> dict[str, Parity]:
             expected = (result,) if isinstance(result, torch.Tensor) else tuple(result)
             session.reshape(**dims)
             for name, array in arrays.items():
-                session.inputs[name].write(array)
+                session.inputs[name].write(array.astype(session.inputs[name].dtype, copy=False))
             session.run()
             for name, want in zip(spec.outputs, expected, strict=True):
                 got = session.outputs[name].read()

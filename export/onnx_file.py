@@ -17,11 +17,11 @@ COMPACT_FROM = 64  # elements; below, the Cast node takes more room than it save
 _log = logging.getLogger(__name__)
 
 
-def save_graph(model: ir.Model, path: Path, shapes: Mapping[str, tuple[int | str, ...]]) -> tuple[int, int]:
+def save_graph(model: ir.Model, path: Path, shapes: Mapping[str, tuple[int | str, ...]]) -> None:
     """Clean ``model``, compact its weights and write it to ``path``.
 
     ``shapes`` gives the inputs and outputs the symbols that the manifest uses. Weights beyond 1 GiB go beside
-    it, to ``<name>.onnx.data``. Returns the nodes and the bytes on disk. The model is changed in place.
+    it, to ``<name>.onnx.data``. The model is changed in place.
     """
     if model.functions:
         raise ExportError(f"{path.name}: not every function was inlined: {[str(f) for f in model.functions]}")
@@ -34,12 +34,23 @@ def save_graph(model: ir.Model, path: Path, shapes: Mapping[str, tuple[int | str
     if any(node.op_type == "Attention" for node in model.graph.all_nodes()):
         raise ExportError(f"{path.name}: attention was not decomposed")
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_model(model, path)
+    _log.debug("%s: %d nodes, %d bytes", path, *file_facts(path))
+
+
+def write_model(model: ir.Model, path: Path) -> None:
+    """Write ``model`` to ``path``, weights beyond 1 GiB beside it; those that lie there already stay as they are."""
+    beside = any(isinstance(t, ir.ExternalTensor) and Path(t.path).parent == path.parent for t in _weights(model))
     weights = sum(tensor.nbytes for tensor in _weights(model))
-    external = f"{path.name}.data" if weights > EXTERNAL_ABOVE else None
+    external = f"{path.name}.data" if weights > EXTERNAL_ABOVE and not beside else None
     ir.save(model, path, external_data=external)
-    size = path.stat().st_size + ((path.parent / external).stat().st_size if external else 0)
-    _log.debug("%s: %d bytes", path, size)
-    return sum(1 for _ in model.graph.all_nodes()), size
+
+
+def file_facts(path: Path) -> tuple[int, int]:
+    """The nodes of the graph at ``path``, and the bytes on disk, weights beside it included."""
+    beside = path.with_name(f"{path.name}.data")
+    size = path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+    return sum(1 for _ in ir.load(path).graph.all_nodes()), size
 
 
 def clean(model: ir.Model) -> None:

@@ -51,11 +51,15 @@ def check_precision(precision: str) -> Precision:
 def in_precision(module: AnyModule, precision: Precision) -> AnyModule:
     """``module`` itself for ``fp32``; for ``fp16`` a copy in half precision with float32 normalisations.
 
-    ``module`` is float32 and is left as it was: it stays the reference of the fp16 graph.
+    ``module`` is float32 and is left as it was: it stays the reference of the fp16 graph. Raises ExportError for a
+    weight that fp16 cannot hold, and for a normalisation that is not known.
     """
     if precision == "fp32":
         return module
     half = copy.deepcopy(module).half()
+    for name, weight in half.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ExportError(f"the weight {name} goes beyond the 65,504 of fp16, or is not finite; use precision fp32")
     for child in half.modules():
         if type(child) is nn.GroupNorm:
             child.__class__ = Float32GroupNorm

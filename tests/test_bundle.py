@@ -103,6 +103,27 @@ def test_what_was_sealed_opens(tmp_path, precision):
     assert isinstance(bundle.defaults.guidance, float)
 
 
+RANGES = {"largest": 9e4, "at": "p", "limit": 32752.0, "error": 1e-3, "precision": "fp16", "float32": ["p", "a.b/c"]}
+
+
+def test_ranges_are_optional_and_checked(tmp_path, folder):
+    assert all(graph.ranges is None for graph in Bundle.open(folder).graphs.values())
+    rewrite(folder, lambda m: m["graphs"]["denoise"].update(ranges=RANGES))
+    ranges = Bundle.open(folder).graph("denoise").ranges
+    assert ranges.to_dict() == RANGES and ranges.float32 == ("p", "a.b/c") and ranges.share == 9e4 / 65504
+    for change, message in (
+        ({"float32": ["p", 3]}, "float32: must be a list of names"),
+        ({"float32": "p"}, "float32: must be a list of names"),
+        ({"largest": "much"}, "largest: must be a finite number"),
+        ({"precision": "fp8"}, "precision: must be one of fp16, fp32"),
+        ({"limits": 1}, "unknown key 'limits', did you mean 'limit'"),
+    ):
+        rewrite(folder, lambda m, change=change: m["graphs"]["denoise"].update(ranges={**RANGES, **change}))
+        assert message in refusal(folder)
+    rewrite(folder, lambda m: m["graphs"]["denoise"].update(ranges=None))
+    assert "ranges: must be an object, not None" in refusal(folder)
+
+
 def test_opening_leaves_no_trace_and_takes_any_kind_of_path(folder, monkeypatch):
     before = sorted(folder.rglob("*"))
     monkeypatch.chdir(folder.parent)

@@ -13,7 +13,7 @@ from dnp.cli.plans import plan_layers, plan_table, plans_of
 
 if TYPE_CHECKING:
     from dnp.engine.bundle import Bundle
-    from dnp.engine.manifest import TensorSpec
+    from dnp.engine.manifest import Ranges, TensorSpec
     from dnp.engine.registry import BackendReport
 
 
@@ -30,6 +30,16 @@ if TYPE_CHECKING:
     metavar="NAME=VALUE",
     help="What requests use that say nothing: sampler, steps, guidance, dns_sampler, dns_steps, dns_guidance.",
 )
+@click.option(
+    "--check-ranges",
+    is_flag=True,
+    help="Of fp16 graphs: run whole DNP requests on the CPU, tell the largest activations and the errors against "
+    "float32, and put back to float32 what fp16 cannot hold.",
+)
+@click.option(
+    "--range-prompt", "range_prompts", multiple=True, metavar="TEXT", help="Check the ranges with this prompt too."
+)
+@click.option("--range-steps", type=int, help="Steps of each pass while the ranges are checked; 5 when left out.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT when it exists.")
 @json_option
 def export(
@@ -39,6 +49,9 @@ def export(
     precision: str,
     name: str | None,
     defaults: tuple[str, ...],
+    check_ranges: bool,
+    range_prompts: tuple[str, ...],
+    range_steps: int | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -50,9 +63,12 @@ def export(
 
     from dnp.engine.interrupts import uninterrupted
 
+    if (range_prompts or range_steps is not None) and not check_ranges:
+        raise click.UsageError("--range-prompt and --range-steps say how to check the ranges; add --check-ranges")
     try:
         with uninterrupted():
             from dnp.export.bundle import export_bundle
+            from dnp.export.ranges import RangeCheck
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("dnp"):
             raise
@@ -60,6 +76,9 @@ def export(
 
         raise missing_extra(error.name, "cpu,export", "exporting") from error
 
+    ranges = None
+    if check_ranges:
+        ranges = RangeCheck(range_prompts) if range_steps is None else RangeCheck(range_prompts, range_steps)
     with tqdm(total=5, unit="graph", disable=None) as bar:
 
         def progress(stage: str, index: int, total: int) -> None:
@@ -74,6 +93,7 @@ def export(
             precision=precision,
             name=name,
             defaults=dict(map(_setting, defaults)),
+            ranges=ranges,
             overwrite=overwrite,
             progress=progress,
         )
@@ -87,6 +107,10 @@ def export(
             f"{graph.name:<16}{graph.nodes:>7}{graph.bytes / 1e6:>10.2f}{graph.seconds:>9.1f}"
             f"{graph.peak_memory / 1e6:>9.0f}  {errors}"
         )
+    checked = {graph.name: graph.ranges for graph in report.graphs if graph.ranges is not None}
+    if checked:
+        lines += ["", f"{'graph':<16}{'largest activation':>19}{'of fp16':>9}{'error':>9}  put back to float32"]
+        lines += [f"{name:<16}{_range_columns(found)}" for name, found in checked.items()]
     lines.append(f"wrote {out} in {report.seconds:.0f} s, peak memory {report.peak_memory / 1e6:.0f} MB")
     say({**asdict(report), "path": str(out)}, as_json, "\n".join(lines))
 
@@ -120,6 +144,18 @@ def doctor(as_json: bool) -> None:
 
     reports = doctor()
     say({"backends": [asdict(report) for report in reports]}, as_json, "\n".join(map(_backend_line, reports)))
+
+
+def _range_columns(found: Ranges) -> str:
+    """The largest activation, its share of fp16's range, the error against float32, and what was put back."""
+    share = f"{100 * found.share:.2g} %"
+    return f"{found.largest:>19.4g}{share:>9}{found.error:>9.1e}  {_put_back(found)}; largest at {found.at}"
+
+
+def _put_back(found: Ranges) -> str:
+    if found.precision == "fp32":
+        return "all of it"
+    return f"{len(found.float32)} values: {', '.join(found.float32)}" if found.float32 else "nothing"
 
 
 def _setting(text: str) -> tuple[str, str | int | float]:
@@ -158,6 +194,8 @@ def _described(bundle: Bundle) -> dict[str, Any]:
             "outputs": {tensor: spec.to_dict() for tensor, spec in graph.outputs.items()},
             "parity": {output: asdict(parity) for output, parity in graph.parity.items()},
         }
+        if graph.ranges is not None:
+            graphs[name]["ranges"] = asdict(graph.ranges)
     return {**described, "path": str(bundle.path), "graphs": graphs}
 
 
@@ -184,6 +222,12 @@ def _bundle_page(bundle: Bundle) -> str:
             parity = graph.parity.get(tensor)
             error = f"   max error {parity.max_abs_error:.1e} (bound {parity.bound:.0e})" if parity else ""
             lines.append(f"  out  {tensor:<16}{_shown(spec)}{error}")
+        if graph.ranges is not None:
+            found = graph.ranges
+            lines.append(
+                f"  range {found.largest:.4g} at {found.at}, {100 * found.share:.2g} % of fp16's; "
+                f"error against float32 {found.error:.1e}; put back to float32: {_put_back(found)}"
+            )
     return "\n".join(lines)
 
 
