@@ -16,11 +16,14 @@ from tqdm import tqdm, trange
 from train_text import load_captions
 from training import DTYPE, Recipe, save_whole, trained
 
-# Each run starts from the weights that the one before ended with. Colours come first, shapes late.
+# Each run starts from the weights that the one before ended with. Colours come first, shapes late, edges last.
 RUNS = (
     Recipe("diffusion", steps=1200, rate=1e-3, average=0.995, warmup=60),
     Recipe("refined", steps=2000, rate=7e-4, average=0.995, warmup=60, seed=1),
+    Recipe("polished", steps=2000, rate=7e-4, average=0.995, warmup=60, seed=2),
 )
+# Of each run, the mean of logit(t / 1000): layout and colours are decided in much noise, edges in little.
+NOISE = (0.4, 0.4, -0.3)
 LATENTS = 40_000
 BATCH = 48  # latents, each process
 EMPTY = 0.15  # share of captions replaced by the empty one, which is what guidance is measured against
@@ -114,8 +117,9 @@ class Denoiser:
         context = contexts[rows, torch.randint(2, (BATCH,), generator=generator)]  # [B, 32, width]
         context[torch.rand(BATCH, generator=generator) < EMPTY] = empty
         x_0 = latents[rows]
-        # logit-normal: most draws where attributes are decided, few where almost nothing or almost all is noise
-        t = (1000 * torch.sigmoid(0.4 + 1.2 * torch.randn(BATCH, generator=generator))).long().clamp(0, 999)
+        # logit-normal: most draws where the run has something to learn, few where almost nothing or almost all is noise
+        logit = NOISE[self.run] + 1.2 * torch.randn(BATCH, generator=generator)
+        t = (1000 * torch.sigmoid(logit)).long().clamp(0, 999)
         eps = torch.randn(x_0.shape, generator=generator)
         alpha_bar = noise_schedule()[t].view(-1, 1, 1, 1)
         alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
