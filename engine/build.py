@@ -7,7 +7,6 @@ by the parser from the path, so graphs beyond 2 GB of weights are nothing specia
 from __future__ import annotations
 
 import os
-import resource
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from dnp.engine.errors import BackendError, BundleError, Cancelled, SettingsErro
 from dnp.engine.flavour import Flavour, flavour_of, listening, logger
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.plan import FOLDER, Plan, PlanSpec, PlanStore, graph_sha256
+from dnp.engine.processor import peak_memory
 from dnp.engine.profile import Profile, Range, default_profile, to_dict
 from dnp.engine.schema import REMEDY, shown
 
@@ -313,7 +313,7 @@ class _Build:
                 **_facts(log.messages()),
                 "layers": network.num_layers,
                 "seconds": round(time.perf_counter() - self._started, 2),
-                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+                "peak_memory_bytes": peak_memory(),
                 "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
 
@@ -348,8 +348,10 @@ class _Build:
 
     def _parse_error(self, parser: Any) -> BundleError:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        said = "; ".join(f"{e.node_name() or 'graph'}: {e.desc()}" for e in errors[:3]) or "no reason given"
-        return BundleError(f"{self.graph.path}: {self.goal.flavour.title} cannot read it: {said}; {REMEDY}")
+        said = "; ".join(f"{e.node_operator() or 'the file'}: {e.code().name} {e.desc()}" for e in errors[:3])
+        return BundleError(
+            f"{self.graph.path}: {self.goal.flavour.title} cannot read it: {said or 'no reason given'}; {REMEDY}"
+        )
 
     def _build_error(self, said: str) -> Exception:
         if self.cancelled:

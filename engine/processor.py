@@ -1,4 +1,4 @@
-"""The processor under this process: how many cores it may keep busy, and what it is called."""
+"""The machine under this process: its cores, what the processor is called, and the memory that was used."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ def processor_name() -> str:
     """What the processor calls itself."""
     match = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
     return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes; 0 where the system does not tell.
+
+    Not ``getrusage``: what it tells of a process that was just started includes the size of the one that started it.
+    """
+    match = re.search(r"^VmHWM:\s*(\d+) kB$", _read(Path("/proc/self/status")), re.MULTILINE)
+    return int(match[1]) << 10 if match else 0
 
 
 def _quota() -> int | None:

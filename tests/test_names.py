@@ -93,7 +93,7 @@ def test_the_source_is_really_read():
         "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
         "OnnxParser.parse_from_file",
         "OnnxParserRefitter.refit_from_file",
-        "ParserError.desc",
+        "ParserError.node_operator",
     ):
         assert name in used_names()
     assert used_names() >= RTX_ONLY

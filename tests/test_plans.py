@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -206,7 +205,7 @@ def test_an_operator_that_tensorrt_lacks_is_named(tmp_path):
     path = tmp_path / "odd.onnx"
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     spec = TensorSpec(("batch",))
-    with pytest.raises(BundleError, match=r"odd\.onnx: TensorRT for RTX cannot read it: .*Multinomial"):
+    with pytest.raises(BundleError, match=r"odd\.onnx: TensorRT for RTX cannot read it: Multinomial: UNSUPPORTED_NODE"):
         compile_plan(
             GraphSpec("odd", path, {"x": spec}, {"y": spec}), {"batch": Range(1, 2, 3)}, BuildSettings(), for_sm89()
         )
@@ -233,17 +232,14 @@ def test_two_processes_that_want_the_same_plan_build_it_once(default_fp16, tmp_p
 
 
 def test_ctrl_c_ends_a_build_and_leaves_nothing(default_fp16, tmp_path):
-    command = [DNP, "build", str(default_fp16.path), "--sm", "89", "--graph", "denoise"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [*command, "--engines", str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment
-    )
-    while "compiling" not in (line := process.stderr.readline()):
-        assert line, "it ended by itself"
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 130
-    assert "cancelled" in process.stderr.read()
+    command = [DNP, "build", str(default_fp16.path), "--sm", "89", "--graph", "denoise", "--engines", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while "compiling" not in (line := process.stderr.readline()):
+            assert line, "it ended by itself"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 130
+        assert "cancelled" in process.stderr.read()
     assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
 
 
