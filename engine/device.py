@@ -6,6 +6,7 @@ import ctypes
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -34,6 +35,7 @@ class Device:
         self._limit = memory_limit
         self._sizes: dict[int, int] = {}
         self._scratch = (0, 0)  # address, size
+        self._wanted = 0  # bytes of scratch memory that the most demanding graph takes
         self.stream: Any = cuda.stream()
 
     def allocate(self, size: int, what: str) -> int:
@@ -56,25 +58,33 @@ class Device:
         self.allocated -= self._sizes.pop(address)
         self.cuda.free(address)
 
-    def scratch(self, size: int) -> int:
+    def want_scratch(self, size: int) -> None:
+        """Say that a graph will take so much scratch memory; the first that runs allocates it for all."""
+        self._wanted = max(self._wanted, size)
+
+    def scratch(self) -> int:
         """Memory for the activations of a graph while it runs, shared by all that run on the stream.
 
-        A larger piece replaces one that is too small; those who have that one keep it, so that no address that a
-        recorded graph holds ever changes.
+        It holds what was wanted so far. When a more demanding graph comes later, a larger piece is added for those
+        who ask from then on: no address that a recorded graph holds ever changes.
         """
         address, there = self._scratch
-        if size > there:
-            address = self.allocate(size, "the activations")
-            self._scratch = (address, size)
+        if self._wanted > there:
+            address = self.allocate(self._wanted, "the activations")
+            self._scratch = (address, self._wanted)
         return address
 
     def close(self) -> None:
         """Free everything."""
-        self.cuda.synchronize(self.stream)
+        self.cuda.activate()
+        with suppress(BackendError):  # after an error that lasts, every call fails; what can be freed is
+            self.cuda.synchronize(self.stream)
         for address in [*self._sizes]:
-            self.free(address)
+            with suppress(BackendError):
+                self.free(address)
         self._scratch = (0, 0)
-        self.cuda.free_stream(self.stream)
+        with suppress(BackendError):
+            self.cuda.free_stream(self.stream)
 
     def _too_much(self, what: str, size: int, left: int, where: str) -> str:
         there = f"{max(left, 0) / 1e6:.1f} MB {where}"
@@ -124,6 +134,7 @@ class DeviceBuffer(Buffer):
     def write(self, array: Array) -> None:
         """See ``Buffer.write``. Starts the copy and does not wait for it."""
         self._check(array.shape, array.dtype, "was given")
+        self._device.cuda.activate()
         if self._copied is None:
             self._copied = self._device.cuda.event()
         else:
@@ -134,6 +145,7 @@ class DeviceBuffer(Buffer):
 
     def read(self) -> Array:
         """See ``Buffer.read``."""
+        self._device.cuda.activate()
         host = self._host(self._shape)
         self._device.cuda.to_host(self._pinned, self.address, self.nbytes, self._device.stream)
         self._device.cuda.synchronize(self._device.stream)
@@ -143,6 +155,7 @@ class DeviceBuffer(Buffer):
     def copy(self, other: Buffer) -> None:
         """See ``Buffer.copy``."""
         self._check(other.shape, other.dtype, f"{other.name!r} holds")
+        self._device.cuda.activate()
         if isinstance(other, DeviceBuffer) and other._device is self._device:
             self._device.cuda.on_device(self.address, other.address, self.nbytes, self._device.stream)
         else:
@@ -174,6 +187,7 @@ class DeviceSession(Session):
     def __init__(self, graph: GraphSpec, backend: str, device: Device) -> None:
         super().__init__(graph, backend)
         self._device, self._cuda = device, device.cuda
+        self._cuda.activate()
         self._inputs = {n: DeviceBuffer(n, spec.dtype, device, graph.name) for n, spec in graph.inputs.items()}
         self._outputs = {n: DeviceBuffer(n, spec.dtype, device, graph.name) for n, spec in graph.outputs.items()}
         self.inputs = MappingProxyType(self._inputs)
@@ -191,7 +205,7 @@ class DeviceSession(Session):
         """See ``Session.reshape``."""
         self._require_open()
         dims = self._checked(dims)
-        self._admit(dims)
+        self.admit(**dims)
         self._cuda.activate()
         for buffer, shape in self._own(dims):
             buffer.reserve(shape)
@@ -222,15 +236,21 @@ class DeviceSession(Session):
         if self._closed:
             return
         self._closed = True
-        self._cuda.synchronize(self._device.stream)
-        self._forget()
+        self._cuda.activate()
+        with suppress(BackendError):  # after an error that lasts, every call fails; what can be freed is
+            self._cuda.synchronize(self._device.stream)
+        with suppress(BackendError):
+            self._forget()
         self._release()
+        self._free_buffers()
+        if self.owned is not None:
+            self.owned.close()
+
+    def _free_buffers(self) -> None:
         for name, buffer in [*self._inputs.items(), *self._outputs.items()]:
             if name not in self._linked:
-                buffer.free()
-
-    def _admit(self, dims: Mapping[str, int]) -> None:
-        """Raises SettingsError for sizes that cannot be run; a backend without limits takes any."""
+                with suppress(BackendError):
+                    buffer.free()
 
     def _own(self, dims: Mapping[str, int]) -> list[tuple[DeviceBuffer, tuple[int, ...]]]:
         """The buffers that are not another session's, and their shapes."""

@@ -23,15 +23,16 @@ _FATAL: Final = 4  # log nothing less: an error comes back as an exception, once
 _DTYPES: Final = {"tensor(float)": "float32"}  # the others have numpy's names
 
 
-def import_onnxruntime() -> Any:
+def import_onnxruntime(extra: str = "cpu") -> Any:
     """The onnxruntime module. Raises BackendError with the line that installs it, or that repairs it."""
-    repair = "repair it: pip install --force-reinstall 'dnp-engine[cpu]'"
+    repair = f"repair it: pip install --force-reinstall 'dnp-engine[{extra}]'"
     try:
         with uninterrupted():
             import onnxruntime
     except ModuleNotFoundError as error:
         if error.name == "onnxruntime":
-            raise missing_extra("onnxruntime", "cpu", "the backend 'cpu'") from error
+            purpose = "the backend 'cpu'" if extra == "cpu" else "the backend 'cuda'"
+            raise missing_extra("onnxruntime", extra, purpose) from error
         raise BackendError(f"onnxruntime is installed but lacks {error.name}; {repair}") from error
     except ImportError as error:
         raise BackendError(f"onnxruntime is installed but does not load ({error}); {repair}") from error

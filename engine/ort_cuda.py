@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,10 +44,9 @@ class CudaSession(DeviceSession):
             "do_copy_in_default_stream": "1",
             "use_tf32": "0",
             "enable_cuda_graph": "0" if backend.eager else "1",
+            "cudnn_conv_algo_search": "HEURISTIC",  # by measuring, two sessions may choose differently
             "arena_extend_strategy": "kSameAsRequested",
         }
-        if backend.options.memory_limit is not None:
-            settings["gpu_mem_limit"] = str(backend.options.memory_limit)
         try:
             self._session = ort.InferenceSession(str(graph.path), options, providers=[(PROVIDER, settings)])
         except Exception as refused:
@@ -62,7 +62,7 @@ class CudaSession(DeviceSession):
         if running[:1] != [PROVIDER]:
             raise BackendError(
                 f"ONNX Runtime was asked for {PROVIDER} and runs {', '.join(running)}; it needs CUDA 13 and cuDNN 9: "
-                "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                "pip install 'dnp-engine[gpu]'"
             )
         sides = {"inputs": self._session.get_inputs(), "outputs": self._session.get_outputs()}
         check_border(
@@ -94,6 +94,7 @@ class CudaSession(DeviceSession):
     def run(self) -> None:
         """See ``Session.run``. Starts the work and does not wait for it."""
         dims = self._require_dims()
+        self._cuda.activate()
         self._check_inputs(dims)
         self._bind()
         how = self._ort.RunOptions()
@@ -113,9 +114,10 @@ class CudaSession(DeviceSession):
             self._binding.bind_output(name, "cuda", number, buffer.dtype, list(buffer.shape), buffer.address)
 
     def _state(self) -> tuple[tuple[int, ...], ...]:
-        """What a recorded run depends on: the sizes, and where the buffers are."""
+        """What a recorded run depends on: the thread, which ONNX Runtime keeps it for, the sizes, and the addresses."""
         buffers = [*self._inputs.values(), *self._outputs.values()]
-        return tuple(self._require_dims().values()), tuple(buffer.address for buffer in buffers)
+        sizes, addresses = tuple(self._require_dims().values()), tuple(buffer.address for buffer in buffers)
+        return (threading.get_ident(),), sizes, addresses
 
     def _forget(self) -> None:
         self._numbers.clear()
@@ -135,10 +137,14 @@ class CudaBackend(Backend):
                 f"the backend 'cuda' computes in what the graph says, not in {options.precision!r}; export the "
                 "model in the precision you want: dnp export --precision fp16"
             )
+        if options.memory_limit is not None:
+            raise BackendError("ONNX Runtime keeps memory of its own on a GPU; leave --memory-limit out with 'cuda'")
         self.options, self.eager = options, options.eager
-        self.module: Any = import_onnxruntime()
+        self.module: Any = import_onnxruntime("gpu")
         if PROVIDER not in self.module.get_available_providers():
             raise missing_extra("onnxruntime-gpu", "gpu", "the backend 'cuda'")
+        if hasattr(self.module, "preload_dlls"):
+            self.module.preload_dlls()  # CUDA and cuDNN from their own packages
         self.device = Device(cuda.open_cuda(options.device), options.device, options.memory_limit)
         self._last = 0
 

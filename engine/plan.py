@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
 from dnp.engine.bundle import Bundle, file_record
-from dnp.engine.errors import BackendError, OutputError, missing_extra
+from dnp.engine.errors import BackendError, Cancelled, OutputError, missing_extra
 from dnp.engine.interrupts import uninterrupted
 from dnp.engine.manifest import GraphSpec
 
@@ -91,8 +91,8 @@ def graph_sha256(bundle: Bundle, graph: GraphSpec) -> str:
 class PlanStore:
     """The plans in one folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder).absolute()
 
     def find(self, spec: PlanSpec) -> tuple[Plan | None, str]:
         """The plan for ``spec``, or why there is none that can be used: an empty reason when there never was one."""
@@ -102,7 +102,7 @@ class PlanStore:
         try:
             sidecar = self._read(path)
             plan = Plan(path, PlanSpec(**sidecar["spec"]), sidecar["facts"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             return None, f"{path.name} has no sidecar that can be read ({error})"
         if different := spec.difference(sidecar["spec"]):
             return None, f"{path.name}: {different}"
@@ -144,10 +144,11 @@ class PlanStore:
         return Plan(path, spec, dict(facts))
 
     @contextmanager
-    def building(self, spec: PlanSpec) -> Iterator[None]:
+    def building(self, spec: PlanSpec, stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Hold the right to build ``spec``: another process that wants the same plan waits, and then finds it.
 
-        Raises OutputError when the folder cannot be written.
+        ``stop`` is asked twice a second while waiting. Raises OutputError when the folder cannot be written, Cancelled
+        when ``stop`` said so.
         """
         try:
             import filelock
@@ -156,7 +157,14 @@ class PlanStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self.folder / f".{spec.graph}-{spec.key}.lock")
-            lock.acquire()
+            while not lock.is_locked:
+                try:
+                    lock.acquire(timeout=0.5)
+                except filelock.Timeout:
+                    if stop():
+                        raise Cancelled(f"waiting for the plan of {spec.graph!r} was stopped") from None
+            for left in self.folder.glob(f".{self._path(spec).name}.*.partial*"):  # of a process that was killed
+                left.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"plans cannot be written to {self.folder}: {error}; name another folder") from error
         try:
@@ -170,24 +178,25 @@ class PlanStore:
         for path in sorted(self.folder.glob("*.plan")):
             try:
                 found.append((path, self._read(path)))
-            except (OSError, ValueError):
+            except (OSError, ValueError, TypeError):
                 continue
         return found
 
     def settings(self, flavour: str) -> dict[str, Any]:
-        """What the last ``dnp build`` asked for, which is what opening a session looks for. Empty when there was none.
+        """What ``dnp build`` was asked for, by graph: what opening a session looks for. Empty when it never was.
 
         Raises BackendError when the file is damaged.
         """
         path = self.folder / f"{flavour}.json"
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError("no object")
+            if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
+                raise ValueError("no object of objects")
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise BackendError(f"{path} is damaged ({error}); build the plans again: dnp build") from error
+            remedy = "remove it, and build the plans again: dnp build"
+            raise BackendError(f"{path} is damaged ({error}); {remedy}") from error
         return found
 
     def keep_settings(self, flavour: str, settings: Mapping[str, Any]) -> None:
@@ -210,6 +219,10 @@ class PlanStore:
         sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if not isinstance(sidecar, dict):
             raise ValueError("no object")
+        for name, kind in (("spec", dict), ("facts", dict), ("size", int), ("sha256", str)):
+            if not isinstance(sidecar.get(name), kind):
+                raise ValueError(f"{name!r} is missing")
+        PlanSpec(**sidecar["spec"])
         return sidecar
 
     def _nearest(self, spec: PlanSpec) -> str:
@@ -217,8 +230,7 @@ class PlanStore:
         candidates = [
             (sum(entry["spec"].get(field.name) == getattr(spec, field.name) for field in fields(spec)), path, entry)
             for path, entry in self.plans()
-            if isinstance(entry.get("spec"), dict)
-            and (entry["spec"].get("graph"), entry["spec"].get("flavour")) == (spec.graph, spec.flavour)
+            if (entry["spec"].get("graph"), entry["spec"].get("flavour")) == (spec.graph, spec.flavour)
         ]
         if not candidates:
             return ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Final
 
 from dnp.engine.errors import SettingsError
@@ -116,22 +118,51 @@ def any_profile(graph: GraphSpec) -> dict[str, Range]:
     return {symbol: Range(1, 4, 8) for symbol in graph.symbols}
 
 
-def check_dims(graph: GraphSpec, profile: Profile, dims: Mapping[str, int]) -> None:
-    """Raises SettingsError, naming the plan's range and what widens it, for a size that the plan has no code for."""
-    for symbol, range_ in profile.items():
-        size = dims[symbol]
-        if size not in range_:
-            wider = Range(min(size, range_.low), range_.best, max(size, range_.high))
-            option = _OPTIONS.get(symbol)
-            remedy = f"; build a wider one: dnp build {option}, from {range_} to {wider}" if option else ""
-            raise SettingsError(
-                f"graph {graph.name!r}: the plan was compiled for {symbol} {range_}, not for {size}{remedy}"
-            )
+@dataclass(frozen=True)
+class Limits:
+    """The profile of a plan, and how to get a wider one.
+
+    Attributes:
+        units: what a user's number is multiplied with to give a size: a latent has so many pixels, an image beams.
+        command: what builds plans, up to its options.
+    """
+
+    profile: Profile
+    units: Mapping[str, Fraction] = field(default_factory=dict)
+    command: str = "dnp build"
+
+    def check(self, graph: str, dims: Mapping[str, int]) -> None:
+        """Raises SettingsError for a size that the plan has no code for: its range, and the command that widens it."""
+        for symbol, size in dims.items():
+            range_ = self.profile[symbol]
+            if size in range_:
+                continue
+            option, unit = _OPTIONS.get(symbol), self.units.get(symbol, Fraction(1))
+            wider = [int(range_.low * unit), int(range_.best * unit), math.ceil(range_.high * unit)]
+            asked = math.ceil(size * unit)
+            wider[0], wider[2] = max(1, min(wider[0], asked)), max(wider[2], asked)
+            wider[1] = max(wider[1], wider[0])
+            remedy = f"; build a wider one: {self.command} {option} {':'.join(map(str, wider))}" if option else ""
+            raise SettingsError(f"graph {graph!r}: the plan was compiled for {symbol} {range_}, not for {size}{remedy}")
+
+
+def limits_of(bundle: Bundle, graph: GraphSpec, profile: Profile, backend: str) -> Limits:
+    """The limits of one of the bundle's plans."""
+    pixels = Fraction(bundle.latents.pixels)
+    units = {"height": pixels, "width": pixels}
+    if graph.name == "caption_step":
+        units["batch"] = Fraction(1, BEAMS)
+    return Limits(profile, units, f"dnp build {bundle.path} --backend {backend}")
 
 
 def largest(profile: Profile) -> dict[str, int]:
     """The largest size of every symbol."""
     return {symbol: range_.high for symbol, range_ in profile.items()}
+
+
+def smallest(profile: Profile) -> dict[str, int]:
+    """The smallest size of every symbol."""
+    return {symbol: range_.low for symbol, range_ in profile.items()}
 
 
 def to_dict(profile: Profile) -> dict[str, Any]:

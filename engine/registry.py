@@ -59,12 +59,23 @@ def open_session(bundle: Bundle, graph: str, backend: str = "cpu", options: Back
     Raises BackendError when the backend is unknown, not installed, or cannot run here; BundleError when the
     bundle has no such graph, or when its file is no graph that the backend can load.
     """
-    return open_backend(backend, options).session(bundle.graph(graph), bundle)
+    return _alone(open_backend(backend, options), bundle.graph(graph), bundle)
 
 
 def open_graph(graph: GraphSpec, backend: str = "cpu", options: BackendOptions | None = None) -> Session:
     """``open_session`` for a graph that is in no bundle. Raises what it raises."""
-    return open_backend(backend, options).session(graph)
+    return _alone(open_backend(backend, options), graph, None)
+
+
+def _alone(backend: Backend, graph: GraphSpec, bundle: Bundle | None) -> Session:
+    """A session that takes its backend with it when it is closed."""
+    try:
+        session = backend.session(graph, bundle)
+    except BaseException:
+        backend.close()
+        raise
+    session.owned = backend
+    return session
 
 
 @dataclass(frozen=True)

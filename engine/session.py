@@ -107,12 +107,15 @@ class Session(ABC):
         graph: the graph, with the shapes its symbols appear in.
         backend: what really runs, asked of the library after opening: ``name (library version, details)``.
         inputs, outputs: the buffers by name.
-        most: the largest size of each symbol that has one; empty where memory is the only limit.
+        least, most: the smallest and largest size of each symbol that has one; empty where memory is the only limit.
+        owned: the backend that is closed with this session, where nobody else holds it.
     """
 
     inputs: Mapping[str, Buffer]
     outputs: Mapping[str, Buffer]
+    least: Mapping[str, int] = MappingProxyType({})
     most: Mapping[str, int] = MappingProxyType({})
+    owned: Backend | None = None
 
     def __init__(self, graph: GraphSpec, backend: str) -> None:
         self.graph, self.backend = graph, backend
@@ -169,6 +172,9 @@ class Session(ABC):
         if into in self._linked:
             raise SettingsError(f"{self._where}: input {into!r} is linked, nothing can be carried into it")
         self._carried[into] = output
+
+    def admit(self, **dims: int) -> None:  # noqa: B027  ordinary memory takes any size
+        """Raises SettingsError when this session cannot run at these sizes; symbols may be left out."""
 
     def bucket(self, symbol: str, size: int) -> int:
         """The size to run ``size`` at: the next one that this session is prepared for, ``size`` itself where any is.

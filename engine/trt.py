@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,11 +15,11 @@ from dnp.engine import cuda
 from dnp.engine.build import BuildSettings, compile_plan, obtain, target, wanted_plan
 from dnp.engine.device import Device, DeviceSession
 from dnp.engine.errors import BackendError
-from dnp.engine.flavour import TENSORRT, TENSORRT_RTX, Flavour, listening, logger
+from dnp.engine.flavour import TENSORRT, TENSORRT_RTX, Flavour, Log, listening, logger
 from dnp.engine.host import check_border
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.plan import FOLDER, PlanSpec, PlanStore
-from dnp.engine.profile import BATCH, Profile, Range, any_profile, check_dims, largest
+from dnp.engine.profile import BATCH, Limits, Profile, Range, any_profile, largest, limits_of, smallest
 from dnp.engine.session import Backend, BackendOptions
 
 if TYPE_CHECKING:
@@ -44,83 +46,97 @@ class TrtSession(DeviceSession):
     """
 
     def __init__(
-        self, graph: GraphSpec, plan: memoryview | mmap.mmap, profile: Profile, backend: TrtBackend, cache: Path | None
+        self, graph: GraphSpec, plan: memoryview | mmap.mmap, limits: Limits, backend: TrtBackend, cache: Path | None
     ) -> None:
         gpu = backend.device.properties
         title = f"{backend.flavour.title} {backend.module.__version__}"
         where = f"{backend.name} ({title}, {gpu.name}, SM {gpu.sm}, {backend.device.name})"
         super().__init__(graph, where, backend.device)
-        self._profile, self.most = profile, largest(profile)
-        self._backend, self._trt = backend, backend.module
+        self._limits = limits
+        self.least, self.most = smallest(limits.profile), largest(limits.profile)
+        self._backend, self._trt, self._cache_file = backend, backend.module, cache
+        self._eager = backend.options.eager
+        self._loose: _Run | None = None
+        self._prepared: dict[tuple[int, ...], _Run] = {}
         with listening(self._trt) as log:
             self._runtime = self._trt.Runtime(logger(self._trt))
             engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(
                 f"{self._where}: {backend.flavour.title} cannot load the plan on {gpu.name}: {log.errors()}; "
-                "build it again: dnp build --force"
+                f"{_remedy(log, 'build it again: dnp build --force')}"
             )
-        if engine.streamable_weights_size:  # 0 unless it was built to be
-            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         self._engine = engine
         self._check_engine()
-        self._cache_file = cache
         self._config = self._runtime_config()
+        try:
+            for buffer, shape in self._own(self.most):
+                buffer.reserve(shape)
+        except BaseException:
+            self._free_buffers()
+            raise
         self._scratch_size = int(engine.get_device_memory_size_for_profile_v2(0))
-        self._scratch = self._device.scratch(self._scratch_size) if self._scratch_size else 0
-        for buffer, shape in self._own(self.most):
-            buffer.reserve(shape)
-        self._loose: _Run | None = None
-        self._prepared: dict[tuple[int, ...], _Run] = {}
+        self._device.want_scratch(self._scratch_size)
+        if engine.streamable_weights_size:  # 0 unless it was built to be
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+
+    def admit(self, **dims: int) -> None:
+        """See ``Session.admit``."""
+        self._limits.check(self.graph.name, dims)
 
     def bucket(self, symbol: str, size: int) -> int:
         """See ``Session.bucket``: sampler tables are run at one or two lengths, whatever the sampler."""
-        if symbol not in ("rows", "draws") or symbol not in self._profile or (symbol == "draws" and size == 1):
+        if symbol not in ("rows", "draws") or symbol not in self.most or (symbol == "draws" and size == 1):
             return size
-        check_dims(self.graph, {symbol: self._profile[symbol]}, {symbol: size})
+        self.admit(**{symbol: size})
         return self.most[symbol]
 
     def prepare(self) -> None:
         """See ``Session.prepare``: record the run at the present sizes as a CUDA graph.
 
-        When that cannot be done, the backend runs without recorded graphs from then on, and says so once.
+        When that cannot be done, this session runs without recorded graphs from then on; the backend says so once.
         """
-        dims = self._require_dims()
-        key = tuple(dims.values())
-        if key in self._prepared or self._backend.eager:
+        key = tuple(self._require_dims().values())
+        if key in self._prepared or self._eager:
             return
-        run = _Run(self._context(), {})
-        self._enqueue(run)  # what TensorRT does only once must not be recorded
-        self._cuda.synchronize(self._device.stream)
         try:
+            run = _Run(self._context(), {})
+            self._enqueue(run)  # what TensorRT does only once must not be recorded
+            self._cuda.synchronize(self._device.stream)
             if self._backend.flavour.portable and not run.context.is_stream_capturable(self._device.stream):
                 raise BackendError("TensorRT says that this graph cannot be recorded at these sizes")
             self._cuda.begin_capture(self._device.stream)
             try:
                 self._enqueue(run)
-            finally:
-                run.recorded = self._cuda.end_capture(self._device.stream)
+            except BackendError:
+                with suppress(BackendError):  # what it says of the end is less than what went wrong
+                    self._cuda.free_graph(self._cuda.end_capture(self._device.stream))
+                raise
+            run.recorded = self._cuda.end_capture(self._device.stream)
         except BackendError as error:
-            self._backend.eager = True
-            _log.warning("%s: runs without CUDA graphs from now on: %s", self._where, error)
+            self._eager = True
+            self._backend.warn_once(f"{self._where}: runs without CUDA graphs from now on: {error}")
             return
         self._prepared[key] = run
 
     def run(self) -> None:
         """See ``Session.run``. Starts the work and does not wait for it."""
         dims = self._require_dims()
+        self._cuda.activate()
         run = self._prepared.get(tuple(dims.values()))
-        if run is not None and not self._backend.eager:
-            self._cuda.launch(run.recorded, self._device.stream)
-        else:
+        if run is None:
             self._loose = self._loose or _Run(self._context(), {})
             self._enqueue(self._loose)
+        else:
+            self._check_inputs(dims)
+            self._cuda.launch(run.recorded, self._device.stream)
 
     def refit(self, path: Path) -> None:
         """Take the weights of another ONNX file of the same structure, all of them, and leave nothing of the old ones.
 
         A LoRA is merged into the original weights before: what was merged is never merged into again.
-        Raises BackendError when the plan was not built with ``refit``, or when the file does not fit.
+        Raises BackendError when the plan was not built with ``refit``, or when the file does not fit, which ends the
+        session.
         """
         self._require_open()
         if not self._engine.refittable:
@@ -131,6 +147,7 @@ class TrtSession(DeviceSession):
             parser = self._trt.OnnxParserRefitter(refitter, logger(self._trt))
             fits = parser.refit_from_file(str(path)) and not refitter.get_missing_weights()
             if not fits or not refitter.refit_cuda_engine():
+                self.close()  # it may hold some of the weights
                 raise BackendError(f"{self._where}: the weights of {path} do not fit this plan: {log.errors()}")
         self._forget()
 
@@ -142,13 +159,17 @@ class TrtSession(DeviceSession):
 
     def _enqueue(self, run: _Run) -> None:
         dims = self._require_dims()
-        if run.dims != dims:
-            for name, spec in self.graph.inputs.items():
-                if not run.context.set_input_shape(name, spec.resolve(dims)):
-                    raise BackendError(f"{self._where}: TensorRT takes no {name!r} of {list(spec.resolve(dims))}")
-            run.dims = dims
         self._check_inputs(dims)
         with listening(self._trt) as log:
+            if run.dims != dims:
+                run.dims = {}  # until all of them are set
+                for name, spec in self.graph.inputs.items():
+                    shape = spec.resolve(dims)
+                    if not run.context.set_input_shape(name, shape):
+                        raise BackendError(
+                            f"{self._where}: TensorRT takes no {name!r} of {list(shape)}: {log.errors()}"
+                        )
+                run.dims = dims
             if not run.context.execute_async_v3(int(self._device.stream)):
                 raise BackendError(f"{self._where} failed on {self.backend} with {dims}: {log.errors()}")
         self._start_carrying()
@@ -157,8 +178,11 @@ class TrtSession(DeviceSession):
         with listening(self._trt) as log:
             context = self._engine.create_execution_context(self._config)
         if context is None:
-            raise BackendError(f"{self._where}: TensorRT made no execution context: {log.errors()}")
-        context.set_device_memory(self._scratch, self._scratch_size)
+            raise BackendError(
+                f"{self._where}: TensorRT made no execution context: {log.errors()}; {_remedy(log, 'see `dnp doctor`')}"
+            )
+        if self._scratch_size:
+            context.set_device_memory(self._device.scratch(), self._scratch_size)
         for name, buffer in [*self._inputs.items(), *self._outputs.items()]:
             if not context.set_tensor_address(name, buffer.address):
                 raise BackendError(f"{self._where}: TensorRT takes no address for {name!r}")
@@ -182,7 +206,7 @@ class TrtSession(DeviceSession):
         """Keep the kernels that the driver finished, for the next start."""
         if self._cache_file is None or not self._backend.flavour.portable:
             return
-        part = self._cache_file.with_suffix(".partial")
+        part = self._cache_file.with_name(f".{self._cache_file.name}.{secrets.token_hex(4)}.partial")
         try:
             part.write_bytes(bytes(self._cache.serialize()))
             part.replace(self._cache_file)
@@ -201,9 +225,6 @@ class TrtSession(DeviceSession):
             found[side][name] = (_DTYPES.get(dtype, dtype.lower()), shape)
         check_border(self.graph, found)
 
-    def _admit(self, dims: Mapping[str, int]) -> None:
-        check_dims(self.graph, self._profile, dims)
-
     def _forget(self) -> None:
         for run in self._prepared.values():
             self._cuda.free_graph(run.recorded)
@@ -213,6 +234,16 @@ class TrtSession(DeviceSession):
     def _release(self) -> None:
         self._save_cache()
         del self._config, self._engine, self._runtime
+
+
+def _remedy(log: Log, otherwise: str) -> str:
+    """What to do about a call that gave nothing, going by what TensorRT said."""
+    lacking = any(word in log.errors().lower() for word in ("outofmemory", "out of memory", "memory allocation"))
+    return (
+        "the GPU's memory is too small for it: build with smaller largest sizes, or with --weight-streaming"
+        if lacking
+        else otherwise
+    )
 
 
 class TrtBackend(Backend):
@@ -226,7 +257,8 @@ class TrtBackend(Backend):
                 f"the backend {self.name!r} computes in what the graph says, not in {options.precision!r}; export the "
                 "model in the precision you want: dnp export --precision fp16"
             )
-        self.options, self.eager = options, options.eager
+        self.options = options
+        self._warned = False
         self.module = self.flavour.load()
         self.device = Device(cuda.open_cuda(options.device), options.device, options.memory_limit)
 
@@ -236,17 +268,24 @@ class TrtBackend(Backend):
             profile: Profile = any_profile(graph)
             goal = target(self.flavour, (), self.options.device)
             built, _ = compile_plan(graph, profile, BuildSettings(), goal)
-            return TrtSession(graph, memoryview(built), profile, self, None)
+            return TrtSession(graph, memoryview(built), Limits(profile), self, None)
         store = PlanStore(self.options.engines or bundle.path / FOLDER)
         profile, settings, goal = wanted_plan(bundle, graph, self.flavour, store, self.options.device)
         plan = obtain(bundle, graph, profile, settings, goal, store, report=_log.warning)
         with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return TrtSession(graph, data, profile, self, plan.path.with_suffix(".cache"))
+            limits = limits_of(bundle, graph, profile, self.name)
+            return TrtSession(graph, data, limits, self, plan.path.with_suffix(".cache"))
 
     @property
     def batches(self) -> Sequence[int]:  # type: ignore[override]
         """See ``Backend.batches``."""
-        return () if self.eager else range(BATCH, 0, -1)
+        return () if self.options.eager else range(BATCH, 0, -1)
+
+    def warn_once(self, message: str) -> None:
+        """Say it unless something was said."""
+        if not self._warned:
+            self._warned = True
+            _log.warning("%s", message)
 
     def close(self) -> None:
         """See ``Backend.close``."""
@@ -258,7 +297,7 @@ def inspect_layers(graph: GraphSpec, path: Path, spec: PlanSpec, device: int = 0
     backend = _CLASSES[spec.flavour](BackendOptions(device=device, eager=True))
     try:
         profile = {symbol: Range(*numbers) for symbol, numbers in spec.profile.items()}
-        session = TrtSession(graph, memoryview(path.read_bytes()), profile, backend, None)
+        session = TrtSession(graph, memoryview(path.read_bytes()), Limits(profile), backend, None)
         try:
             return session.layers()
         finally:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from dnp.engine.bundle import Bundle
 from dnp.engine.errors import SettingsError
 from dnp.engine.schema import shown
-from dnp.engine.session import Session
+from dnp.engine.session import Buffer, Session
 from dnp.runtime.resize import resize_matrices
 from dnp.runtime.search import BeamSearch, GreedySearch, Search
 from dnp.runtime.tokenizer import CaptionTokenizer
@@ -44,6 +44,7 @@ class Captioner:
 
     def prepare(self, batch: int, height: int, width: int) -> None:
         """Warm up for ``batch`` images of this size, captioned greedily."""
+        height, width = (_within(self._encode, f"image_{n}", s) for n, s in (("height", height), ("width", width)))
         self._see(np.zeros((batch, height, width, 3), np.uint8))
         self._encode.prepare()
         self._step.reshape(batch=batch, images=batch)
@@ -51,6 +52,10 @@ class Captioner:
         self._step.inputs["parent"].write(np.arange(batch, dtype=np.int64))
         self._step.inputs["position"].write(np.zeros(batch, np.int64))
         self._step.prepare()
+
+    def admit(self, height: int, width: int) -> None:
+        """Raises SettingsError when images of this size cannot be captioned here."""
+        self._encode.admit(image_height=height, image_width=width)
 
     def most(self, beams: int) -> int:
         """The most images to caption at once with so many beams each."""
@@ -78,13 +83,18 @@ class Captioner:
         self,
         images: Images,
         *,
+        there: Buffer | None = None,
         beams: int = 1,
         prefix: str = "",
         min_length: int = 0,
         max_length: int | None = None,
     ) -> Generator[int, None, list[str]]:
-        """``captions`` token by token: yields the length so far after each token, returns the captions."""
-        tokens = self.tokens(images, beams=beams, prefix=prefix, min_length=min_length, max_length=max_length)
+        """``captions`` token by token: yields the length so far after each token, returns the captions.
+
+        ``there`` is a buffer that holds ``images`` already, where they need not come from the host.
+        """
+        limits = {"beams": beams, "min_length": min_length, "max_length": max_length}
+        tokens = self.tokens(images, there=there, prefix=prefix, **limits)  # type: ignore[arg-type]
 
         def decoded() -> Generator[int, None, list[str]]:
             return [self.tokenizer.decode(ids) for ids in (yield from tokens)]
@@ -95,6 +105,7 @@ class Captioner:
         self,
         images: Images,
         *,
+        there: Buffer | None = None,
         beams: int = 1,
         prefix: str = "",
         min_length: int = 0,
@@ -113,7 +124,7 @@ class Captioner:
             if beams == 1
             else BeamSearch(prompt, len(images), beams, *limits)
         )
-        return self._search(images, prompt, beams, search)
+        return self._search(images, there, prompt, beams, search)
 
     def check(
         self, *, beams: int = 1, prefix: str = "", min_length: int = 0, max_length: int | None = None
@@ -141,9 +152,9 @@ class Captioner:
         return prompt
 
     def _search(
-        self, images: Images, prompt: list[int], beams: int, search: Search
+        self, images: Images, there: Buffer | None, prompt: list[int], beams: int, search: Search
     ) -> Generator[int, None, list[list[int]]]:
-        self._see(images)
+        self._see(images, there)
         step, rows = self._step, len(images) * beams
         step.reshape(batch=rows, images=len(images))
         token, parent = np.full(rows, prompt[0], np.int64), np.arange(rows, dtype=np.int64)
@@ -161,15 +172,22 @@ class Captioner:
             yield length
         return search.results()
 
-    def _see(self, images: Images) -> None:
+    def _see(self, images: Images, there: Buffer | None = None) -> None:
         """Run the image encoder; its results stay where they are."""
         batch, height, width, _ = images.shape
         columns, rows = resize_matrices(height, width, self._spec.image_size)
         self._encode.reshape(batch=batch, image_height=height, image_width=width)
-        self._encode.inputs["image"].write(images)
+        if there is not None and there.shape == images.shape:
+            self._encode.inputs["image"].copy(there)
+        else:
+            self._encode.inputs["image"].write(images)
         self._encode.inputs["resize_columns"].write(columns)
         self._encode.inputs["resize_rows"].write(rows)
         self._encode.run()
+
+
+def _within(session: Session, symbol: str, size: int) -> int:
+    return min(max(size, session.least.get(symbol, size)), session.most.get(symbol, size))
 
 
 def _check_images(images: Any) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from dnp.engine.bundle import Bundle
 from dnp.engine.errors import BundleError, Cancelled, DnpError, SettingsError
 from dnp.engine.registry import open_backend
-from dnp.engine.session import Backend, BackendOptions, Session
+from dnp.engine.session import Backend, BackendOptions, Buffer, Session
 from dnp.runtime.captioner import Captioner
 from dnp.runtime.clock import Clock
 from dnp.runtime.denoise import Sample, denoise, finite, load_samples
@@ -43,7 +43,8 @@ class Pipeline:
     >>> result = pipeline("a large red circle left of a small blue square", seed=7)
     >>> result.images[0].save("dnp.png"); result.negatives[0]
 
-    One request at a time: the buffers are the pipeline's own. Open one pipeline per thread.
+    One request at a time: the buffers are the pipeline's own. Open one pipeline per thread. A ``Backend`` that is
+    handed in becomes the pipeline's, and is closed with it.
     """
 
     def __init__(self, bundle: Bundle, backend: str | Backend = "cpu", options: BackendOptions | None = None) -> None:
@@ -81,7 +82,11 @@ class Pipeline:
         options = BackendOptions(threads, precision, device, eager, memory_limit, engines)
         pipeline = cls(opened, backend, options)
         pipeline._opening = time.perf_counter() - started
-        pipeline._encode_text  # noqa: B018  opened now, so that a backend that cannot run says so here
+        try:
+            pipeline._encode_text  # noqa: B018  opened now, so that a backend that cannot run says so here
+        except BaseException:
+            pipeline.close()
+            raise
         return pipeline
 
     @property
@@ -137,6 +142,15 @@ class Pipeline:
             tables.append(request.dns_table(self._schedule))
         for table in tables:
             self._denoise.bucket("rows", len(table.rows))
+        assert request.height is not None and request.width is not None
+        pixels = self.bundle.latents.pixels
+        size = {"height": request.height // pixels, "width": request.width // pixels}
+        last = request.images % self._batch or self._batch
+        for batch in {min(request.images, self._batch), last}:
+            self._denoise.admit(batch=batch, **size)
+            self._decode.admit(batch=batch, **size)
+        if captioner:
+            self._captioner.admit(request.height, request.width)
         return clock
 
     def warm_up(self, *, captioner: bool = True) -> None:
@@ -148,18 +162,19 @@ class Pipeline:
         self._decode  # noqa: B018  reads the latents of the denoise session, so that one is opened too
         if captioner:
             self._captioner  # noqa: B018
-        batches = [batch for batch in self._backend.batches if batch <= self._batch]
+        least = self._denoise.least.get("batch", 1)
+        batches = [batch for batch in self._backend.batches if least <= batch <= self._batch]
         if "sampling" not in self._prepared:
-            self._prepared.add("sampling")
             samplers = ("euler_a", "ddim")  # one that draws noise on the way, and one that does not
             tables = [sampler_table(self._schedule, sampler, 2, 1.0) for sampler in samplers]
             sessions = (self._encode_text, self._denoise, self._decode)
             prepare_sampling(self.bundle, *sessions, batches=batches, tables=tables)
+            self._prepared.add("sampling")
         if captioner and "captions" not in self._prepared:
-            self._prepared.add("captions")
             latents = self.bundle.latents
             for batch in batches:
                 self._captioner.prepare(batch, latents.height * latents.pixels, latents.width * latents.pixels)
+            self._prepared.add("captions")
 
     @property
     def _batch(self) -> int:
@@ -319,7 +334,9 @@ class Pipeline:
         most = min(self._batch, self._captioner.most(request.beams))
         for start in range(0, request.images, most):
             part = images[start : start + most]
-            negatives += yield from clock.timed("caption", self._describe(part, request))
+            # The only batch of them is still where it was decoded.
+            there = self._decode.outputs["image"] if request.images <= most else None
+            negatives += yield from clock.timed("caption", self._describe(part, there, request))
         for number, negative in enumerate(negatives):
             if not negative.strip():
                 raise DnpError(
@@ -328,10 +345,11 @@ class Pipeline:
                 )
         return images, negatives
 
-    def _describe(self, images: Pixels, request: Request) -> Generator[Step, None, list[str]]:
+    def _describe(self, images: Pixels, there: Buffer | None, request: Request) -> Generator[Step, None, list[str]]:
         assert request.max_length is not None
         steps = self._captioner.steps(
             images,
+            there=there,
             beams=request.beams,
             prefix=request.prefix,
             min_length=request.min_length,

@@ -19,17 +19,22 @@ def prepare_sampling(
     batches: Iterable[int],
     tables: Sequence[SamplerTable],
 ) -> None:
-    """Prepare the three sessions at the bundle's default size, with one table of every kind that a run depends on.
+    """Prepare the three sessions at the bundle's default size, or the nearest that they have, with each of ``tables``.
 
     A run's sizes depend on the sampler only in whether it draws noise on the way.
     """
     latents = bundle.latents
-    shape = (latents.channels, latents.height, latents.width)
+    least, most = denoise.least, denoise.most
+    height, width = (
+        min(max(size, least.get(side, size)), most.get(side, size))
+        for side, size in (("height", latents.height), ("width", latents.width))
+    )
+    shape = (latents.channels, height, width)
     for batch in batches:
         encode_text.reshape(batch=batch)
         encode_text.prepare()
         for table in tables:
             load_samples(denoise, [Sample(table, 0)] * batch, shape)
             denoise.prepare()
-        decode.reshape(batch=batch, height=latents.height, width=latents.width)
+        decode.reshape(batch=batch, height=height, width=width)
         decode.prepare()

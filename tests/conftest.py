@@ -108,9 +108,10 @@ def default_bundle():
 
 @pytest.fixture(scope="session")
 def default_fp16(model_folder, tmp_path_factory):
-    """The default model exported in fp16, as a bundle. Plans for it go elsewhere."""
+    """The default model exported in fp16, its ranges checked, as a bundle. For reading only: plans go elsewhere."""
     from dnp.engine import Bundle
     from dnp.export.bundle import export_bundle
+    from dnp.export.ranges import RangeCheck
 
     report = export_bundle(
         model_folder / "stable-diffusion",
@@ -118,6 +119,7 @@ def default_fp16(model_folder, tmp_path_factory):
         captioner=model_folder / "blip",
         precision="fp16",
         defaults={"guidance": 4.0, "dns_guidance": 1.0},
+        ranges=RangeCheck(),
     )
     return Bundle.open(report.path)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -42,10 +43,11 @@ class FakeCuda:
         self.recording = None
         self.graphs, self.events, self.streams = {}, {}, set()
         self.handles = itertools.count(100)
+        self.threads = set()  # those that have made the device theirs
 
     def __getattribute__(self, name):
         found = object.__getattribute__(self, name)
-        if name in PUBLIC:
+        if name in PUBLIC and name != "activate":
             calls, fail = object.__getattribute__(self, "calls"), object.__getattribute__(self, "fail")
             calls.append(name)
             if name in fail:
@@ -57,7 +59,7 @@ class FakeCuda:
         return Counter(self.calls[since:])
 
     def activate(self):
-        pass
+        self.threads.add(threading.get_ident())
 
     def properties(self, device=0):
         return GpuProperties("FAKE, no GPU", self.sm, self.memory)
@@ -142,6 +144,7 @@ class FakeCuda:
 
     def _start(self, stream, work):
         assert stream in self.streams, "work on a stream that does not exist"
+        assert threading.get_ident() in self.threads, "this thread works on another device"
         (self.pending if self.recording is None else self.recording).append(work)
 
     def _drain(self):
@@ -213,6 +216,9 @@ class FakeTensorRt:
             def set_flag(self, flag):
                 pass
 
+            def clear_flag(self, flag):
+                pass
+
             def set_memory_pool_limit(self, pool, size):
                 pass
 
@@ -226,7 +232,8 @@ class FakeTensorRt:
                 return bytes(blob)
 
             def set_timing_cache(self, cache, ignore_mismatch):
-                pass
+                assert cache is not None
+                return cache in (b"", b"timings")
 
             def get_timing_cache(self):
                 return SimpleNamespace(serialize=lambda: b"timings")
@@ -260,7 +267,7 @@ class FakeTensorRt:
         self.CudaGraphStrategy = names(DISABLED=0)
         self.DynamicShapesKernelSpecializationStrategy = names(EAGER=1)
         self.NetworkDefinitionCreationFlag = names(STRONGLY_TYPED=1)
-        self.BuilderFlag = names(WEIGHT_STREAMING=1, REFIT=2, REQUIRE_USER_ALLOCATION=3)
+        self.BuilderFlag = names(TF32=0, WEIGHT_STREAMING=1, REFIT=2, REQUIRE_USER_ALLOCATION=3)
         self.MemoryPoolType = names(WORKSPACE=0)
         self.ProfilingVerbosity = names(DETAILED=2)
         self.LayerInformationFormat = names(JSON=1)

@@ -12,6 +12,7 @@ import logging
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,10 +50,10 @@ def gpu(monkeypatch):
     """A fake device, and a fake of both flavours of TensorRT on it."""
     cuda = fake_gpu.FakeCuda()
     cuda.trt = fake_gpu.FakeTensorRt(cuda)
-    monkeypatch.setattr(cuda_module, "open_cuda", lambda device=0: cuda)
+    monkeypatch.setattr(cuda_module, "open_cuda", lambda device=0: cuda.activate() or cuda)
     monkeypatch.setattr(Flavour, "load", lambda self: cuda.trt)
     cuda.ort = fake_gpu.FakeOnnxRuntime(cuda)
-    monkeypatch.setattr(ort_cuda, "import_onnxruntime", lambda: cuda.ort)
+    monkeypatch.setattr(ort_cuda, "import_onnxruntime", lambda extra: cuda.ort)
     monkeypatch.setattr(ort_cuda, "BATCH", 2)  # every batch size is warmed up, on a processor here
     return cuda
 
@@ -66,7 +67,8 @@ def open_pipeline(gpu, tmp_path, default_bundle):
         options = {"engines": tmp_path / "engines", **options}
         store = PlanStore(options["engines"])
         if not (store.folder / f"{flavour}.json").exists():
-            store.keep_settings(flavour, {"ranges": {"batch": [1, 1, largest]}, "settings": {}})
+            asked = {"ranges": {"batch": [1, 1, largest]}, "settings": {}}
+            store.keep_settings(flavour, dict.fromkeys(default_bundle.graphs, asked))
         opened.append(dnp.Pipeline(default_bundle, BACKENDS[flavour](BackendOptions(**options))))
         return opened[-1]
 
@@ -210,11 +212,13 @@ def test_what_the_profile_excludes_is_refused_before_any_work(open_pipeline, gpu
     pipeline = open_pipeline()
     pipeline.warm_up()
     since = len(gpu.calls)
-    with pytest.raises(SettingsError, match=r"compiled for rows 1:25:128, not for 199.*dnp build --rows"):
+    with pytest.raises(SettingsError, match=r"compiled for rows 1:25:128, not for 199.* --rows 1:25:199$"):
         pipeline(PROMPT, sampler="heun", steps=100)
     assert not gpu.counted(since)["launch"]
-    with pytest.raises(SettingsError, match=r"compiled for height 16, not for 24.*dnp build --height"):
+    told = r"compiled for height 16, not for 24; .*dnp build .*default --backend tensorrt-rtx --height 64:64:96$"
+    with pytest.raises(SettingsError, match=told):
         pipeline(PROMPT, negative="n*", height=96)
+    assert not gpu.counted(since)["launch"]
 
 
 def test_more_images_than_the_plan_takes_are_sampled_in_turns(open_pipeline, gpu):
@@ -244,8 +248,8 @@ def test_a_full_device_says_so(open_pipeline, gpu):
 ERRORS = {
     "deserialize": r"cannot load the plan on FAKE, no GPU: no plan; build it again: dnp build --force",
     "context": "made no execution context",
-    "execute": r"graph 'encode_text' failed on tensorrt-rtx .*: the fake was told to fail",
-    "shape": "takes no 'ids' of",
+    "execute": r"graph 'encode_image' failed on tensorrt-rtx .*: the fake was told to fail",
+    "shape": "takes no 'image' of",
     "parse": "cannot read it: no reason given",
     "build": r"cannot compile 'encode_image' for sm89: the fake was told to fail$",
 }
@@ -371,7 +375,8 @@ def test_the_runtime_cache_lies_beside_the_plan(open_pipeline, tmp_path, flavour
 
 def test_settings_that_are_damaged_name_the_file(open_pipeline, tmp_path):
     pipeline, folder = open_pipeline(), tmp_path / "engines"
-    for text in ("[", "[]", '{"ranges": {"batch": [3, 2, 1]}}', '{"settings": {"speed": 9}}'):
+    damaged = ('{"encode_image": {"ranges": {"batch": [3, 2, 1]}}}', '{"encode_image": {"settings": {"speed": 9}}}')
+    for text in ("[", "[]", '{"denoise": 3}', *damaged):
         (folder / "tensorrt-rtx.json").write_text(text)
         with pytest.raises(BackendError, match=r"tensorrt-rtx\.json is damaged.*dnp build"):
             pipeline.warm_up()
@@ -467,3 +472,68 @@ def test_gpu_check_without_a_gpu_is_a_sentence(tmp_path):
         assert done.returncode == 4, done.stderr
         assert done.stderr.startswith("gpu-check: there is no NVIDIA driver here")
         assert not list(tmp_path.iterdir())
+
+
+def test_the_dns_image_is_captioned_where_it_lies(open_pipeline, gpu):
+    pipeline = open_pipeline()
+    pipeline.warm_up()
+    since = len(gpu.calls)
+    for step in pipeline.steps(pipeline.resolve(dnp.Request(prompt=PROMPT, **QUICK))):
+        if step.phase == "caption":
+            break
+    calls = gpu.counted(since)
+    # two texts' ids, table, noise, state, index; two resize matrices; token, parent and position; no image
+    assert calls["to_device"] == 6 + 2 + 3
+    assert calls["on_device"] == 2 + 1  # the contexts, the image
+
+
+def test_another_thread_than_the_one_that_opened_it_may_run_it(open_pipeline, on_cpu):
+    pipeline = open_pipeline()
+    pipeline.warm_up()
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(pipeline, PROMPT, seed=2, **QUICK).result()
+    assert result.negatives == on_cpu(PROMPT, seed=2, **QUICK).negatives
+
+
+@pytest.mark.parametrize("ranges", [{"batch": [2, 2, 2]}, {"height": [96, 96, 128]}])
+def test_plans_that_exclude_the_default_sizes_are_warmed_up_at_theirs(open_pipeline, default_bundle, tmp_path, ranges):
+    store = PlanStore(tmp_path / "engines")
+    asked = {"ranges": {"batch": [1, 1, 1], **ranges}, "settings": {}}
+    store.keep_settings("tensorrt-rtx", dict.fromkeys(default_bundle.graphs, asked))
+    pipeline = open_pipeline()
+    images = ranges.get("batch", [1])[0]
+    height = ranges.get("height", [64])[0]
+    assert len(pipeline(PROMPT, images=images, height=height, **QUICK).images) == images
+    with pytest.raises(SettingsError, match="the plan was compiled for"):
+        pipeline(PROMPT, **QUICK)
+
+
+def test_a_timing_cache_that_is_damaged_is_begun_anew(open_pipeline, gpu, tmp_path):
+    open_pipeline("tensorrt").warm_up(captioner=False)
+    (timings,) = (tmp_path / "engines").glob(".timing-*.cache")
+    timings.write_bytes(b"nonsense")
+    gpu.trt.__version__ = "0.0.0.fake"
+    for plan in (tmp_path / "engines").glob("*.plan"):
+        plan.unlink()
+    open_pipeline("tensorrt").warm_up(captioner=False)
+    assert timings.read_bytes() == b"timings"
+
+
+def test_a_failed_open_gives_back_what_it_took(open_pipeline, gpu):
+    pipeline = open_pipeline(memory_limit=1_000_000)
+    for _ in range(2):
+        before = pipeline._backend.device.allocated
+        with pytest.raises(BackendError, match="no memory on"):
+            pipeline._denoise  # noqa: B018
+        assert pipeline._backend.device.allocated == before
+
+
+def test_after_an_error_that_lasts_closing_still_frees(open_pipeline, gpu):
+    pipeline = open_pipeline()
+    pipeline(PROMPT, **QUICK)
+    gpu.fail["synchronize"] = fake_gpu.broken("cudaStreamSynchronize failed: an illegal memory access")
+    with pytest.raises(BackendError, match="illegal memory access"):
+        pipeline(PROMPT, **QUICK)
+    gpu.pending.clear()
+    pipeline.close()
+    assert not gpu.device

@@ -31,12 +31,14 @@ def test_every_extra_exists_and_none_brings_both_onnxruntimes():
         "export",
         "serve",
         "gpu",
+        "tensorrt",
+        "tensorrt-rtx",
         "dev",
     }
     by_extra: dict[str, set[str]] = {}
     for line in requires("dnp-engine"):
         name = re.match(r"[\w.-]+", line)[0]
-        for extra in re.findall(r'extra == "(\w+)"', line) or [""]:
+        for extra in re.findall(r'extra == "([\w-]+)"', line) or [""]:
             by_extra.setdefault(extra, set()).add(name)
     assert "onnxruntime" in by_extra["cpu"]
     assert "onnxruntime-gpu" in by_extra["gpu"]

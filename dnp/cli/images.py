@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,7 +194,7 @@ def _settings_of(context: click.Context, path: Path, engine: Engine) -> tuple[Re
     from dnp.runtime.pictures import read_settings
     from dnp.runtime.request import Request
 
-    ours = {"from_image", "bundle", "backend", "precision", "threads", "out", "as_json"}
+    ours = {"from_image", "out", "as_json", *(field.name for field in fields(Engine))}
     given = [
         name
         for name in context.params

@@ -44,10 +44,10 @@ class Engine:
     engines: Path | None
 
     def open(self) -> Pipeline:
-        """The pipeline asked for; raises what ``Pipeline.open`` raises."""
+        """The pipeline asked for, closed when the command ends; raises what ``Pipeline.open`` raises."""
         from dnp.runtime.pipeline import Pipeline
 
-        return Pipeline.open(
+        pipeline = Pipeline.open(
             self.bundle,
             self.backend or "cpu",
             precision=self.precision,
@@ -57,6 +57,7 @@ class Engine:
             memory_limit=None if self.memory_limit is None else self.memory_limit << 20,
             engines=self.engines,
         )
+        return click.get_current_context().with_resource(pipeline)
 
 
 def engine_options(function: F) -> F:

@@ -13,6 +13,7 @@ from dnp.cli.options import json_option, say
 if TYPE_CHECKING:
     from dnp.engine.build import BuildProgress
     from dnp.engine.bundle import Bundle
+    from dnp.engine.profile import Range
 
 
 @click.command()
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--backend", default="tensorrt-rtx", show_default=True, help="tensorrt-rtx or tensorrt.")
 @click.option("--sm", help="Architectures to compile for (tensorrt-rtx), e.g. 89,120; that of the GPU when left out.")
 @click.option("--batch", help="Images at once, as largest, smallest:largest or smallest:best:largest. [default: 1:8]")
-@click.option("--height", help="Of images, in pixels, in the same form; the bundle's default when left out.")
+@click.option("--height", help="Of images, in pixels: one size, or a range; the bundle's default when left out.")
 @click.option("--width", help="Of images, in pixels, in the same form; the bundle's default when left out.")
 @click.option("--image-height", help="Of images to caption, in pixels; that of --height when left out.")
 @click.option("--image-width", help="Of images to caption, in pixels; that of --width when left out.")
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory where the GPU's is too small.")
 @click.option("--refit", is_flag=True, help="Let weights be exchanged later; slower plans, and needs a GPU to build.")
 @click.option("--graph", "graphs", multiple=True, help="Only this graph; may be given several times.")
+@click.option("--device", type=int, default=0, help="Number of the GPU to build for. [default: 0]")
 @click.option("--engines", type=click.Path(path_type=Path), help="Folder for the plans; engines/ in BUNDLE by default.")
 @click.option("--force", is_flag=True, help="Build also where there is a plan.")
 @json_option
@@ -38,6 +40,7 @@ def build(
     backend: str,
     sm: str | None,
     graphs: tuple[str, ...],
+    device: int,
     engines: Path | None,
     force: bool,
     as_json: bool,
@@ -51,10 +54,10 @@ def build(
 
     tensorrt-rtx compiles for any of its architectures on a machine with no GPU; tensorrt for the GPU that is there.
     The arithmetic is the bundle's: export it with --precision fp16. A plan that is there already is not built again.
+    Sizes that were asked for before are kept unless others are asked for.
     """
     from dnp.engine.build import BuildSettings, build_plans
     from dnp.engine.bundle import Bundle
-    from dnp.engine.profile import Range
 
     opened = Bundle.default() if bundle is None else Bundle.open(bundle)
     settings = BuildSettings(
@@ -71,10 +74,11 @@ def build(
             opened,
             backend,
             graphs=graphs,
-            ranges={name: Range.parse(text) for name, text in sizes.items() if text is not None},
+            ranges={name: _range(name, text) for name, text in sizes.items() if text is not None},
             settings=settings,
             folder=engines,
             force=force,
+            device=device,
             report=bar.say,
             progress=bar,
         )
@@ -91,10 +95,14 @@ def plans_of(bundle: Bundle, engines: Path | None = None) -> list[dict[str, Any]
 
 def plan_layers(bundle: Bundle, plan: dict[str, Any]) -> str:
     """What the engine inspector says of a plan. Raises BackendError where there is no GPU to load it on."""
-    from dnp.engine.plan import PlanSpec
+    from dnp.engine.errors import BackendError
+    from dnp.engine.plan import PlanSpec, PlanStore
     from dnp.engine.trt import inspect_layers
 
     spec = PlanSpec(**plan["spec"])
+    found, reason = PlanStore(Path(plan["path"]).parent).find(spec)
+    if found is None:
+        raise BackendError(f"{reason}; build it again: dnp build")
     return inspect_layers(bundle.graph(spec.graph), Path(plan["path"]), spec)
 
 
@@ -124,6 +132,14 @@ def _entry(path: Path, sidecar: dict[str, Any]) -> dict[str, Any]:
         "spec": dict(sidecar["spec"]),
         "facts": dict(sidecar["facts"]),
     }
+
+
+def _range(name: str, text: str) -> Range:
+    from dnp.engine.profile import Range
+
+    found = Range.parse(text)
+    # Few mean one batch size alone, or one length of sampler tables.
+    return Range(1, 1, found.high) if name in ("batch", "rows") and ":" not in text else found
 
 
 def _architectures(text: str | None) -> tuple[int, ...]:
