@@ -24,6 +24,7 @@ from dnp import Pipeline
 from dnp.engine import Bundle, cuda, open_backend
 from dnp.engine.build import BuildSettings, build_plans
 from dnp.engine.errors import DnpError
+from dnp.engine.files import write_together
 from dnp.engine.flavour import FLAVOURS
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.plan import FOLDER
@@ -56,10 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu-check: {error}", file=sys.stderr)
         return error.exit_code
     print(table(report))
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    part = chosen.out.with_suffix(".partial")
-    part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    part.replace(chosen.out)
+    write_together({chosen.out: (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()})
     print(f"wrote {chosen.out}")
     return 0 if report["passed"] else 1
 

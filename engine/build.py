@@ -7,8 +7,8 @@ by the parser from the path, so graphs beyond 2 GB of weights are nothing specia
 from __future__ import annotations
 
 import logging
+import math
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +19,13 @@ from typing import Any, Final
 
 from dnp.engine import cuda
 from dnp.engine.bundle import Bundle
-from dnp.engine.errors import BackendError, BundleError, Cancelled, DnpError, SettingsError
+from dnp.engine.errors import BackendError, BundleError, Cancelled, DnpError, OutputError, SettingsError
+from dnp.engine.files import write_together
 from dnp.engine.flavour import Flavour, flavour_of, listening, logger
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.plan import FOLDER, Plan, PlanSpec, PlanStore, graph_sha256
 from dnp.engine.processor import peak_memory
-from dnp.engine.profile import Profile, Range, default_profile, to_dict
+from dnp.engine.profile import Profile, Range, default_profile, from_dict, to_dict
 from dnp.engine.schema import REMEDY, shown
 
 _log = logging.getLogger("dnp.engine")
@@ -157,12 +158,13 @@ def build_plans(
     goal = target(flavour_of(flavour), wanted.sm, device)
     store = PlanStore(folder or bundle.path / FOLDER)
     chosen = [bundle.graph(name) for name in graphs] or list(bundle.graphs.values())
-    said = {name: [r.low, r.best, r.high] for name, r in (ranges or {}).items()}
     kept = store.settings(flavour)
-    for graph in chosen:  # sizes that were asked for before stay, unless others are asked for
-        before = kept.get(graph.name, {}).get("ranges", {})
-        kept[graph.name] = {"ranges": {**before, **said}, "settings": asdict(wanted)}
-    profiles = [default_profile(bundle, graph, _ranges(kept, graph, store, flavour)) for graph in chosen]
+    profiles = []
+    for graph in chosen:
+        before, _ = _asked(store, kept, graph, flavour)
+        asked = {**before, **(ranges or {})}  # sizes that were asked for before stay, unless others are asked for
+        profiles.append(default_profile(bundle, graph, asked))
+        kept[graph.name] = {"ranges": to_dict(asked), "settings": asdict(wanted)}
     plans = [
         obtain(bundle, graph, profile, wanted, goal, store, force=force, report=report, progress=progress)
         for graph, profile in zip(chosen, profiles, strict=True)
@@ -171,17 +173,16 @@ def build_plans(
     return plans
 
 
-def _ranges(kept: Mapping[str, Any], graph: GraphSpec, store: PlanStore, flavour: str) -> dict[str, Range]:
-    """What was asked for the graph. Raises BackendError when it cannot be read."""
+def _asked(
+    store: PlanStore, kept: Mapping[str, Any], graph: GraphSpec, flavour: str
+) -> tuple[dict[str, Range], BuildSettings]:
+    """What ``dnp build`` was asked for, for one graph. Raises BackendError when it cannot be read."""
+    entry = kept.get(graph.name, {})
     try:
-        return {name: Range(*numbers) for name, numbers in kept.get(graph.name, {}).get("ranges", {}).items()}
+        settings = entry.get("settings", {})
+        return from_dict(entry.get("ranges", {})), BuildSettings(**{**settings, "sm": tuple(settings.get("sm", ()))})
     except (TypeError, AttributeError, SettingsError) as error:
-        raise _damaged(store, flavour, error) from error
-
-
-def _damaged(store: PlanStore, flavour: str, error: Exception) -> BackendError:
-    path = store.folder / f"{flavour}.json"
-    return BackendError(f"{path} is damaged ({error}); remove it, and build the plans again: dnp build")
+        raise store.damaged(flavour, error) from error
 
 
 def wanted_plan(
@@ -191,14 +192,11 @@ def wanted_plan(
 
     Raises what ``target`` raises, and BackendError when what was asked for cannot be read.
     """
-    kept = store.settings(flavour.name)
-    ranges = _ranges(kept, graph, store, flavour.name)
+    ranges, settings = _asked(store, store.settings(flavour.name), graph, flavour.name)
     try:
-        asked = kept.get(graph.name, {}).get("settings", {})
-        settings = BuildSettings(**{**asked, "sm": tuple(asked.get("sm", ()))})
         profile = default_profile(bundle, graph, ranges)
-    except (TypeError, AttributeError, SettingsError) as error:
-        raise _damaged(store, flavour.name, error) from error
+    except SettingsError as error:
+        raise store.damaged(flavour.name, error) from error
     here = target(flavour, (), device)
     if flavour.portable and set(here.sm) <= set(settings.sm):
         return profile, settings, target(flavour, settings.sm, device)
@@ -252,9 +250,9 @@ def memory_needed(graph: GraphSpec) -> str:
     weights = sum(file.stat().st_size for file in files if file.exists())
     need = _MEMORY_PER_WEIGHT * weights + _MEMORY_BESIDE
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free: float = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
-        return f"compiling {weights / 1e6:.0f} MB of weights, about {need / 1e9:.1f} GB of memory"
+        free = math.inf  # the system does not tell
     warning = " (less is free than that)" if free < need else ""
     return f"compiling {weights / 1e6:.0f} MB of weights, about {need / 1e9:.1f} GB of memory{warning}"
 
@@ -377,14 +375,12 @@ class _Build:
 
     def _keep_timings(self, path: Path, cache: Any) -> None:
         """For the next build; that it cannot be kept is no reason to lose this one."""
-        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        if cache is None:
+            return
         try:
-            if cache is not None:
-                part.write_bytes(bytes(cache.serialize()))
-                part.replace(path)
-        except OSError as error:
+            write_together({path: cache.serialize()})
+        except OutputError as error:
             _log.warning("the timing cache is not kept: %s", error)
-            part.unlink(missing_ok=True)
 
     def _parse_error(self, parser: Any) -> BundleError:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from dnp.engine.errors import BundleError
+from dnp.engine.files import write_together
 from dnp.engine.manifest import (
     SCHEMA,
     CaptionSpec,
@@ -133,16 +134,8 @@ def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     whole = {**manifest, "files": listed}
     parse(whole, folder)
     whole[_DIGEST] = manifest_digest(whole)
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(whole, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / MANIFEST)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_together({folder / MANIFEST: text.encode()})
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:

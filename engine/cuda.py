@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dnp.engine.errors import BackendError, missing_extra
-from dnp.engine.interrupts import uninterrupted
+from dnp.engine.errors import BackendError
+from dnp.engine.extras import load
 
 _current = threading.local()  # the device of each thread, as far as it was set from here
 _NO_DRIVER: Final = "there is no NVIDIA driver here, or one too old for CUDA {version}: install one, then `dnp doctor`"
@@ -34,7 +34,9 @@ class Cuda:
     """One device of the CUDA runtime. Streams, graphs and events are handles of the bindings, addresses integers."""
 
     def __init__(self, device: int = 0) -> None:
-        self._rt = import_cuda()
+        self._rt = load(
+            "cuda.bindings.runtime", package="cuda-python", extra="tensorrt-rtx", purpose="running on a GPU"
+        )
         self._device = device
         self.activate()
 
@@ -165,18 +167,6 @@ class Cuda:
             return "there is no NVIDIA GPU here; use the backend 'cpu' or 'openvino'"
         _, version = self._rt.cudaRuntimeGetVersion()
         return _NO_DRIVER.format(version=f"{version // 1000}.{version % 1000 // 10}")
-
-
-def import_cuda() -> Any:
-    """``cuda.bindings.runtime``. Raises BackendError with the line that installs it."""
-    try:
-        with uninterrupted():
-            from cuda.bindings import runtime
-    except ModuleNotFoundError as error:
-        raise missing_extra("cuda-python", "tensorrt-rtx", "running on a GPU") from error  # it is in each GPU's extra
-    except (ImportError, OSError, RuntimeError) as error:
-        raise BackendError(f"cuda-python is installed but does not load ({error}); install it again") from error
-    return runtime
 
 
 def open_cuda(device: int = 0) -> Cuda:

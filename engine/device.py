@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from dnp.engine import cuda
 from dnp.engine.cuda import Cuda, GpuProperties, OutOfMemoryError
 from dnp.engine.errors import BackendError
 from dnp.engine.manifest import GraphSpec
-from dnp.engine.session import Array, Buffer, Session
+from dnp.engine.profile import BATCH
+from dnp.engine.session import Array, Backend, BackendOptions, Buffer, StoredBuffer, StoredSession
+
+_log = logging.getLogger("dnp.engine")
 
 
 class Device:
@@ -25,18 +29,21 @@ class Device:
         cuda: the calls.
         stream: where everything happens, in the order it was started.
         name: ``cuda:0``.
-        allocated: bytes of device memory in use by buffers and scratch.
     """
 
     def __init__(self, cuda: Cuda, number: int = 0, memory_limit: int | None = None) -> None:
         self.cuda, self.name = cuda, f"cuda:{number}"
         self.properties: GpuProperties = cuda.properties(number)
-        self.allocated = 0
         self._limit = memory_limit
         self._sizes: dict[int, int] = {}
         self._scratch = (0, 0)  # address, size
         self._wanted = 0  # bytes of scratch memory that the most demanding graph takes
         self.stream: Any = cuda.stream()
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of device memory in use by buffers and scratch."""
+        return sum(self._sizes.values())
 
     def allocate(self, size: int, what: str) -> int:
         """Device memory filled with zeros. Raises BackendError, with what would fit, when there is not enough."""
@@ -48,14 +55,13 @@ class Device:
             free = self.cuda.free_memory()
             raise BackendError(self._too_much(what, size, free, f"is free on {self.properties.name}")) from error
         self._sizes[address] = size
-        self.allocated += size
         if size:
             self.cuda.clear(address, size, self.stream)
         return address
 
     def free(self, address: int) -> None:
         """Give back what ``allocate`` gave."""
-        self.allocated -= self._sizes.pop(address)
+        del self._sizes[address]
         self.cuda.free(address)
 
     def want_scratch(self, size: int) -> None:
@@ -94,7 +100,7 @@ class Device:
         )
 
 
-class DeviceBuffer(Buffer):
+class DeviceBuffer(StoredBuffer):
     """A buffer in a device's memory. Its address changes only when ``reserve`` makes it larger.
 
     What crosses to or from the host goes through pinned memory of its own. Only ``read`` waits.
@@ -139,14 +145,14 @@ class DeviceBuffer(Buffer):
             self._copied = self._device.cuda.event()
         else:
             self._device.cuda.wait(self._copied)  # it has long happened, unless the last write was just now
-        np.copyto(self._host(self._shape), array)
+        np.copyto(self._host(), array)
         self._device.cuda.to_device(self.address, self._pinned, self.nbytes, self._device.stream)
         self._device.cuda.record(self._copied, self._device.stream)
 
     def read(self) -> Array:
         """See ``Buffer.read``."""
         self._device.cuda.activate()
-        host = self._host(self._shape)
+        host = self._host()
         self._device.cuda.to_host(self._pinned, self.address, self.nbytes, self._device.stream)
         self._device.cuda.synchronize(self._device.stream)
         contents: Array = host.copy()
@@ -173,33 +179,33 @@ class DeviceBuffer(Buffer):
             self._device.cuda.free_event(self._copied)
             self._copied = None
 
-    def _host(self, shape: tuple[int, ...]) -> Array:
+    def _host(self) -> Array:
         if not self._pinned:
             self._pinned = self._device.cuda.malloc_host(max(self._capacity, 1))
         memory = (ctypes.c_uint8 * self.nbytes).from_address(self._pinned)
-        array: Array = np.ctypeslib.as_array(memory).view(self.dtype).reshape(shape)
+        array: Array = np.ctypeslib.as_array(memory).view(self.dtype).reshape(self._shape)
         return array
 
 
-class DeviceSession(Session):
+class DeviceSession(StoredSession[DeviceBuffer]):
     """A session whose buffers are in a device's memory. A backend says how a run is started."""
 
-    def __init__(self, graph: GraphSpec, backend: str, device: Device) -> None:
-        super().__init__(graph, backend)
-        self._device, self._cuda = device, device.cuda
+    def __init__(self, graph: GraphSpec, backend: DeviceBackend, software: str) -> None:
+        self._backend, self._device, self._cuda = backend, backend.device, backend.device.cuda
         self._cuda.activate()
-        self._inputs = {n: DeviceBuffer(n, spec.dtype, device, graph.name) for n, spec in graph.inputs.items()}
-        self._outputs = {n: DeviceBuffer(n, spec.dtype, device, graph.name) for n, spec in graph.outputs.items()}
-        self.inputs = MappingProxyType(self._inputs)
-        self.outputs = MappingProxyType(self._outputs)
+        gpu = backend.device.properties
+        super().__init__(graph, f"{backend.name} ({software}, {gpu.name}, SM {gpu.sm}, {backend.device.name})")
+        self._eager = backend.options.eager
+
+    def _buffer(self, name: str, dtype: str) -> DeviceBuffer:
+        return DeviceBuffer(name, dtype, self._device, self.graph.name)
+
+    def _reach(self, buffer: Buffer) -> DeviceBuffer | None:
+        return buffer if isinstance(buffer, DeviceBuffer) and buffer.device == self._device.name else None
 
     @abstractmethod
     def _forget(self) -> None:
         """Drop what was recorded: addresses or copies in it are no longer right."""
-
-    @abstractmethod
-    def _release(self) -> None:
-        """Drop what the library holds."""
 
     def reshape(self, **dims: int) -> None:
         """See ``Session.reshape``."""
@@ -214,14 +220,7 @@ class DeviceSession(Session):
 
     def link(self, name: str, buffer: Buffer) -> None:
         """See ``Session.link``."""
-        self._require_open()
-        here = isinstance(buffer, DeviceBuffer) and buffer.device == self._device.name
-        self._check_link(name, buffer, reachable=here)
-        assert isinstance(buffer, DeviceBuffer)
-        if name not in self._linked:
-            self._inputs[name].free()
-            self._linked.add(name)
-        self._inputs[name] = buffer
+        super().link(name, buffer)
         self._forget()
 
     def carry(self, into: str, output: str) -> None:
@@ -235,29 +234,17 @@ class DeviceSession(Session):
         """See ``Session.close``."""
         if self._closed:
             return
-        self._closed = True
         self._cuda.activate()
         with suppress(BackendError):  # after an error that lasts, every call fails; what can be freed is
             self._cuda.synchronize(self._device.stream)
         with suppress(BackendError):
             self._forget()
-        self._release()
-        self._free_buffers()
-        if self.owned is not None:
-            self.owned.close()
+        super().close()
 
-    def _free_buffers(self) -> None:
-        for name, buffer in [*self._inputs.items(), *self._outputs.items()]:
-            if name not in self._linked:
-                with suppress(BackendError):
-                    buffer.free()
-
-    def _own(self, dims: Mapping[str, int]) -> list[tuple[DeviceBuffer, tuple[int, ...]]]:
-        """The buffers that are not another session's, and their shapes."""
-        inputs = [
-            (self._inputs[n], spec.resolve(dims)) for n, spec in self.graph.inputs.items() if n not in self._linked
-        ]
-        return [*inputs, *((self._outputs[n], spec.resolve(dims)) for n, spec in self.graph.outputs.items())]
+    def _run_eagerly(self, reason: object) -> None:
+        """Record nothing in this session from now on; its backend says so once."""
+        self._eager = True
+        self._backend.warn_once(f"{self._where}: runs without CUDA graphs from now on: {reason}")
 
     def _check_inputs(self, dims: Mapping[str, int]) -> None:
         """Raises SettingsError when a linked buffer has another shape than this session is about to read."""
@@ -270,3 +257,37 @@ class DeviceSession(Session):
         for into, output in self._carried.items():
             target, source = self._inputs[into], self._outputs[output]
             self._cuda.on_device(target.address, source.address, source.nbytes, self._device.stream)
+
+
+class DeviceBackend(Backend):
+    """Sessions on one GPU, on one stream. Computes in what the graphs say: a precision cannot be chosen here."""
+
+    def __init__(self, options: BackendOptions | None = None) -> None:
+        super().__init__(options)
+        if self.options.precision is not None:
+            raise BackendError(
+                f"the backend {self.name!r} computes in what the graph says, not in {self.options.precision!r}; export "
+                "the model in the precision you want: dnp export --precision fp16"
+            )
+        self.module = self._load()
+        self.device = Device(cuda.open_cuda(self.options.device), self.options.device, self.options.memory_limit)
+        self._warned = False
+
+    @abstractmethod
+    def _load(self) -> Any:
+        """The library. Raises BackendError when it is not there."""
+
+    @property
+    def batches(self) -> Sequence[int]:
+        """See ``Backend.batches``. From the largest, so that what grows has grown before anything is recorded."""
+        return () if self.options.eager else range(BATCH, 0, -1)
+
+    def warn_once(self, message: str) -> None:
+        """Log it unless something was."""
+        if not self._warned:
+            self._warned = True
+            _log.warning("%s", message)
+
+    def close(self) -> None:
+        """See ``Backend.close``."""
+        self.device.close()

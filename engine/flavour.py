@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from typing import Any, Final
 
-from dnp.engine.errors import BackendError, missing_extra
-from dnp.engine.interrupts import uninterrupted
+from dnp.engine.errors import BackendError
+from dnp.engine.extras import load
 from dnp.engine.schema import nearest
 
 
@@ -38,20 +37,8 @@ class Flavour:
     architectures: tuple[int, ...]
 
     def load(self) -> Any:
-        """The module. Raises BackendError with the line that installs it."""
-        try:
-            with uninterrupted():
-                return import_module(self.module)
-        except ModuleNotFoundError as error:
-            if error.name in (self.module, f"{self.module}_libs", f"{self.module}_bindings"):
-                raise missing_extra(self.title, self.name, f"the backend {self.name!r}") from error
-            raise BackendError(f"{self.title} is installed but lacks {error.name}; {self._repair}") from error
-        except (ImportError, OSError, RuntimeError) as error:  # what its loader of shared libraries raises
-            raise BackendError(f"{self.title} is installed but does not load ({error}); {self._repair}") from error
-
-    @property
-    def _repair(self) -> str:
-        return f"repair it: pip install --force-reinstall 'dnp-engine[{self.name}]'"
+        """The module. Raises BackendError with the line that installs it, or that repairs it."""
+        return load(self.module, package=self.title, extra=self.name, purpose=f"the backend {self.name!r}")
 
 
 TENSORRT: Final = Flavour("tensorrt", "tensorrt", "TensorRT", portable=False, architectures=())

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +13,15 @@ import numpy.typing as npt
 from dnp.engine.errors import BackendError, BundleError, SettingsError
 from dnp.engine.manifest import GraphSpec, TensorSpec
 from dnp.engine.schema import REMEDY
-from dnp.engine.session import Array, Buffer, Session
+from dnp.engine.session import Array, Backend, BackendOptions, Buffer, Session, StoredBuffer, StoredSession
+
+if TYPE_CHECKING:
+    from dnp.engine.bundle import Bundle
 
 _ALIGNMENT: Final = 64  # bytes: a cache line, and the widest vector
 
 
-class HostBuffer(Buffer):
+class HostBuffer(StoredBuffer):
     """A buffer in ordinary memory: ``view`` is the front part of a store that only ever grows."""
 
     device = "cpu"
@@ -67,7 +69,7 @@ class HostBuffer(Buffer):
         np.copyto(self.view, other.view if isinstance(other, HostBuffer) else other.read())
 
 
-class HostSession(Session):
+class HostSession(StoredSession[HostBuffer]):
     """A session on a library that computes in ordinary memory, on the buffers it is told to use.
 
     A backend says how to bind one array to one name, and how to run; everything else is here. What is bound
@@ -76,11 +78,13 @@ class HostSession(Session):
 
     def __init__(self, graph: GraphSpec, backend: str) -> None:
         super().__init__(graph, backend)
-        self._inputs = {name: HostBuffer(name, spec.dtype) for name, spec in graph.inputs.items()}
-        self._outputs = {name: HostBuffer(name, spec.dtype) for name, spec in graph.outputs.items()}
-        self.inputs = MappingProxyType(self._inputs)
-        self.outputs = MappingProxyType(self._outputs)
         self._bound: dict[str, Array] = {}
+
+    def _buffer(self, name: str, dtype: str) -> HostBuffer:
+        return HostBuffer(name, dtype)
+
+    def _reach(self, buffer: Buffer) -> HostBuffer | None:
+        return buffer if isinstance(buffer, HostBuffer) else None
 
     @abstractmethod
     def _bind(self, name: str, array: Array, is_input: bool) -> None:
@@ -90,19 +94,13 @@ class HostSession(Session):
     def _execute(self) -> None:
         """Run the graph on what is bound. Raises any exception, also for an output of another shape."""
 
-    @abstractmethod
-    def _release(self) -> None:
-        """Drop what the library holds."""
-
     def reshape(self, **dims: int) -> None:
         """See ``Session.reshape``."""
         self._require_open()
         dims = self._checked(dims)
         if dims == self._dims:
             return
-        inputs = [(self._inputs[n], s) for n, s in self.graph.inputs.items() if n not in self._linked]
-        outputs = [(self._outputs[n], s) for n, s in self.graph.outputs.items()]
-        shapes = [(buffer, spec.resolve(dims)) for buffer, spec in [*inputs, *outputs]]
+        shapes = self._own(dims)
         try:
             for buffer, shape in shapes:
                 buffer.reserve(shape)
@@ -114,16 +112,6 @@ class HostSession(Session):
             buffer.shape_to(shape)
         self._dims = dims
         self._bound.clear()
-
-    def link(self, name: str, buffer: Buffer) -> None:
-        """See ``Session.link``."""
-        self._require_open()
-        self._check_link(name, buffer, reachable=isinstance(buffer, HostBuffer))
-        assert isinstance(buffer, HostBuffer)
-        if name not in self._linked:
-            self._inputs[name].free()
-            self._linked.add(name)
-        self._inputs[name] = buffer
 
     def run(self) -> None:
         """See ``Session.run``."""
@@ -139,13 +127,8 @@ class HostSession(Session):
 
     def close(self) -> None:
         """See ``Session.close``."""
-        if not self._closed:
-            self._closed = True
-            self._release()
-            self._bound.clear()
-            for name, buffer in [*self._inputs.items(), *self._outputs.items()]:
-                if name not in self._linked:
-                    buffer.free()
+        super().close()
+        self._bound.clear()
 
     def _bind_all(
         self,
@@ -164,6 +147,16 @@ class HostSession(Session):
                 raise self._unlike(name, expected, buffer)
             self._bind(name, view, is_input)
             self._bound[name] = view
+
+
+class HostBackend(Backend):
+    """A backend whose sessions share nothing that it would have to hold: ``kind`` opens one."""
+
+    kind: Callable[[GraphSpec, BackendOptions], HostSession]
+
+    def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> Session:
+        """See ``Backend.session``."""
+        return type(self).kind(graph, self.options)
 
 
 def check_border(graph: GraphSpec, found: Mapping[str, Mapping[str, tuple[str, tuple[Any, ...]]]]) -> None:

@@ -8,18 +8,16 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
-from dnp.engine.errors import BackendError, BundleError, missing_extra
-from dnp.engine.host import HostSession, check_border, first_line
-from dnp.engine.interrupts import uninterrupted
+from dnp.engine.errors import BackendError, BundleError
+from dnp.engine.extras import load
+from dnp.engine.host import HostBackend, HostSession, check_border, first_line
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.processor import core_count, processor_name
 from dnp.engine.schema import REMEDY, nearest
-from dnp.engine.session import Array, Backend, BackendOptions
+from dnp.engine.session import Array, BackendOptions
 
 if TYPE_CHECKING:
     import openvino
-
-    from dnp.engine.bundle import Bundle
 
 DEVICE: Final = "CPU"
 PRECISIONS: Final = ("f32", "bf16")
@@ -27,18 +25,7 @@ PRECISIONS: Final = ("f32", "bf16")
 
 def import_openvino() -> Any:
     """The openvino module. Raises BackendError with the line that installs it, or that repairs it."""
-    repair = "repair it: pip install --force-reinstall 'dnp-engine[openvino]'"
-    try:
-        with uninterrupted():
-            import openvino
-            import openvino.frontend
-    except ModuleNotFoundError as error:
-        if error.name == "openvino":
-            raise missing_extra("openvino", "openvino", "the backend 'openvino'") from error
-        raise BackendError(f"openvino is installed but lacks {error.name}; {repair}") from error
-    except ImportError as error:
-        raise BackendError(f"openvino is installed but does not load ({error}); {repair}") from error
-    return openvino
+    return load("openvino", "openvino.frontend", package="openvino", extra="openvino", purpose="the backend 'openvino'")
 
 
 @cache
@@ -124,17 +111,11 @@ class OpenVinoSession(HostSession):
         del self._request
 
 
-class OpenVinoBackend(Backend):
+class OpenVinoBackend(HostBackend):
     """OpenVINO on the processor; its sessions share one core."""
 
     name = "openvino"
-
-    def __init__(self, options: BackendOptions) -> None:
-        self.options = options
-
-    def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> OpenVinoSession:
-        """See ``Backend.session``."""
-        return OpenVinoSession(graph, self.options)
+    kind = OpenVinoSession
 
 
 def _tensors(ports: Any) -> dict[str, tuple[str, tuple[Any, ...]]]:

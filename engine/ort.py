@@ -4,41 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from dnp.engine.errors import BackendError, BundleError, missing_extra
-from dnp.engine.host import HostSession, check_border, first_line
-from dnp.engine.interrupts import uninterrupted
+from dnp.engine.errors import BackendError, BundleError
+from dnp.engine.extras import load
+from dnp.engine.host import HostBackend, HostSession, check_border, first_line
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.processor import core_count
 from dnp.engine.schema import REMEDY
-from dnp.engine.session import Array, Backend, BackendOptions
+from dnp.engine.session import Array, BackendOptions
 
 if TYPE_CHECKING:
     import onnxruntime
 
-    from dnp.engine.bundle import Bundle
-
 PROVIDER: Final = "CPUExecutionProvider"
 PRECISIONS: Final = ("f32",)
-_FATAL: Final = 4  # log nothing less: an error comes back as an exception, once
+FATAL: Final = 4  # log nothing less: an error comes back as an exception, once
 _DTYPES: Final = {"tensor(float)": "float32"}  # the others have numpy's names
 
 
 def import_onnxruntime(extra: str = "cpu") -> Any:
     """The onnxruntime module. Raises BackendError with the line that installs it, or that repairs it."""
-    repair = f"repair it: pip install --force-reinstall 'dnp-engine[{extra}]'"
-    try:
-        with uninterrupted():
-            import onnxruntime
-    except ModuleNotFoundError as error:
-        if error.name == "onnxruntime":
-            purpose = "the backend 'cpu'" if extra == "cpu" else "the backend 'cuda'"
-            raise missing_extra("onnxruntime", extra, purpose) from error
-        raise BackendError(f"onnxruntime is installed but lacks {error.name}; {repair}") from error
-    except ImportError as error:
-        raise BackendError(f"onnxruntime is installed but does not load ({error}); {repair}") from error
-    if not hasattr(onnxruntime, "InferenceSession"):  # what stays when one of its two packages is uninstalled
-        raise BackendError(f"onnxruntime is installed but empty; {repair}")
-    return onnxruntime
+    purpose = "the backend 'cpu'" if extra == "cpu" else "the backend 'cuda'"
+    module = load("onnxruntime", package="onnxruntime", extra=extra, purpose=purpose)
+    if not hasattr(module, "InferenceSession"):  # what stays when one of its two packages is uninstalled
+        raise BackendError(
+            f"onnxruntime is installed but empty; repair it: pip install --force-reinstall 'dnp-engine[{extra}]'"
+        )
+    return module
 
 
 class OrtSession(HostSession):
@@ -67,11 +58,7 @@ class OrtSession(HostSession):
         running = self._session.get_providers()
         if running != [PROVIDER]:
             raise BackendError(f"ONNX Runtime was asked for {PROVIDER} and runs {', '.join(running)}")
-        sides = {"inputs": self._session.get_inputs(), "outputs": self._session.get_outputs()}
-        check_border(
-            graph,
-            {side: {v.name: (dtype_name(v.type), tuple(v.shape)) for v in values} for side, values in sides.items()},
-        )
+        check_session(graph, self._session)
         self._value = ort.OrtValue.ortvalue_from_numpy
         self._binding = self._session.io_binding()
         super().__init__(graph, f"cpu (ONNX Runtime {ort.__version__}, {running[0]}, f32, threads: {threads})")
@@ -88,17 +75,18 @@ class OrtSession(HostSession):
         del self._binding, self._session
 
 
-class CpuBackend(Backend):
+class CpuBackend(HostBackend):
     """ONNX Runtime on the processor; its sessions share nothing."""
 
     name = "cpu"
+    kind = OrtSession
 
-    def __init__(self, options: BackendOptions) -> None:
-        self.options = options
 
-    def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> OrtSession:
-        """See ``Backend.session``."""
-        return OrtSession(graph, self.options)
+def check_session(graph: GraphSpec, session: onnxruntime.InferenceSession) -> None:
+    """``check_border`` for what ONNX Runtime found in the file, on whichever provider."""
+    sides = {"inputs": session.get_inputs(), "outputs": session.get_outputs()}
+    found = {side: {v.name: (_dtype(v.type), tuple(v.shape)) for v in values} for side, values in sides.items()}
+    check_border(graph, found)
 
 
 def _settings(ort: Any, threads: int) -> Any:
@@ -107,13 +95,13 @@ def _settings(ort: Any, threads: int) -> Any:
     settings.inter_op_num_threads = 1
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    settings.log_severity_level = _FATAL
+    settings.log_severity_level = FATAL
     # Threads that wait by spinning take the cores from the next graph, and from everyone else. On free cores a
     # step takes as long without; on cores shared with other work, spinning took up to 5 times as long.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return settings
 
 
-def dtype_name(name: str) -> str:
+def _dtype(name: str) -> str:
     """ONNX Runtime's ``tensor(uint8)`` as numpy's ``uint8``."""
     return _DTYPES.get(name, name.removeprefix("tensor(").removesuffix(")"))

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import logging
+import itertools
 import threading
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from dnp.engine import cuda
-from dnp.engine.device import Device, DeviceSession
+from dnp.engine.device import DeviceBackend, DeviceSession
 from dnp.engine.errors import BackendError, BundleError, missing_extra
-from dnp.engine.host import check_border, first_line
+from dnp.engine.host import first_line
 from dnp.engine.manifest import GraphSpec
-from dnp.engine.ort import dtype_name, import_onnxruntime
-from dnp.engine.profile import BATCH, ROWS
+from dnp.engine.ort import FATAL, check_session, import_onnxruntime
+from dnp.engine.profile import ROWS
 from dnp.engine.schema import REMEDY
-from dnp.engine.session import Backend, BackendOptions
 
 if TYPE_CHECKING:
     from dnp.engine.bundle import Bundle
 
-_log = logging.getLogger("dnp.engine")
 PROVIDER: Final = "CUDAExecutionProvider"
 _NOT_RECORDED: Final = -1  # ONNX Runtime's number for "neither record nor replay this run"
 _RUNS_TO_RECORD: Final = 2  # one as it comes, one that is recorded
-_FATAL: Final = 4
+_numbers = itertools.count(1)  # to record runs under, each once
 
 
 class CudaSession(DeviceSession):
@@ -37,19 +33,21 @@ class CudaSession(DeviceSession):
     def __init__(self, graph: GraphSpec, backend: CudaBackend) -> None:
         ort, device = backend.module, backend.device
         options = ort.SessionOptions()
-        options.log_severity_level = _FATAL
+        options.log_severity_level = FATAL
         settings = {
             "device_id": str(backend.options.device),
             "user_compute_stream": str(int(device.stream)),
             "do_copy_in_default_stream": "1",
             "use_tf32": "0",
-            "enable_cuda_graph": "0" if backend.eager else "1",
+            "enable_cuda_graph": "0" if backend.options.eager else "1",
             "cudnn_conv_algo_search": "HEURISTIC",  # by measuring, two sessions may choose differently
             "arena_extend_strategy": "kSameAsRequested",
         }
+        refusal = None
         try:
             self._session = ort.InferenceSession(str(graph.path), options, providers=[(PROVIDER, settings)])
         except Exception as refused:
+            refusal = first_line(refused)
             try:  # it opens no session that records when a node has to run on the processor
                 settings["enable_cuda_graph"] = "0"
                 self._session = ort.InferenceSession(str(graph.path), options, providers=[(PROVIDER, settings)])
@@ -57,22 +55,17 @@ class CudaSession(DeviceSession):
                 raise BundleError(
                     f"{graph.path}: no graph that ONNX Runtime can load on CUDA: {first_line(error)}; {REMEDY}"
                 ) from error
-            backend.without_recording(graph, first_line(refused))
         running = self._session.get_providers()
         if running[:1] != [PROVIDER]:
             raise BackendError(
                 f"ONNX Runtime was asked for {PROVIDER} and runs {', '.join(running)}; it needs CUDA 13 and cuDNN 9: "
                 "pip install 'dnp-engine[gpu]'"
             )
-        sides = {"inputs": self._session.get_inputs(), "outputs": self._session.get_outputs()}
-        check_border(
-            graph,
-            {side: {v.name: (dtype_name(v.type), tuple(v.shape)) for v in values} for side, values in sides.items()},
-        )
-        gpu = device.properties
-        where = f"cuda (ONNX Runtime {ort.__version__}, {running[0]}, {gpu.name}, SM {gpu.sm}, {device.name})"
-        super().__init__(graph, where, device)
-        self._ort, self._backend = ort, backend
+        check_session(graph, self._session)
+        super().__init__(graph, backend, f"ONNX Runtime {ort.__version__}, {running[0]}")
+        self._ort, self._number = ort, backend.options.device
+        if refusal is not None:
+            self._run_eagerly(refusal)
         self._numbers: dict[tuple[tuple[int, ...], ...], int] = {}
         self._binding = self._session.io_binding()
 
@@ -84,9 +77,9 @@ class CudaSession(DeviceSession):
     def prepare(self) -> None:
         """See ``Session.prepare``: have the run at the present sizes recorded."""
         self._require_dims()
-        if self._backend.eager or self._state() in self._numbers:
+        if self._eager or self._state() in self._numbers:
             return
-        self._numbers[self._state()] = self._backend.next_number()
+        self._numbers[self._state()] = next(_numbers)
         for _ in range(_RUNS_TO_RECORD):
             self.run()
         self._cuda.synchronize(self._device.stream)
@@ -107,7 +100,7 @@ class CudaSession(DeviceSession):
         self._start_carrying()
 
     def _bind(self) -> None:
-        number = self._backend.options.device
+        number = self._number
         for name, buffer in self._inputs.items():
             self._binding.bind_input(name, "cuda", number, buffer.dtype, list(buffer.shape), buffer.address)
         for name, buffer in self._outputs.items():
@@ -126,48 +119,21 @@ class CudaSession(DeviceSession):
         del self._binding, self._session
 
 
-class CudaBackend(Backend):
+class CudaBackend(DeviceBackend):
     """ONNX Runtime on one GPU, with one stream for all its sessions."""
 
     name = "cuda"
 
-    def __init__(self, options: BackendOptions) -> None:
-        if options.precision is not None:
-            raise BackendError(
-                f"the backend 'cuda' computes in what the graph says, not in {options.precision!r}; export the "
-                "model in the precision you want: dnp export --precision fp16"
-            )
-        if options.memory_limit is not None:
+    def _load(self) -> Any:
+        if self.options.memory_limit is not None:
             raise BackendError("ONNX Runtime keeps memory of its own on a GPU; leave --memory-limit out with 'cuda'")
-        self.options, self.eager = options, options.eager
-        self.module: Any = import_onnxruntime("gpu")
-        if PROVIDER not in self.module.get_available_providers():
+        module = import_onnxruntime("gpu")
+        if PROVIDER not in module.get_available_providers():
             raise missing_extra("onnxruntime-gpu", "gpu", "the backend 'cuda'")
-        if hasattr(self.module, "preload_dlls"):
-            self.module.preload_dlls()  # CUDA and cuDNN from their own packages
-        self.device = Device(cuda.open_cuda(options.device), options.device, options.memory_limit)
-        self._last = 0
+        if hasattr(module, "preload_dlls"):
+            module.preload_dlls()  # CUDA and cuDNN from their own packages
+        return module
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> CudaSession:
         """See ``Backend.session``."""
         return CudaSession(graph, self)
-
-    @property
-    def batches(self) -> Sequence[int]:  # type: ignore[override]
-        """See ``Backend.batches``. From the largest, so that buffers have grown before anything is recorded."""
-        return () if self.eager else range(BATCH, 0, -1)
-
-    def without_recording(self, graph: GraphSpec, reason: str) -> None:
-        """Run eagerly from now on, and say so once."""
-        if not self.eager:
-            self.eager = True
-            _log.warning("graph %r: runs without CUDA graphs from now on: %s", graph.name, reason)
-
-    def next_number(self) -> int:
-        """A number for a run to be recorded under, never 0."""
-        self._last += 1
-        return self._last
-
-    def close(self) -> None:
-        """See ``Backend.close``."""
-        self.device.close()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +17,7 @@ from typing import Any, Final
 
 from dnp.engine.bundle import Bundle, file_record
 from dnp.engine.errors import BackendError, Cancelled, OutputError, missing_extra
-from dnp.engine.interrupts import uninterrupted
+from dnp.engine.files import TEMPORARY, write_together
 from dnp.engine.manifest import GraphSpec
 
 FOLDER: Final = "engines"
@@ -122,25 +121,10 @@ class PlanStore:
         Raises OutputError when the folder cannot be written.
         """
         path = self._path(spec)
-        digest = hashlib.sha256(data).hexdigest()
-        sidecar = {"spec": asdict(spec), "facts": dict(facts), "size": len(memoryview(data)), "sha256": digest}
-        parts = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")}
-        parts[path.with_suffix(".json")] = parts[path].with_suffix(".json.partial")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for final, part in parts.items():
-                with part.open("wb") as file:
-                    file.write(data if final == path else json.dumps(sidecar, indent=1).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-            with uninterrupted():
-                for final, part in reversed(parts.items()):
-                    part.replace(final)
-        except OSError as error:
-            raise OutputError(f"the plan cannot be written to {self.folder}: {error}; name another folder") from error
-        finally:
-            for part in parts.values():
-                part.unlink(missing_ok=True)
+        view = memoryview(data)
+        digest = hashlib.sha256(view).hexdigest()
+        sidecar = {"spec": asdict(spec), "facts": dict(facts), "size": len(view), "sha256": digest}
+        write_together({path.with_suffix(".json"): _json(sidecar), path: view})
         return Plan(path, spec, dict(facts))
 
     @contextmanager
@@ -163,7 +147,7 @@ class PlanStore:
                 except filelock.Timeout:
                     if stop():
                         raise Cancelled(f"waiting for the plan of {spec.graph!r} was stopped") from None
-            for left in self.folder.glob(f".{self._path(spec).name}.*.partial*"):  # of a process that was killed
+            for left in self.folder.glob(f"{TEMPORARY}{spec.graph}-{spec.key}.*"):  # of a process that was killed
                 left.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"plans cannot be written to {self.folder}: {error}; name another folder") from error
@@ -187,30 +171,27 @@ class PlanStore:
 
         Raises BackendError when the file is damaged.
         """
-        path = self.folder / f"{flavour}.json"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(self._settings_file(flavour).read_text(encoding="utf-8"))
             if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
                 raise ValueError("no object of objects")
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            remedy = "remove it, and build the plans again: dnp build"
-            raise BackendError(f"{path} is damaged ({error}); {remedy}") from error
+            raise self.damaged(flavour, error) from error
         return found
 
     def keep_settings(self, flavour: str, settings: Mapping[str, Any]) -> None:
-        """Write what ``settings`` reads."""
-        path = self.folder / f"{flavour}.json"
-        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(dict(settings), indent=1) + "\n", encoding="utf-8")
-            part.replace(path)
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error}; name another folder") from error
-        finally:
-            part.unlink(missing_ok=True)
+        """Write what ``settings`` reads. Raises OutputError."""
+        write_together({self._settings_file(flavour): _json(settings)})
+
+    def damaged(self, flavour: str, error: Exception) -> BackendError:
+        """The error for settings that cannot be used."""
+        path = self._settings_file(flavour)
+        return BackendError(f"{path} is damaged ({error}); remove it, and build the plans again: dnp build")
+
+    def _settings_file(self, flavour: str) -> Path:
+        return self.folder / f"{flavour}.json"
 
     def _path(self, spec: PlanSpec) -> Path:
         return self.folder / f"{spec.graph}-{spec.key}.plan"
@@ -236,6 +217,10 @@ class PlanStore:
             return ""
         _, path, entry = max(candidates, key=lambda candidate: candidate[0])
         return f"{path.name}: {spec.difference(entry['spec'])}"
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(value), indent=1).encode() + b"\n"
 
 
 def _short(value: Any) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from dnp.engine.errors import SettingsError
 from dnp.engine.manifest import GraphSpec
@@ -165,6 +165,11 @@ def smallest(profile: Profile) -> dict[str, int]:
     return {symbol: range_.low for symbol, range_ in profile.items()}
 
 
-def to_dict(profile: Profile) -> dict[str, Any]:
-    """The profile as JSON holds it: ``[low, best, high]`` by symbol."""
-    return {symbol: [range_.low, range_.best, range_.high] for symbol, range_ in profile.items()}
+def to_dict(ranges: Mapping[str, Range]) -> dict[str, list[int]]:
+    """Ranges as JSON holds them: ``[low, best, high]`` by name."""
+    return {name: [range_.low, range_.best, range_.high] for name, range_ in ranges.items()}
+
+
+def from_dict(ranges: Mapping[str, Sequence[int]]) -> dict[str, Range]:
+    """What ``to_dict`` gave. Raises SettingsError or TypeError for anything else."""
+    return {name: Range(*numbers) for name, numbers in ranges.items()}

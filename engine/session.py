@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -176,6 +177,10 @@ class Session(ABC):
     def admit(self, **dims: int) -> None:  # noqa: B027  ordinary memory takes any size
         """Raises SettingsError when this session cannot run at these sizes; symbols may be left out."""
 
+    def nearest(self, symbol: str, size: int) -> int:
+        """The size nearest to ``size`` that this session can run at."""
+        return min(max(size, self.least.get(symbol, size)), self.most.get(symbol, size))
+
     def bucket(self, symbol: str, size: int) -> int:
         """The size to run ``size`` at: the next one that this session is prepared for, ``size`` itself where any is.
 
@@ -250,6 +255,81 @@ class Session(ABC):
         return self._dims
 
 
+class StoredBuffer(Buffer):
+    """A buffer on a store of its own, which only ever grows: what ``StoredSession`` asks of it."""
+
+    @abstractmethod
+    def reserve(self, shape: tuple[int, ...]) -> None:
+        """Make room for ``shape``. Raises an error of the backend's when there is none."""
+
+    @abstractmethod
+    def shape_to(self, shape: tuple[int, ...]) -> None:
+        """Take on a shape that ``reserve`` made room for."""
+
+    @abstractmethod
+    def free(self) -> None:
+        """Give the memory back."""
+
+
+B = TypeVar("B", bound=StoredBuffer)
+
+
+class StoredSession(Session, Generic[B]):
+    """A session with a buffer of its own for every input and output, but for the inputs that are linked."""
+
+    def __init__(self, graph: GraphSpec, backend: str) -> None:
+        super().__init__(graph, backend)
+        self._inputs = {name: self._buffer(name, spec.dtype) for name, spec in graph.inputs.items()}
+        self._outputs = {name: self._buffer(name, spec.dtype) for name, spec in graph.outputs.items()}
+        self.inputs = MappingProxyType(self._inputs)
+        self.outputs = MappingProxyType(self._outputs)
+
+    @abstractmethod
+    def _buffer(self, name: str, dtype: str) -> B:
+        """A new buffer, without memory."""
+
+    @abstractmethod
+    def _reach(self, buffer: Buffer) -> B | None:
+        """Another session's buffer as one that can be read in place; ``None`` when it lies out of reach."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Drop what the library holds."""
+
+    def link(self, name: str, buffer: Buffer) -> None:
+        """See ``Session.link``."""
+        self._require_open()
+        reached = self._reach(buffer)
+        self._check_link(name, buffer, reachable=reached is not None)
+        assert reached is not None
+        if name not in self._linked:
+            self._inputs[name].free()
+            self._linked.add(name)
+        self._inputs[name] = reached
+
+    def close(self) -> None:
+        """See ``Session.close``."""
+        if self._closed:
+            return
+        self._closed = True
+        self._release()
+        self._free_buffers()
+        if self.owned is not None:
+            self.owned.close()
+
+    def _own(self, dims: Mapping[str, int]) -> list[tuple[B, tuple[int, ...]]]:
+        """The buffers that are not another session's, and their shapes at these sizes."""
+        inputs = [(self._inputs[n], spec) for n, spec in self.graph.inputs.items() if n not in self._linked]
+        outputs = [(self._outputs[n], spec) for n, spec in self.graph.outputs.items()]
+        return [(buffer, spec.resolve(dims)) for buffer, spec in [*inputs, *outputs]]
+
+    def _free_buffers(self) -> None:
+        for name, buffer in [*self._inputs.items(), *self._outputs.items()]:
+            if name not in self._linked:
+                with suppress(BackendError):  # after a device's error that lasts; what can be freed is
+                    buffer.free()
+
+
 class Backend(ABC):
     """Where graphs run, and what the sessions opened there share: a device, its memory, its compiled plans.
 
@@ -259,9 +339,14 @@ class Backend(ABC):
     """
 
     name: str
-    options: BackendOptions
-    batches: Sequence[int] = ()
-    """The batch sizes to prepare sessions for at warm-up; none where there is nothing to prepare."""
+
+    def __init__(self, options: BackendOptions | None = None) -> None:
+        self.options = options or BackendOptions()
+
+    @property
+    def batches(self) -> Sequence[int]:
+        """The batch sizes to prepare sessions for at warm-up; none where there is nothing to prepare."""
+        return ()
 
     @abstractmethod
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> Session:

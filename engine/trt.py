@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import logging
 import mmap
-import secrets
-from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dnp.engine import cuda
 from dnp.engine.build import BuildSettings, compile_plan, obtain, target, wanted_plan
-from dnp.engine.device import Device, DeviceSession
-from dnp.engine.errors import BackendError
+from dnp.engine.device import DeviceBackend, DeviceSession
+from dnp.engine.errors import BackendError, OutputError
+from dnp.engine.files import write_together
 from dnp.engine.flavour import TENSORRT, TENSORRT_RTX, Flavour, Log, listening, logger
 from dnp.engine.host import check_border
 from dnp.engine.manifest import GraphSpec
-from dnp.engine.plan import FOLDER, PlanSpec, PlanStore
-from dnp.engine.profile import BATCH, Limits, Profile, Range, any_profile, largest, limits_of, smallest
-from dnp.engine.session import Backend, BackendOptions
+from dnp.engine.plan import FOLDER, Plan, PlanStore
+from dnp.engine.profile import Limits, any_profile, from_dict, largest, limits_of, smallest
 
 if TYPE_CHECKING:
     from dnp.engine.bundle import Bundle
@@ -48,14 +45,10 @@ class TrtSession(DeviceSession):
     def __init__(
         self, graph: GraphSpec, plan: memoryview | mmap.mmap, limits: Limits, backend: TrtBackend, cache: Path | None
     ) -> None:
-        gpu = backend.device.properties
-        title = f"{backend.flavour.title} {backend.module.__version__}"
-        where = f"{backend.name} ({title}, {gpu.name}, SM {gpu.sm}, {backend.device.name})"
-        super().__init__(graph, where, backend.device)
+        super().__init__(graph, backend, f"{backend.flavour.title} {backend.module.__version__}")
         self._limits = limits
         self.least, self.most = smallest(limits.profile), largest(limits.profile)
-        self._backend, self._trt, self._cache_file = backend, backend.module, cache
-        self._eager = backend.options.eager
+        self._flavour, self._trt, self._cache_file = backend.flavour, backend.module, cache
         self._loose: _Run | None = None
         self._prepared: dict[tuple[int, ...], _Run] = {}
         with listening(self._trt) as log:
@@ -63,8 +56,8 @@ class TrtSession(DeviceSession):
             engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(
-                f"{self._where}: {backend.flavour.title} cannot load the plan on {gpu.name}: {log.errors()}; "
-                f"{_remedy(log, 'build it again: dnp build --force')}"
+                f"{self._where}: {backend.flavour.title} cannot load the plan on {self._device.properties.name}: "
+                f"{log.errors()}; {_remedy(log, 'build it again: dnp build --force')}"
             )
         self._engine = engine
         self._check_engine()
@@ -103,7 +96,7 @@ class TrtSession(DeviceSession):
             run = _Run(self._context(), {})
             self._enqueue(run)  # what TensorRT does only once must not be recorded
             self._cuda.synchronize(self._device.stream)
-            if self._backend.flavour.portable and not run.context.is_stream_capturable(self._device.stream):
+            if self._flavour.portable and not run.context.is_stream_capturable(self._device.stream):
                 raise BackendError("TensorRT says that this graph cannot be recorded at these sizes")
             self._cuda.begin_capture(self._device.stream)
             try:
@@ -114,8 +107,7 @@ class TrtSession(DeviceSession):
                 raise
             run.recorded = self._cuda.end_capture(self._device.stream)
         except BackendError as error:
-            self._eager = True
-            self._backend.warn_once(f"{self._where}: runs without CUDA graphs from now on: {error}")
+            self._run_eagerly(error)
             return
         self._prepared[key] = run
 
@@ -192,7 +184,7 @@ class TrtSession(DeviceSession):
         trt = self._trt
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if self._backend.flavour.portable:
+        if self._flavour.portable:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # we record ourselves, with what is carried
             # A recorded graph keeps the kernels that it was recorded with: they must be the best ones by then.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
@@ -204,15 +196,12 @@ class TrtSession(DeviceSession):
 
     def _save_cache(self) -> None:
         """Keep the kernels that the driver finished, for the next start."""
-        if self._cache_file is None or not self._backend.flavour.portable:
+        if self._cache_file is None or not self._flavour.portable:
             return
-        part = self._cache_file.with_name(f".{self._cache_file.name}.{secrets.token_hex(4)}.partial")
         try:
-            part.write_bytes(bytes(self._cache.serialize()))
-            part.replace(self._cache_file)
-        except OSError as error:
+            write_together({self._cache_file: self._cache.serialize()})
+        except OutputError as error:
             _log.warning("%s: the runtime cache is not kept: %s", self._where, error)
-            part.unlink(missing_ok=True)
 
     def _check_engine(self) -> None:
         """Hold what the plan says of its border against the manifest."""
@@ -246,64 +235,34 @@ def _remedy(log: Log, otherwise: str) -> str:
     )
 
 
-class TrtBackend(Backend):
-    """Plans on one GPU, with one stream and one scratch memory for all of them."""
+class TrtBackend(DeviceBackend):
+    """Plans on one GPU, with one scratch memory for all of them."""
 
     flavour: Flavour
 
-    def __init__(self, options: BackendOptions) -> None:
-        if options.precision is not None:
-            raise BackendError(
-                f"the backend {self.name!r} computes in what the graph says, not in {options.precision!r}; export the "
-                "model in the precision you want: dnp export --precision fp16"
-            )
-        self.options = options
-        self._warned = False
-        self.module = self.flavour.load()
-        self.device = Device(cuda.open_cuda(options.device), options.device, options.memory_limit)
+    def _load(self) -> Any:
+        return self.flavour.load()
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> TrtSession:
         """See ``Backend.session``. Builds the plan when there is none that can be used, which takes its time."""
         if bundle is None:
-            profile: Profile = any_profile(graph)
-            goal = target(self.flavour, (), self.options.device)
-            built, _ = compile_plan(graph, profile, BuildSettings(), goal)
+            profile = any_profile(graph)
+            built, _ = compile_plan(graph, profile, BuildSettings(), target(self.flavour, (), self.options.device))
             return TrtSession(graph, memoryview(built), Limits(profile), self, None)
         store = PlanStore(self.options.engines or bundle.path / FOLDER)
-        profile, settings, goal = wanted_plan(bundle, graph, self.flavour, store, self.options.device)
-        plan = obtain(bundle, graph, profile, settings, goal, store, report=_log.warning)
-        with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            limits = limits_of(bundle, graph, profile, self.name)
-            return TrtSession(graph, data, limits, self, plan.path.with_suffix(".cache"))
+        wanted = wanted_plan(bundle, graph, self.flavour, store, self.options.device)
+        plan = obtain(bundle, graph, *wanted, store, report=_log.warning)
+        limits = limits_of(bundle, graph, from_dict(plan.spec.profile), self.name)
+        return self._open(graph, plan, limits, plan.path.with_suffix(".cache"))
 
-    @property
-    def batches(self) -> Sequence[int]:  # type: ignore[override]
-        """See ``Backend.batches``."""
-        return () if self.options.eager else range(BATCH, 0, -1)
-
-    def warn_once(self, message: str) -> None:
-        """Say it unless something was said."""
-        if not self._warned:
-            self._warned = True
-            _log.warning("%s", message)
-
-    def close(self) -> None:
-        """See ``Backend.close``."""
-        self.device.close()
-
-
-def inspect_layers(graph: GraphSpec, path: Path, spec: PlanSpec, device: int = 0) -> str:
-    """What the engine inspector says of a plan's layers, as JSON. Raises BackendError where it cannot be loaded."""
-    backend = _CLASSES[spec.flavour](BackendOptions(device=device, eager=True))
-    try:
-        profile = {symbol: Range(*numbers) for symbol, numbers in spec.profile.items()}
-        session = TrtSession(graph, memoryview(path.read_bytes()), Limits(profile), backend, None)
-        try:
+    def layers(self, graph: GraphSpec, plan: Plan) -> str:
+        """What the engine inspector says of a plan's layers, as JSON. Raises BackendError when it cannot be loaded."""
+        with closing(self._open(graph, plan, Limits(from_dict(plan.spec.profile)), None)) as session:
             return session.layers()
-        finally:
-            session.close()
-    finally:
-        backend.close()
+
+    def _open(self, graph: GraphSpec, plan: Plan, limits: Limits, cache: Path | None) -> TrtSession:
+        with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return TrtSession(graph, data, limits, self, cache)
 
 
 class TensorRtBackend(TrtBackend):
@@ -318,6 +277,3 @@ class TensorRtRtxBackend(TrtBackend):
 
     name = "tensorrt-rtx"
     flavour = TENSORRT_RTX
-
-
-_CLASSES: Final = {kind.name: kind for kind in (TensorRtBackend, TensorRtRtxBackend)}

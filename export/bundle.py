@@ -6,7 +6,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from dnp.engine.bundle import MANIFEST, SCHEMA, Bundle, Defaults, seal
 from dnp.engine.errors import BundleError, ExportError, OutputError, SettingsError
+from dnp.engine.files import new_folder
 from dnp.engine.schema import REMEDY, record
 from dnp.export import stable_diffusion
 from dnp.export.blip import blip_graphs, caption_manifest, caption_tokenizer, load_blip
@@ -237,21 +238,18 @@ def _without_bars() -> Iterator[None]:
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` to work in; afterwards it is gone, and so are the parents made for it if all failed."""
-    made = [parent for parent in out.parents if not parent.exists()]  # innermost first
     folder = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
-        try:
-            folder.mkdir(parents=True)
-            yield folder
-        except OSError as error:
-            if isinstance(error, OutputError):
-                raise
-            raise OutputError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # not empty: the bundle is in it
-                parent.rmdir()
+        with new_folder(out.parent):
+            try:
+                folder.mkdir()
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{out} cannot be written: {error}") from error
 
 
 def _replace(out: Path, folder: Path) -> None:

@@ -142,7 +142,7 @@ class RangeBackend(Backend):
     name = "cpu"
 
     def __init__(self, folder: Path, options: BackendOptions | None = None) -> None:
-        self.options = options or BackendOptions()
+        super().__init__(options)
         self.measured: dict[str, Measured] = {}
         self._folder = folder
 

@@ -73,7 +73,7 @@ class RoundedBackend(Backend):
     name = "cpu"
 
     def __init__(self, folder: Path, options: BackendOptions | None = None) -> None:
-        self.options = options or BackendOptions()
+        super().__init__(options)
         self._folder = folder
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> OrtSession:

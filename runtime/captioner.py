@@ -44,7 +44,7 @@ class Captioner:
 
     def prepare(self, batch: int, height: int, width: int) -> None:
         """Warm up for ``batch`` images of this size, captioned greedily."""
-        height, width = (_within(self._encode, f"image_{n}", s) for n, s in (("height", height), ("width", width)))
+        height, width = self._encode.nearest("image_height", height), self._encode.nearest("image_width", width)
         self._see(np.zeros((batch, height, width, 3), np.uint8))
         self._encode.prepare()
         self._step.reshape(batch=batch, images=batch)
@@ -93,8 +93,9 @@ class Captioner:
 
         ``there`` is a buffer that holds ``images`` already, where they need not come from the host.
         """
-        limits = {"beams": beams, "min_length": min_length, "max_length": max_length}
-        tokens = self.tokens(images, there=there, prefix=prefix, **limits)  # type: ignore[arg-type]
+        tokens = self.tokens(
+            images, there=there, beams=beams, prefix=prefix, min_length=min_length, max_length=max_length
+        )
 
         def decoded() -> Generator[int, None, list[str]]:
             return [self.tokenizer.decode(ids) for ids in (yield from tokens)]
@@ -184,10 +185,6 @@ class Captioner:
         self._encode.inputs["resize_columns"].write(columns)
         self._encode.inputs["resize_rows"].write(rows)
         self._encode.run()
-
-
-def _within(session: Session, symbol: str, size: int) -> int:
-    return min(max(size, session.least.get(symbol, size)), session.most.get(symbol, size))
 
 
 def _check_images(images: Any) -> None:

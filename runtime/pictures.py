@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from dnp.engine.errors import OutputError, SettingsError
-from dnp.engine.interrupts import uninterrupted
+from dnp.engine.files import new_folder, write_together
 from dnp.runtime.request import Result
 
 METADATA_KEY = "dnp"
@@ -29,61 +27,20 @@ def output_folder(path: Path) -> Iterator[None]:
 
     Raises OutputError, before any work, when it cannot be one.
     """
-    made: list[Path] = []
-    try:
+    with ExitStack() as stack:
         try:
-            made += [folder for folder in (path, *path.parents) if not folder.exists()]
-            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(new_folder(path))
             with tempfile.TemporaryFile(dir=path):
                 pass
         except (OSError, ValueError) as error:  # ValueError: a path that no folder can have
             reason = (error.strerror if isinstance(error, OSError) else None) or error
             raise OutputError(f"cannot write to {str(path)!r}: {reason}; name another folder") from error
         yield
-    except BaseException:
-        for folder in made:  # innermost first
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-def write_together(files: Mapping[Path, bytes]) -> None:
-    """Write every file or, whatever goes wrong and also on Ctrl-C, none of them. Raises OutputError.
-
-    All are written under temporary names before the first is renamed. A Ctrl-C amid the renames is answered after them.
-    """
-    ready: dict[Path, Path] = {}
-    path = Path()
-    try:
-        for path, data in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)  # another process may have tidied it away
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".dnp.", delete=False) as file:
-                temporary = Path(file.name)
-                ready[temporary] = path
-                file.write(data)
-            temporary.chmod(0o666 & ~_umask())
-        with uninterrupted():
-            for temporary, path in list(ready.items()):
-                temporary.replace(path)
-                del ready[temporary]
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; name another folder") from error
-    finally:
-        for temporary in ready:
-            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """``write_together`` of one file."""
     write_together({path: data})
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def png(image: Image.Image, settings: dict[str, Any] | None = None) -> bytes:

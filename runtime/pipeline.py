@@ -126,20 +126,17 @@ class Pipeline:
         self._opening += time.perf_counter() - started
         return session
 
-    def _open_graphs(self, request: Request, *, captioner: bool) -> Clock:
+    def _open_graphs(self, request: Request, tables: Sequence[SamplerTable]) -> Clock:
         """A clock for one request, which has to open what is not open yet and tells of all that was opened for it.
 
-        Raises SettingsError when the graphs are compiled for sizes that the request does not have.
+        Raises SettingsError when the graphs are compiled for sizes that the request or its ``tables`` do not have.
         """
         clock = Clock()
         before, self._opening = self._opening, 0.0
         with clock.phase("open"):
-            self.warm_up(captioner=captioner)
+            self.warm_up(captioner=request.runs_dns)
         self._opening = 0.0
         clock.add("open", before)
-        tables = [request.final_table(self._schedule)]
-        if captioner:
-            tables.append(request.dns_table(self._schedule))
         for table in tables:
             self._denoise.bucket("rows", len(table.rows))
         assert request.height is not None and request.width is not None
@@ -149,7 +146,7 @@ class Pipeline:
         for batch in {min(request.images, self._batch), last}:
             self._denoise.admit(batch=batch, **size)
             self._decode.admit(batch=batch, **size)
-        if captioner:
+        if request.runs_dns:
             self._captioner.admit(request.height, request.width)
         return clock
 
@@ -289,13 +286,14 @@ class Pipeline:
         """
         request = self.resolve(request)
         with self._exclusive():
-            clock = self._open_graphs(request, captioner=request.runs_dns)
+            final = request.final_table(self._schedule)
+            dns_table = request.dns_table(self._schedule) if request.runs_dns else None
+            clock = self._open_graphs(request, [final] if dns_table is None else [final, dns_table])
             seeds = [request.seed + i for i in range(request.images)]
             dns = plain = None
             negatives = [request.negative or ""] * request.images
-            if request.runs_dns:
-                dns, negatives = yield from self._find_negatives(request, clock)
-            final = request.final_table(self._schedule)
+            if dns_table is not None:
+                dns, negatives = yield from self._find_negatives(request, dns_table, clock)
             prompts = [request.prompt] * request.images
             if request.compare:
                 empty = [""] * request.images
@@ -320,15 +318,17 @@ class Pipeline:
 
     def _dns_steps(self, request: Request) -> Generator[Step, None, Result]:
         with self._exclusive():
-            clock = self._open_graphs(request, captioner=True)
-            arrays, negatives = yield from self._find_negatives(request, clock)
+            table = request.dns_table(self._schedule)
+            clock = self._open_graphs(request, [table])
+            arrays, negatives = yield from self._find_negatives(request, table, clock)
         return self._result(request, clock, arrays, negatives, arrays, None)
 
-    def _find_negatives(self, request: Request, clock: Clock) -> Generator[Step, None, tuple[Pixels, list[str]]]:
+    def _find_negatives(
+        self, request: Request, table: SamplerTable, clock: Clock
+    ) -> Generator[Step, None, tuple[Pixels, list[str]]]:
         assert request.dns_seed is not None
         seeds = [request.dns_seed + i for i in range(request.images)]
         prompts, empty = [request.prompt] * request.images, [""] * request.images
-        table = request.dns_table(self._schedule)
         images = yield from self._sample("dns", prompts, empty, table, seeds, request, clock)
         negatives: list[str] = []
         most = min(self._batch, self._captioner.most(request.beams))

@@ -24,11 +24,7 @@ def prepare_sampling(
     A run's sizes depend on the sampler only in whether it draws noise on the way.
     """
     latents = bundle.latents
-    least, most = denoise.least, denoise.most
-    height, width = (
-        min(max(size, least.get(side, size)), most.get(side, size))
-        for side, size in (("height", latents.height), ("width", latents.width))
-    )
+    height, width = denoise.nearest("height", latents.height), denoise.nearest("width", latents.width)
     shape = (latents.channels, height, width)
     for batch in batches:
         encode_text.reshape(batch=batch)

@@ -21,7 +21,7 @@ import pytest
 
 import dnp
 from dnp.engine import cuda as cuda_module
-from dnp.engine import ort_cuda, trt
+from dnp.engine import device, ort_cuda
 from dnp.engine.build import BuildSettings, build_plans
 from dnp.engine.errors import BackendError, DnpError, SettingsError
 from dnp.engine.flavour import FLAVOURS, Flavour
@@ -54,17 +54,18 @@ def gpu(monkeypatch):
     monkeypatch.setattr(Flavour, "load", lambda self: cuda.trt)
     cuda.ort = fake_gpu.FakeOnnxRuntime(cuda)
     monkeypatch.setattr(ort_cuda, "import_onnxruntime", lambda extra: cuda.ort)
-    monkeypatch.setattr(ort_cuda, "BATCH", 2)  # every batch size is warmed up, on a processor here
     return cuda
 
 
 @pytest.fixture
-def open_pipeline(gpu, tmp_path, default_bundle):
+def open_pipeline(gpu, tmp_path, default_bundle, monkeypatch):
     opened = []
 
     def open_one(flavour="tensorrt-rtx", largest=2, **options):
         """A pipeline on plans for batches up to ``largest``: every size is warmed up, on a processor here."""
         options = {"engines": tmp_path / "engines", **options}
+        if flavour == "cuda":  # which has no plans to say it
+            monkeypatch.setattr(device, "BATCH", largest)
         store = PlanStore(options["engines"])
         if not (store.folder / f"{flavour}.json").exists():
             asked = {"ranges": {"batch": [1, 1, largest]}, "settings": {}}
@@ -446,8 +447,7 @@ def test_gpu_check_runs_to_its_end_and_names_the_fake(gpu, monkeypatch, tmp_path
     )
     gpu_check = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gpu_check)
-    monkeypatch.setattr(trt, "BATCH", 1)
-    monkeypatch.setattr(ort_cuda, "BATCH", 1)
+    monkeypatch.setattr(device, "BATCH", 1)
     monkeypatch.setattr(gpu_check, "REPEATS", 2)
     gpu.elapsed = lambda start, end: 1.0
     out = tmp_path / "check.json"

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, save
 
-from dnp.cli import main
+from dnp.cli import run
 from dnp.engine import cuda
 from dnp.engine.build import BuildSettings, Target, build_plans, compile_plan, target
 from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError, SettingsError
@@ -116,13 +116,13 @@ def test_a_plan_that_is_there_is_not_built_again(plans, default_fp16):
 
 def test_inspect_shows_the_plans(plans, default_fp16, capsys):
     folder = str(plans[0].path.parent)
-    assert run_command("inspect", str(default_fp16.path), "--engines", folder) == 0
+    assert run(["inspect", str(default_fp16.path), "--engines", folder]) == 0
     told = capsys.readouterr().out
     assert "tensorrt-rtx 1.7" in told
     assert "sm86,sm89,sm120, fp16" in told
     assert "batch 1:8" in told
     assert "activations" in told
-    assert run_command("inspect", str(default_fp16.path), "--engines", folder, "--json") == 0
+    assert run(["inspect", str(default_fp16.path), "--engines", folder, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["plans"]
     assert {plan["spec"]["graph"] for plan in listed} == set(default_fp16.graphs)
 
@@ -130,9 +130,9 @@ def test_inspect_shows_the_plans(plans, default_fp16, capsys):
 @without_gpu
 def test_layers_and_running_take_a_gpu(plans, default_fp16, capsys):
     folder = str(plans[0].path.parent)
-    assert run_command("inspect", str(default_fp16.path), "--engines", folder, "--layers") == 4
+    assert run(["inspect", str(default_fp16.path), "--engines", folder, "--layers"]) == 4
     assert "there is no NVIDIA driver here" in capsys.readouterr().err
-    assert run_command("generate", "a circle", "--backend", "tensorrt-rtx", "--bundle", str(default_fp16.path)) == 4
+    assert run(["generate", "a circle", "--backend", "tensorrt-rtx", "--bundle", str(default_fp16.path)]) == 4
     assert "there is no NVIDIA driver here" in capsys.readouterr().err
 
 
@@ -158,7 +158,7 @@ def test_layers_and_running_take_a_gpu(plans, default_fp16, capsys):
 )
 def test_bad_input_is_a_sentence(default_fp16, tmp_path, capsys, arguments, code, told):
     folder = tmp_path / "engines"
-    assert run_command("build", str(default_fp16.path), "--engines", str(folder), *arguments) == code
+    assert run(["build", str(default_fp16.path), "--engines", str(folder), *arguments]) == code
     assert told in capsys.readouterr().err
     assert not list(folder.glob("*.plan")) if folder.exists() else True
 
@@ -313,9 +313,3 @@ def test_default_profiles_are_small_and_cover_the_bundle(default_bundle):
 
 def a_spec() -> PlanSpec:
     return PlanSpec("denoise", "ab", "tensorrt-rtx", "1", "sm89", "fp16", {"batch": [1, 1, 8]}, {"refit": False})
-
-
-def run_command(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    return stopped.value.code

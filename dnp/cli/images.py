@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,7 @@ def generate(
     request = pipeline.resolve(request)
     warn_if_truncated(pipeline, "prompt", request.prompt)
     with output_folder(out):
-        with Progress() as progress:
+        with closing(Progress()) as progress:
             result = pipeline.run(request, progress)
         warn_if_truncated(pipeline, "negative prompt", *dict.fromkeys(result.negatives))
         compared = out / f"{file_name(request.prompt)}-{request.seed}-compared.png"
@@ -107,7 +108,7 @@ def dns(
     request = pipeline.resolve(Request(prompt, **settings))
     warn_if_truncated(pipeline, "prompt", prompt)
     with output_folder(out):
-        with Progress() as progress:
+        with closing(Progress()) as progress:
             result = pipeline.dns(progress=progress, **request.to_dict())
         paths = save(result, out)
     say(_report(result, paths), as_json, _summary(result, paths))
@@ -143,7 +144,7 @@ def explore(
     warn_if_truncated(pipeline, "prompt", prompt)
     path = out / f"{file_name(prompt)}-{request.seed}-explored.png"
     with output_folder(out):
-        with Progress() as progress:
+        with closing(Progress()) as progress:
             result = pipeline.run(request, progress)
             started = time.perf_counter()
             alone = drive(pipeline.sample([""] * request.images, result.negatives, request), progress)

@@ -174,12 +174,6 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def say(report: dict[str, Any], as_json: bool, text: str) -> None:
     """The outcome of a command on stdout: a line of JSON, or text for people."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def build(
     )
     if opened.precision == "fp32":
         click.echo(f"dnp: {opened.name} computes in fp32; an export with --precision fp16 is faster on a GPU", err=True)
-    with _Bar() as bar:
+    with closing(_Bar()) as bar:
         plans = build_plans(
             opened,
             backend,
@@ -96,14 +97,19 @@ def plans_of(bundle: Bundle, engines: Path | None = None) -> list[dict[str, Any]
 def plan_layers(bundle: Bundle, plan: dict[str, Any]) -> str:
     """What the engine inspector says of a plan. Raises BackendError where there is no GPU to load it on."""
     from dnp.engine.errors import BackendError
+    from dnp.engine.flavour import flavour_of
     from dnp.engine.plan import PlanSpec, PlanStore
-    from dnp.engine.trt import inspect_layers
+    from dnp.engine.registry import open_backend
+    from dnp.engine.session import BackendOptions
 
     spec = PlanSpec(**plan["spec"])
     found, reason = PlanStore(Path(plan["path"]).parent).find(spec)
     if found is None:
         raise BackendError(f"{reason}; build it again: dnp build")
-    return inspect_layers(bundle.graph(spec.graph), Path(plan["path"]), spec)
+    backend: Any = open_backend(flavour_of(spec.flavour).name, BackendOptions(eager=True))
+    with closing(backend):
+        layers: str = backend.layers(bundle.graph(spec.graph), found)
+    return layers
 
 
 def plan_table(plans: list[dict[str, Any]]) -> str:
@@ -184,9 +190,3 @@ class _Bar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

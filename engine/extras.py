@@ -1,0 +1,31 @@
+"""Importing what an extra installs, and saying which line installs or repairs it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from dnp.engine.errors import BackendError, missing_extra
+from dnp.engine.interrupts import uninterrupted
+
+
+def load(module: str, *others: str, package: str, extra: str, purpose: str) -> Any:
+    """Import ``module``, which is returned, and ``others``; they come with ``package``, which ``extra`` installs.
+
+    Raises BackendError with the line that installs it for ``purpose``, or that repairs it.
+    """
+    repair = f"repair it: pip install --force-reinstall 'dnp-engine[{extra}]'"
+    parts = module.split(".")
+    own = {".".join(parts[: n + 1]) for n in range(len(parts))}
+    try:
+        with uninterrupted():
+            found = import_module(module)
+            for other in others:
+                import_module(other)
+    except ModuleNotFoundError as error:
+        if error.name in own or str(error.name).startswith(f"{parts[0]}_"):  # tensorrt_libs is a part of tensorrt
+            raise missing_extra(package, extra, purpose) from error
+        raise BackendError(f"{package} is installed but lacks {error.name}; {repair}") from error
+    except (ImportError, OSError, RuntimeError) as error:  # the last two from loaders of shared libraries
+        raise BackendError(f"{package} is installed but does not load ({error}); {repair}") from error
+    return found
