@@ -175,7 +175,7 @@ class PlanStore:
             found = json.loads(self._settings_file(flavour).read_text(encoding="utf-8"))
             if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
                 raise ValueError("no object of objects")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # a folder that cannot be one is told when it is written to
             return {}
         except (OSError, ValueError) as error:
             raise self.damaged(flavour, error) from error
