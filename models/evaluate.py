@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline
 from networks import LATENT_SIDE, Scorer
 from PIL import Image
 from safetensors.torch import load_file
-from scenes import Scene, adherence, examples, matched, parse
+from scenes import Scene, adherence, agreements, examples, parse
 from tqdm import tqdm
 from train_scorer import read
 from train_vae import to_model, to_uint8
@@ -118,7 +118,7 @@ class Models:
 
 def mean_adherence(wanted: list[Scene], seen: list[Scene | None]) -> float:
     """Mean over the pictures; a caption outside the grammar sees nothing."""
-    return float(np.mean([adherence(a, b) if b else 0.0 for a, b in zip(wanted, seen, strict=True)]))
+    return float(np.mean([adherence(a, b) for a, b in zip(wanted, seen, strict=True)]))
 
 
 def strict(wanted: list[Scene], seen: list[Scene | None]) -> float:
@@ -128,16 +128,8 @@ def strict(wanted: list[Scene], seen: list[Scene | None]) -> float:
 
 def per_attribute(wanted: list[Scene], seen: list[Scene | None]) -> dict[str, float]:
     """Share right of each kind of attribute, objects matched as for the adherence."""
-    right: dict[str, list[bool]] = {name: [] for name in ("size", "colour", "shape", "relation", "ground", "texture")}
-    for a, b in zip(wanted, seen, strict=True):
-        pairs, relation = matched(a, b) if b is not None else ([(thing, None) for thing in a.things], False)
-        right["relation"].append(relation)
-        right["ground"].append(b is not None and a.ground == b.ground)
-        right["texture"].append(b is not None and a.texture == b.texture)
-        for thing, other in pairs:
-            for name in ("size", "colour", "shape"):
-                right[name].append(other is not None and getattr(thing, name) == getattr(other, name))
-    return {name: round(float(np.mean(values)), 3) for name, values in right.items()}
+    each = [agreements(a, b) for a, b in zip(wanted, seen, strict=True)]
+    return {kind: round(float(np.mean([hit for row in each for hit in row[kind]])), 3) for kind in each[0]}
 
 
 def judge(wanted: list[Scene], seen: list[Scene | None]) -> dict[str, object]:

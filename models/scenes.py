@@ -199,12 +199,25 @@ def _agreement(pair: tuple[Thing, Thing | None]) -> int:
     return 0 if b is None else (a.size == b.size) + (a.colour == b.colour) + (a.shape == b.shape)
 
 
-def adherence(wanted: Scene, seen: Scene) -> float:
-    """Share of the wanted attributes that are seen, the objects matched as by ``matched``.
+def agreements(wanted: Scene, seen: Scene | None) -> dict[str, list[bool]]:
+    """Whether each attribute of ``wanted`` is seen, by its kind, the objects matched as by ``matched``.
 
     Two objects have nine attributes (size, colour, shape of each; relation; ground colour and texture), one has six
     (the relation is then "alone").
     """
-    pairs, relation = matched(wanted, seen)
-    ground = (wanted.ground == seen.ground) + (wanted.texture == seen.texture)
-    return (ground + sum(map(_agreement, pairs)) + relation) / (3 * len(wanted.things) + 3)
+    pairs, relation = matched(wanted, seen) if seen is not None else ([(thing, None) for thing in wanted.things], False)
+    of_things = {
+        kind: [other is not None and getattr(thing, kind) == getattr(other, kind) for thing, other in pairs]
+        for kind in ("size", "colour", "shape")
+    }
+    return of_things | {
+        "relation": [relation],
+        "ground": [seen is not None and wanted.ground == seen.ground],
+        "texture": [seen is not None and wanted.texture == seen.texture],
+    }
+
+
+def adherence(wanted: Scene, seen: Scene | None) -> float:
+    """Share of the attributes of ``agreements`` that are seen; ``None`` sees nothing."""
+    hits = [hit for kind in agreements(wanted, seen).values() for hit in kind]
+    return sum(hits) / len(hits)
