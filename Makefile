@@ -9,7 +9,7 @@ BUNDLE ?= build/fp16
 EXPLORED := a large blue cross on a plain red background
 SOURCES := $(shell find dnp engine runtime export -type f -not -path '*/__pycache__/*')
 
-.PHONY: demo test test-fast lint bundle gallery gpu-check clean
+.PHONY: demo test test-fast lint bundle gallery quality gpu-check clean
 
 demo: .venv/installed  ## plain, DNS and DNP image of one prompt, side by side, in out/
 	.venv/bin/dnp generate "$(PROMPT)" --seed $(SEED) --compare --out out
@@ -35,6 +35,9 @@ gallery: .venv-test/installed  ## the pictures of the README
 	mv build/pictures/*-compared.png docs/images/demo.png
 	.venv-test/bin/dnp explore "$(EXPLORED)" --out build/pictures
 	mv build/pictures/*-explored.png docs/images/explore.png
+
+quality: .venv-test/installed  ## does DNP help? Table, plot and contact sheet in benchmarks/results/
+	.venv-test/bin/python benchmarks/quality/measure.py
 
 gpu-check: .venv-$(BACKEND)/installed $(BUNDLE)/bundle.json  ## what only a GPU can show; BACKEND=tensorrt, tensorrt-rtx, cuda
 	.venv-$(BACKEND)/bin/python benchmarks/gpu_check.py --backend $(BACKEND) --bundle $(BUNDLE)

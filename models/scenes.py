@@ -132,6 +132,28 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     return Scene(layout, things, TEXTURES[rng.integers(2)], ground)
 
 
+def redrawn(scene: Scene, share: float, rng: np.random.Generator) -> Scene:
+    """``scene`` with every attribute drawn anew with the probability ``share``, as in captions that nobody checked.
+
+    The number of objects stays; no object has the colour of the background.
+    """
+
+    def draw(value: str, values: tuple[str, ...]) -> str:
+        return values[rng.integers(len(values))] if rng.random() < share else value
+
+    while True:
+        layout = draw(scene.layout, LAYOUTS[1:]) if len(scene.things) == 2 else scene.layout
+        things = [
+            Thing(draw(thing.size, SIZE_NAMES), draw(thing.colour, COLOUR_NAMES), draw(thing.shape, SHAPES))
+            for thing in scene.things
+        ]
+        if rng.random() < share / 2:  # the order is drawn anew, hence the other way round half of the time
+            things.reverse()
+        texture, ground = draw(scene.texture, TEXTURES), draw(scene.ground, COLOUR_NAMES)
+        if all(thing.colour != ground for thing in things):
+            return Scene(layout, tuple(things), texture, ground)
+
+
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Signed distance in pixels to the outline (negative inside); y points down."""
     if shape == "circle":

@@ -5,25 +5,32 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import train_text
 import train_vae
 from diffusers import AutoencoderKL
 from networks import new_scheduler, new_unet, plain_attention
-from pictures import load_pictures
+from pictures import load_labels, load_pictures
+from scenes import from_labels, redrawn
 from torch import nn
 from tqdm import tqdm, trange
 from train_text import load_captions
 from training import DTYPE, Recipe, save_whole, trained
+from transformers import CLIPTextModel, PreTrainedTokenizerBase
+from vocabulary import TEXT_LENGTH, save_clip_tokenizer
 
-# Each run starts from the weights that the one before ended with. Colours come first, shapes late, edges last.
+# Each run starts from the weights that the one before ended with. Colours come first, shapes late, edges then. Last,
+# the captions become as unreliable as those of the web: a model that may trust every word needs no guidance.
 RUNS = (
     Recipe("diffusion", steps=1200, rate=1e-3, average=0.995, warmup=60),
     Recipe("refined", steps=2000, rate=7e-4, average=0.995, warmup=60, seed=1),
     Recipe("polished", steps=2000, rate=7e-4, average=0.995, warmup=60, seed=2),
+    Recipe("misled", steps=400, rate=5e-4, average=0.98, warmup=20, seed=3),
 )
 # Of each run, the mean of logit(t / 1000): layout and colours are decided in much noise, edges in little.
-NOISE = (0.4, 0.4, -0.3)
+NOISE = (0.4, 0.4, -0.3, 0.2)
+WRONG = (0.0, 0.0, 0.0, 0.4)  # of each run, the share of the attributes in its captions that are drawn anew
 LATENTS = 40_000
 BATCH = 48  # latents, each process
 EMPTY = 0.15  # share of captions replaced by the empty one, which is what guidance is measured against
@@ -87,6 +94,24 @@ def load_contexts(work: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @cache
+def load_text_encoder(work: Path) -> tuple[PreTrainedTokenizerBase, CLIPTextModel]:
+    """The tokenizer and the trained text encoder, in the dtype of training."""
+    encoder = trained(train_text.Reader(work), train_text.RECIPE, work)["text"]
+    return save_clip_tokenizer(work / "tokenizer"), encoder.to(DTYPE)
+
+
+@torch.no_grad()
+def wrong_contexts(work: Path, rows: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    """Text states of captions of the scenes ``rows``, ``share`` of their attributes drawn anew, ``[B, 32, width]``."""
+    tokenizer, encoder = load_text_encoder(work)
+    rng = np.random.default_rng(seed)
+    scenes = [redrawn(from_labels(row), share, rng) for row in load_labels(work)[rows].numpy()]
+    captions = [scene.caption(swapped=bool(rng.integers(2))) for scene in scenes]
+    ids = tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+    return encoder(ids).last_hidden_state
+
+
+@cache
 def noise_schedule() -> torch.Tensor:
     """alpha_bar of each timestep, float32 ``[1000]``."""
     return new_scheduler().alphas_cumprod
@@ -114,8 +139,12 @@ class Denoiser:
         """See ``Task.loss``."""
         latents, (contexts, empty) = load_latents(self.work), load_contexts(self.work)
         rows = torch.randint(len(latents), (BATCH,), generator=generator)
-        context = contexts[rows, torch.randint(2, (BATCH,), generator=generator)]  # [B, 32, width]
-        context[torch.rand(BATCH, generator=generator) < EMPTY] = empty
+        if share := WRONG[self.run]:
+            seed = int(torch.randint(2**62, (1,), generator=generator))
+            context = wrong_contexts(self.work, rows, share, seed)  # [B, 32, width]
+        else:
+            context = contexts[rows, torch.randint(2, (BATCH,), generator=generator)]
+        context[torch.rand(BATCH, generator=generator) < EMPTY] = empty.to(context.dtype)
         x_0 = latents[rows]
         # logit-normal: most draws where the run has something to learn, few where almost nothing or almost all is noise
         logit = NOISE[self.run] + 1.2 * torch.randn(BATCH, generator=generator)
