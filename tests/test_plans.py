@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from dnp.cli import run
 from dnp.engine import cuda
 from dnp.engine.build import BuildSettings, Target, build_plans, compile_plan, target
 from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError, SettingsError
-from dnp.engine.flavour import TENSORRT_RTX
+from dnp.engine.flavour import TENSORRT_RTX, listening, logger
 from dnp.engine.manifest import GraphSpec, TensorSpec
 from dnp.engine.plan import PlanSpec, PlanStore
 from dnp.engine.profile import Limits, Range, default_profile
@@ -215,6 +216,36 @@ def test_a_file_that_is_no_graph_is_told(small):
     small.path.write_bytes(b"nonsense")
     with pytest.raises(BundleError, match=r"small\.onnx: TensorRT for RTX cannot read it"):
         compile_plan(small, {"batch": Range(1, 2, 3)}, BuildSettings(), for_sm89())
+
+
+def test_each_thread_hears_what_tensorrt_says_to_it():
+    trt = TENSORRT_RTX.load()
+    meet, heard = threading.Barrier(2, timeout=60), {}
+
+    def say(what):
+        logger(trt).log(trt.ILogger.Severity.ERROR, what)
+
+    def listen(name):
+        with listening(trt) as log:
+            meet.wait()  # both listen
+            say(name)
+            with listening(trt) as inner:
+                say(f"{name} inside")
+            meet.wait()  # both have spoken
+            if name == "one":
+                stranger = threading.Thread(target=say, args=["a thread of TensorRT's own"])
+                stranger.start()
+                stranger.join()
+            meet.wait()
+            heard[name] = log.errors(), inner.errors()
+
+    threads = [threading.Thread(target=listen, args=[name]) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert heard == {n: (f"{n}; a thread of TensorRT's own", f"{n} inside") for n in ("one", "two")}
+    assert not logger(trt).listeners
 
 
 def test_two_processes_that_want_the_same_plan_build_it_once(default_fp16, tmp_path):
