@@ -102,7 +102,8 @@ class Target:
 def target(flavour: Flavour, sm: Sequence[int] = (), device: int = 0) -> Target:
     """What to compile for: the architectures named, the present GPU's when none is.
 
-    Raises BackendError when there is no GPU and none was named, or for what the flavour does not compile for.
+    Raises BackendError when there is no GPU and none was named, when it is too old, or for what the flavour does not
+    compile for.
     """
     module = flavour.load()
     if sm and not flavour.portable:
@@ -117,6 +118,7 @@ def target(flavour: Flavour, sm: Sequence[int] = (), device: int = 0) -> Target:
     except BackendError as error:
         other = "; name the architectures to compile for, e.g. --sm 89,120" if flavour.portable else ""
         raise BackendError(f"{flavour.title} compiles for the GPU that is present, but {error}{other}") from error
+    gpu.check_age()
     if flavour.portable and gpu.sm not in flavour.architectures:
         raise BackendError(
             f"{gpu.name} (SM {gpu.sm}) is none of those that {flavour.title} compiles for; {_known(flavour)}; "

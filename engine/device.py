@@ -26,6 +26,8 @@ class Device:
     """A GPU for the sessions of one backend: one stream, one piece of scratch memory, one account of the bytes.
 
     Attributes:
+    Raises BackendError for a GPU that is too old.
+
         cuda: the calls.
         stream: where everything happens, in the order it was started.
         name: ``cuda:0``.
@@ -34,6 +36,7 @@ class Device:
     def __init__(self, cuda: Cuda, number: int = 0, memory_limit: int | None = None) -> None:
         self.cuda, self.name = cuda, f"cuda:{number}"
         self.properties: GpuProperties = cuda.properties(number)
+        self.properties.check_age()
         self._limit = memory_limit
         self._sizes: dict[int, int] = {}
         self._scratch = (0, 0)  # address, size

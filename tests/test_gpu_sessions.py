@@ -21,8 +21,8 @@ import pytest
 
 import dnp
 from dnp.engine import cuda as cuda_module
-from dnp.engine import device, ort_cuda
-from dnp.engine.build import BuildSettings, build_plans
+from dnp.engine import device, ort_cuda, registry
+from dnp.engine.build import BuildSettings, build_plans, target
 from dnp.engine.errors import BackendError, DnpError, SettingsError
 from dnp.engine.flavour import FLAVOURS, Flavour
 from dnp.engine.plan import PlanSpec, PlanStore
@@ -327,10 +327,27 @@ def test_a_plan_for_several_architectures_serves_each(open_pipeline, gpu, defaul
     assert gpu.trt.built == 5
 
 
-def test_a_gpu_that_is_too_old_is_refused(open_pipeline, gpu):
+TOO_OLD = r"FAKE, no GPU \(SM 61\) is too old: .* need SM 75 or newer; use the backend 'cpu' or 'openvino'$"
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_gpu_that_is_too_old_is_refused(open_pipeline, gpu, backend, monkeypatch):
     gpu.sm = 61
-    with pytest.raises(BackendError, match=r"FAKE, no GPU \(SM 61\) is none of those .* it knows 75, 80"):
-        open_pipeline().warm_up()
+    monkeypatch.setattr(registry, "_installed", lambda package: f"{package} FAKE")
+    with pytest.raises(BackendError, match=TOO_OLD):
+        open_pipeline(backend)
+    if backend in FLAVOURS:
+        with pytest.raises(BackendError, match=TOO_OLD):
+            target(FLAVOURS[backend])
+    (report,) = (report for report in registry.doctor() if report.name == backend)
+    assert re.search(TOO_OLD, report.why_not)
+    assert report.device.startswith("FAKE, no GPU, SM 61")
+
+
+def test_a_gpu_that_tensorrt_for_rtx_has_no_code_for_is_sent_to_tensorrt(open_pipeline, gpu):
+    gpu.sm = 90
+    with pytest.raises(BackendError, match=r"\(SM 90\) is none of those .* it knows 75, 80.*backend 'tensorrt'"):
+        open_pipeline("tensorrt-rtx").warm_up()
 
 
 def test_a_precision_is_the_graph_s(gpu, flavour):
