@@ -248,8 +248,7 @@ def obtain(
 
 def memory_needed(graph: GraphSpec) -> str:
     """What building a plan will take, by the size of the weights, and what is there, in words."""
-    files = [graph.path, graph.path.with_name(f"{graph.path.name}.data")]
-    weights = sum(file.stat().st_size for file in files if file.exists())
+    weights = graph.nbytes
     need = _MEMORY_PER_WEIGHT * weights + _MEMORY_BESIDE
     try:
         free: float = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

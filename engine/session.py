@@ -36,7 +36,8 @@ class BackendOptions:
         precision: the arithmetic, where a backend has a choice: ``f32`` or ``bf16`` on ``openvino``.
         device: the number of the GPU, where a backend runs on one.
         eager: run without recorded CUDA graphs, the same code otherwise.
-        memory_limit: bytes of device memory for buffers and activations; weights come on top.
+        memory_limit: bytes of device memory for buffers, activations and weights; on ``cuda`` the activations are
+            counted for each graph by itself.
         engines: where compiled plans are kept; the bundle's own ``engines/`` when ``None``.
     """
 

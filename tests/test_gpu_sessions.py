@@ -240,6 +240,53 @@ def test_a_memory_limit_says_what_was_asked_for_and_what_would_fit(open_pipeline
         pipeline.warm_up()
 
 
+def test_a_memory_limit_counts_weights(open_pipeline, gpu):
+    pipeline = open_pipeline(memory_limit=1999)  # the fake's plans have 2000 bytes of them
+    told = r"no memory on cuda:0 for the weights of 'encode_text': .* MB are wanted, .* MB of the memory limit is left"
+    with pytest.raises(BackendError, match=told + ".*--weight-streaming$"):
+        pipeline._encode_text  # noqa: B018
+    assert pipeline._backend.device.allocated == 0
+
+
+def test_onnxruntime_keeps_to_the_memory_limit_too(open_pipeline, gpu, default_bundle):
+    weights = sum(graph.nbytes for graph in default_bundle.graphs.values())
+    pipeline = open_pipeline("cuda", memory_limit=1 << 30)
+    pipeline(PROMPT, **QUICK)
+    limits = [int(session.settings["gpu_mem_limit"]) for session in gpu.ort.sessions]
+    assert limits[0] == 1 << 30
+    assert limits == sorted(limits, reverse=True)
+    assert pipeline._backend.device.allocated == weights + sum(block.nbytes for block in gpu.device.values())
+    pipeline.close()
+    told = r"no memory on cuda:0 for .* MB of the memory limit is left; (raise --memory-limit|ask for fewer images)"
+    for limit in (1_000_000, weights + 10_000):
+        with pytest.raises(BackendError, match=told):
+            open_pipeline("cuda", memory_limit=limit)(PROMPT, **QUICK)
+
+
+def streaming_pipeline(open_pipeline, default_bundle, folder, **options):
+    asked = {"ranges": {"batch": [1, 1, 1]}, "settings": {"weight_streaming": True}}
+    PlanStore(folder).keep_settings("tensorrt-rtx", dict.fromkeys(default_bundle.graphs, asked))
+    return open_pipeline(engines=folder, **options)
+
+
+def test_weights_that_may_be_streamed_share_what_the_limit_leaves(open_pipeline, gpu, default_bundle, tmp_path):
+    settings = {"seed": 4, **QUICK}
+    whole = streaming_pipeline(open_pipeline, default_bundle, tmp_path)
+    expected = whole(PROMPT, **settings)
+    assert [engine.budget for engine in gpu.trt.engines] == [2000] * 5  # there is room for all of them
+    needed = whole._backend.device.allocated
+    gpu.trt.engines.clear()
+    half = streaming_pipeline(open_pipeline, default_bundle, tmp_path, memory_limit=needed - 5000)
+    assert np.array_equal(half(PROMPT, **settings).arrays, expected.arrays)
+    assert [engine.budget for engine in gpu.trt.engines] == [1000] * 5
+    assert half._backend.device.left == 0
+    half.close()
+    gpu.trt.engines.clear()
+    none = streaming_pipeline(open_pipeline, default_bundle, tmp_path, memory_limit=needed - 10_000)
+    none(PROMPT, **settings)
+    assert [engine.budget for engine in gpu.trt.engines] == [0] * 5
+
+
 def test_a_full_device_says_so(open_pipeline, gpu):
     gpu.memory = 1_000_000
     with pytest.raises(BackendError, match=r"no memory on cuda:0 .* MB is free on FAKE"):
