@@ -25,7 +25,7 @@ from dnp.engine.flavour import Flavour, flavour_of, listening, logger
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.plan import FOLDER, Plan, PlanSpec, PlanStore, graph_sha256
 from dnp.engine.processor import peak_memory
-from dnp.engine.profile import Profile, Range, default_profile, from_dict, to_dict
+from dnp.engine.profile import Profile, Range, buffer_bytes, default_profile, from_dict, to_dict
 from dnp.engine.schema import REMEDY, shown
 
 _log = logging.getLogger("dnp.engine")
@@ -239,15 +239,15 @@ def obtain(
         if report is not None:
             if reason:
                 report(f"{graph.name}: building anew: {reason}")
-            report(f"{graph.name}: {memory_needed(graph)}")
+            report(f"{graph.name}: {memory_needed(graph, profile)}")
         cache_file = store.folder / f".timing-{goal.version}-{spec.architecture.replace(' ', '-')}.cache"
         timings = None if goal.flavour.portable else cache_file
         data, facts = compile_plan(graph, profile, settings, goal, timings=timings, progress=progress)
         return store.write(spec, data, facts)
 
 
-def memory_needed(graph: GraphSpec) -> str:
-    """What building a plan will take, by the size of the weights, and what is there, in words."""
+def memory_needed(graph: GraphSpec, profile: Profile) -> str:
+    """What building a plan will take and running it, as far as that is known before, and what is there; in words."""
     weights = graph.nbytes
     need = _MEMORY_PER_WEIGHT * weights + _MEMORY_BESIDE
     try:
@@ -255,7 +255,11 @@ def memory_needed(graph: GraphSpec) -> str:
     except (OSError, ValueError):
         free = math.inf  # the system does not tell
     warning = " (less is free than that)" if free < need else ""
-    return f"compiling {weights / 1e6:.0f} MB of weights, about {need / 1e9:.1f} GB of memory{warning}"
+    buffers = buffer_bytes(graph, profile)
+    return (
+        f"compiling {weights / 1e6:.0f} MB of weights, about {need / 1e9:.1f} GB of memory{warning}; "
+        f"the GPU will hold the weights, {buffers / 1e6:.1f} MB of buffers, and activations, known when it is built"
+    )
 
 
 def compile_plan(
@@ -267,7 +271,8 @@ def compile_plan(
     timings: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The plan as a buffer, and the facts: bytes of weights, activations and scratch, layers, seconds, peak memory.
+    """The plan as a buffer, and the facts: bytes of weights, activations, scratch and, at the largest sizes, buffers;
+    layers, seconds, peak memory.
 
     The compiler runs in a thread of its own, so that this one can tell how it goes and answer a Ctrl-C.
     Raises as ``build_plans``.
@@ -336,6 +341,7 @@ class _Build:
             self.data = data
             self.facts = {
                 **_facts(log.messages()),
+                "buffer_bytes": buffer_bytes(self.graph, self.profile),
                 "layers": network.num_layers,
                 "seconds": round(time.perf_counter() - self._started, 2),
                 "peak_memory_bytes": peak_memory(),

@@ -178,6 +178,14 @@ def test_every_step_of_every_sampler_is_a_launch(open_pipeline, gpu):
     assert gpu.counted(since)["launch"] == rows + 2 + 1  # the text encoder twice, the decoder once
 
 
+def test_a_plan_s_facts_tell_what_its_session_takes(open_pipeline, tmp_path):
+    pipeline = open_pipeline()
+    pipeline._encode_text  # noqa: B018
+    (_, sidecar), *_ = PlanStore(tmp_path / "engines").plans()
+    facts = sidecar["facts"]
+    assert pipeline._backend.device.allocated == facts["weights_bytes"] + facts["buffer_bytes"]
+
+
 def test_activations_share_one_piece_of_memory(open_pipeline, gpu):
     open_pipeline().warm_up()
     assert len({context.scratch for context in gpu.trt.contexts}) == 1

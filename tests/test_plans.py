@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 from dnp.cli import run
 from dnp.engine import cuda
-from dnp.engine.build import BuildSettings, Target, build_plans, compile_plan, target
+from dnp.engine.build import BuildSettings, Target, build_plans, compile_plan, memory_needed, target
 from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError, SettingsError
 from dnp.engine.flavour import TENSORRT_RTX, listening, logger
 from dnp.engine.manifest import GraphSpec, TensorSpec
@@ -123,6 +124,9 @@ def test_inspect_shows_the_plans(plans, default_fp16, capsys):
     assert "sm86,sm89,sm120, fp16" in told
     assert "batch 1:8" in told
     assert "activations" in told
+    denoise = next(plan for plan in plans if plan.spec.graph == "denoise")
+    most = sum(denoise.facts[name] for name in ("weights_bytes", "activation_bytes", "buffer_bytes"))
+    assert f"on the GPU {most / 1e6:.1f} MB at most" in told
     assert run(["inspect", str(default_fp16.path), "--engines", folder, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["plans"]
     assert {plan["spec"]["graph"] for plan in listed} == set(default_fp16.graphs)
@@ -329,6 +333,18 @@ def test_a_size_is_refused_exactly_when_the_plan_lacks_it(low, more, size):
         wider = f"{min(low, size)}:{max(low, min(low, size))}:{max(low + more, size)}"
         with pytest.raises(SettingsError, match=rf"dnp build --batch {wider}$"):
             limits.check("denoise", {"batch": size})
+
+
+def test_what_a_plan_will_take_is_said_before_it_is_built(default_bundle):
+    graph = default_bundle.graphs["denoise"]
+    state = 4 * 4 * 16 * 16 * 4  # bytes of [4 slots, 4 channels, 16, 16] in float32, of one image
+    noise, latents, contexts, table, index = 128 * state // 4, state // 4, 2 * 32 * 128 * 4, 128 * 30 * 4, 8
+    for batch in (1, 8):
+        buffers = batch * (2 * state + noise + latents + contexts + table + 2 * index) / 1e6
+        profile = default_profile(default_bundle, graph, {"batch": Range(1, 1, batch)})
+        told = memory_needed(graph, profile)
+        assert re.match(r"compiling 11 MB of weights, about 0\.\d GB of memory", told)
+        assert f"the GPU will hold the weights, {buffers:.1f} MB of buffers, and activations, known when" in told
 
 
 def test_default_profiles_are_small_and_cover_the_bundle(default_bundle):
