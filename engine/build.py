@@ -23,7 +23,7 @@ from dnp.engine.errors import BackendError, BundleError, Cancelled, DnpError, Ou
 from dnp.engine.files import write_together
 from dnp.engine.flavour import Flavour, flavour_of, listening, logger
 from dnp.engine.manifest import GraphSpec
-from dnp.engine.plan import FOLDER, Plan, PlanSpec, PlanStore, graph_sha256
+from dnp.engine.plan import FOLDER, Plan, PlanSpec, PlanStore
 from dnp.engine.processor import peak_memory
 from dnp.engine.profile import Profile, Range, buffer_bytes, default_profile, from_dict, to_dict
 from dnp.engine.schema import REMEDY, shown
@@ -220,7 +220,7 @@ def obtain(
     """The plan in ``store``, verified, or a new one where there is none that can be used. Raises as ``build_plans``."""
     spec = PlanSpec(
         graph=graph.name,
-        graph_sha256=graph_sha256(bundle, graph),
+        graph_sha256=bundle.graph_sha256(graph.name),
         flavour=goal.flavour.name,
         version=goal.version,
         architecture=goal.architecture,

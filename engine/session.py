@@ -196,6 +196,19 @@ class Session(ABC):
         Raises what ``run`` raises.
         """
 
+    def check_refit(self) -> None:
+        """Raises BackendError when the weights cannot be exchanged."""
+        raise BackendError(
+            f"{self._where}: {self.backend} cannot exchange weights; open a pipeline on the bundle with the other ones"
+        )
+
+    def refit(self, path: Path) -> None:
+        """Take all weights of another ONNX file of the same structure, and keep nothing of the present ones.
+
+        Raises BackendError as ``check_refit``, and when the file does not fit, which ends the session.
+        """
+        self.check_refit()
+
     def __enter__(self) -> Session:
         return self
 

@@ -150,16 +150,18 @@ class TrtSession(DeviceSession):
             self._check_inputs(dims)
             self._cuda.launch(run.recorded, self._device.stream)
 
-    def refit(self, path: Path) -> None:
-        """Take the weights of another ONNX file of the same structure, all of them, and leave nothing of the old ones.
-
-        A LoRA is merged into the original weights before: what was merged is never merged into again.
-        Raises BackendError when the plan was not built with ``refit``, or when the file does not fit, which ends the
-        session.
-        """
+    def check_refit(self) -> None:
+        """See ``Session.check_refit``: weights are exchanged in plans that were built for it."""
         self._require_open()
         if not self._engine.refittable:
-            raise BackendError(f"{self._where}: this plan keeps its weights; build one that does not: --refit")
+            raise BackendError(
+                f"{self._where}: this plan keeps its weights; build one that does not: {self._limits.command} --refit"
+            )
+
+    def refit(self, path: Path) -> None:
+        """See ``Session.refit``. A LoRA is merged into the original weights before, see ``dnp export --lora``."""
+        self.check_refit()
+        self._cuda.activate()
         self._cuda.synchronize(self._device.stream)
         with listening(self._trt) as log:
             refitter = self._trt.Refitter(self._engine, logger(self._trt))

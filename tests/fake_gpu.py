@@ -262,7 +262,28 @@ class FakeTensorRt:
                     return None
                 return FakeEngine(module, **json.loads(plan.removeprefix(MARK)))
 
-        for kind in (ILogger, IProgressMonitor, Builder, OnnxParser, Runtime):
+        class Refitter:
+            def __init__(self, engine, logger):
+                module.log = logger
+                self.engine, self.session = engine, None
+
+            def get_missing_weights(self):
+                return ["a weight"] if "refit" in module.fail else []
+
+            def refit_cuda_engine(self):
+                assert self.engine.refittable
+                self.engine.session = self.session
+                return True
+
+        class OnnxParserRefitter:
+            def __init__(self, refitter, logger):
+                self.refitter = refitter
+
+            def refit_from_file(self, path):
+                self.refitter.session = open_on_cpu(path)
+                return True
+
+        for kind in (ILogger, IProgressMonitor, Builder, OnnxParser, Runtime, Refitter, OnnxParserRefitter):
             setattr(self, kind.__name__, kind)
         names = SimpleNamespace
         self.TensorIOMode = names(INPUT="input", OUTPUT="output")
@@ -281,16 +302,20 @@ class FakeTensorRt:
         self.log.log(1, message)
 
 
+def open_on_cpu(path):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
 class FakeEngine:
     def __init__(self, module, path, flags):
         self.module, self.contexts, self.budget = module, 0, None
         self.refittable = module.BuilderFlag.REFIT in flags
         self.streamable_weights_size = 2000 if module.BuilderFlag.WEIGHT_STREAMING in flags else 0
         module.engines.append(self)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 2
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.session = open_on_cpu(path)
         self.values = {v.name: v for v in [*self.session.get_inputs(), *self.session.get_outputs()]}
         self.inputs = [v.name for v in self.session.get_inputs()]
         self.outputs = [v.name for v in self.session.get_outputs()]

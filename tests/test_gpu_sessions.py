@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
 import pytest
 
 import dnp
+from dnp.engine import Bundle, device, ort_cuda, registry, seal
 from dnp.engine import cuda as cuda_module
-from dnp.engine import device, ort_cuda, registry
 from dnp.engine.build import BuildSettings, build_plans, target
 from dnp.engine.errors import BackendError, DnpError, SettingsError
 from dnp.engine.flavour import FLAVOURS, Flavour
@@ -526,8 +529,8 @@ def test_gpu_check_runs_to_its_end_and_names_the_fake(gpu, monkeypatch, tmp_path
     code = gpu_check.main(["--backend", backend, "--batches", "1", "--out", str(out)])
     told, report = capsys.readouterr(), json.loads(out.read_text())
     failed = {name for name, entry in report["checks"].items() if not entry["passed"]}
-    assert failed == (set() if backend == "cuda" else {"refit"}), told.out  # the fake's plans keep their weights
-    assert code == (0 if backend == "cuda" else 1)
+    assert failed == set(), told.out
+    assert code == 0
     assert "FAKE" in report["gpu"]["name"]
     assert "FAKE" in told.out
     assert report["checks"]["capture"]["passed"]
@@ -565,6 +568,106 @@ def test_another_thread_than_the_one_that_opened_it_may_run_it(open_pipeline, on
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(pipeline, PROMPT, seed=2, **QUICK).result()
     assert result.negatives == on_cpu(PROMPT, seed=2, **QUICK).negatives
+
+
+@pytest.fixture(scope="module")
+def fine_tune(default_bundle, tmp_path_factory):
+    """The default bundle with other weights in all graphs."""
+    folder = tmp_path_factory.mktemp("fine-tune") / "bundle"
+    shutil.copytree(default_bundle.path, folder, ignore=shutil.ignore_patterns("engines"))
+    for path in (folder / "graphs").glob("*.onnx"):
+        model = onnx.load(path)
+        for tensor in model.graph.initializer:
+            array = onnx.numpy_helper.to_array(tensor)
+            if array.dtype.kind == "f" and array.ndim > 1:
+                changed = (array * 1.0625).astype(array.dtype)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(changed, tensor.name))
+        onnx.save(model, path)
+    manifest = json.loads((folder / "bundle.json").read_text())
+    seal(folder, {key: value for key, value in manifest.items() if key not in ("files", "sha256")})
+    return Bundle.open(folder)
+
+
+def refittable(open_pipeline, default_bundle, folder, flavour="tensorrt-rtx"):
+    asked = {"ranges": {"batch": [1, 1, 1]}, "settings": {"refit": True}}
+    PlanStore(folder).keep_settings(flavour, dict.fromkeys(default_bundle.graphs, asked))
+    return open_pipeline(flavour, engines=folder)
+
+
+def test_weights_are_exchanged_and_come_back(open_pipeline, gpu, default_bundle, fine_tune, tmp_path, flavour):
+    pipeline = refittable(open_pipeline, default_bundle, tmp_path, flavour)
+    plain, whole = {"negative": "n*", "seed": 6, **QUICK}, {"seed": 6, **QUICK}
+    first = pipeline(PROMPT, **plain)  # the captioner is not open yet
+    built = gpu.trt.built
+    pipeline.refit(fine_tune.path)
+    with dnp.Pipeline(fine_tune) as expected:
+        for settings in (plain, whole):
+            found, wanted = pipeline(PROMPT, **settings), expected(PROMPT, **settings)
+            assert abs(found.arrays.astype(int) - wanted.arrays).max() <= 1
+            assert found.negatives == wanted.negatives
+            assert found.bundle == fine_tune.fingerprint
+    assert not np.array_equal(pipeline(PROMPT, **plain).arrays, first.arrays)
+    pipeline.refit(default_bundle)
+    since = len(gpu.calls)
+    again = pipeline(PROMPT, **plain)
+    assert np.array_equal(again.arrays, first.arrays)
+    assert again.bundle == default_bundle.fingerprint
+    calls = gpu.counted(since)
+    assert calls["launch"] == QUICK["steps"] + 2 + 1  # recorded anew by refit itself
+    assert not calls["begin_capture"]
+    assert gpu.trt.built - built == 2  # the two graphs of the captioner
+
+
+def test_what_cannot_be_refitted_says_so_and_changes_nothing(open_pipeline, gpu, default_bundle, fine_tune, tmp_path):
+    with dnp.Pipeline.open() as on_cpu:
+        on_cpu(PROMPT, negative="n*", steps=1)
+        with pytest.raises(BackendError, match=r"cpu .* cannot exchange weights; open a pipeline on the bundle"):
+            on_cpu.refit(fine_tune)
+    pipeline = open_pipeline()
+    first = pipeline(PROMPT, negative="n*", **QUICK)
+    with pytest.raises(
+        BackendError, match=r"this plan keeps its weights; .* dnp build .*default .*tensorrt-rtx --refit$"
+    ):
+        pipeline.refit(fine_tune)
+    for change in ({"precision": "fp16"}, {"latents": replace(fine_tune.latents, max_width=128)}):
+        with pytest.raises(SettingsError, match=f"of another model .*: '{next(iter(change))}' differs"):
+            pipeline.refit(replace(fine_tune, **change))
+    other_words = {**fine_tune.files, fine_tune.text.tokenizer: fine_tune.files[fine_tune.caption.tokenizer]}
+    with pytest.raises(SettingsError, match="'text' differs"):
+        pipeline.refit(replace(fine_tune, files=other_words))
+    assert np.array_equal(pipeline(PROMPT, negative="n*", **QUICK).arrays, first.arrays)
+    pipeline = refittable(open_pipeline, default_bundle, tmp_path / "refit")
+    pipeline(PROMPT, negative="n*", **QUICK)
+    gpu.trt.fail.add("refit")
+    with pytest.raises(BackendError, match=r"weights of .* do not fit this plan"):
+        pipeline.refit(fine_tune)
+    with pytest.raises(DnpError, match="closed"):
+        pipeline(PROMPT, negative="n*", **QUICK)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "cuda"])
+def test_more_sizes_can_be_recorded_at_warm_up(open_pipeline, gpu, default_bundle, tmp_path, backend):
+    asked = {"ranges": {"batch": [1, 1, 1], "height": [64, 64, 96], "width": [64, 64, 96]}, "settings": {}}
+    PlanStore(tmp_path / "engines").keep_settings(backend, dict.fromkeys(default_bundle.graphs, asked))
+    pipeline = open_pipeline(backend, largest=1)
+    pipeline.warm_up()
+    pipeline.warm_up(captioner=False, sizes=[(64, 96), (96, 64)])
+    numbers, before = set(gpu.ort.recorded), gpu.counted()
+    for height, width in ((64, 64), (64, 96), (96, 64), (64, 64)):
+        since, runs = len(gpu.calls), len(gpu.ort.recorded)
+        pipeline(PROMPT, height=height, width=width, **QUICK)
+        if backend == "cuda":  # every run of the step graph, and those before and after
+            assert len(gpu.ort.recorded) - runs >= QUICK["steps"] + QUICK["dns_steps"] + 4 + 2 + 1
+        else:
+            assert gpu.counted(since)["launch"] >= QUICK["steps"] + QUICK["dns_steps"] + 4 + 2 + 1
+    assert set(gpu.ort.recorded) == numbers
+    for call in ("begin_capture", "malloc"):
+        assert gpu.counted()[call] == before[call], call
+    with pytest.raises(SettingsError, match="height 65 does not fit the latents"):
+        pipeline.warm_up(sizes=[(65, 64)])
+    if backend != "cuda":
+        with pytest.raises(SettingsError, match=r"compiled for width 16:16:24, not for 32"):
+            pipeline.warm_up(sizes=[(64, 128)])
 
 
 @pytest.mark.parametrize("ranges", [{"batch": [2, 2, 2]}, {"height": [96, 96, 128]}])
