@@ -60,15 +60,11 @@ def merge(model: Any, component: str, lora: Lora) -> None:
 
     Raises ExportError when it does not fit the model.
     """
-    from diffusers import StableDiffusionPipeline
-
     state, alphas = _read(lora)
     if not any(key.startswith(f"{component}.") for key in state):
         return
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "scheduler", "safety_checker"))
-    pipeline: Any = StableDiffusionPipeline(
-        **{**parts, component: model}, feature_extractor=None, requires_safety_checker=False
-    )
+    pipeline = _loader()(**{**parts, component: model}, feature_extractor=None, requires_safety_checker=False)
     try:
         if component == "unet":
             pipeline.load_lora_into_unet(state, alphas, unet=model)
@@ -82,15 +78,19 @@ def merge(model: Any, component: str, lora: Lora) -> None:
 
 def _read(lora: Lora) -> tuple[dict[str, Any], Any]:
     """The tensors by diffusers' names, and the alphas where they are apart. Raises ExportError."""
-    from diffusers import StableDiffusionPipeline
-
     if not lora.file.is_file():
         raise ExportError(f"{lora.file} does not exist; name the LoRA's .safetensors file")
     try:
-        loader: Any = StableDiffusionPipeline
-        state, alphas = loader.lora_state_dict(
+        state, alphas = _loader().lora_state_dict(
             str(lora.file.parent), weight_name=lora.file.name, use_safetensors=True, local_files_only=True
         )
     except Exception as error:  # whatever safetensors and diffusers find wrong with a file
         raise ExportError(f"{lora.file} cannot be read as a LoRA: {error}") from error
     return state, alphas
+
+
+def _loader() -> Any:
+    """The class of diffusers that reads LoRA files and puts them beside a model's weights."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline
