@@ -22,6 +22,7 @@ from dnp.engine.bundle import Bundle
 from dnp.engine.errors import BackendError, BundleError, Cancelled, DnpError, OutputError, SettingsError
 from dnp.engine.files import write_together
 from dnp.engine.flavour import Flavour, flavour_of, listening, logger
+from dnp.engine.interrupts import uninterrupted
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.plan import FOLDER, Plan, PlanSpec, PlanStore
 from dnp.engine.processor import peak_memory
@@ -281,13 +282,13 @@ def compile_plan(
     thread = threading.Thread(target=build.run, name=f"build-{graph.name}", daemon=True)
     thread.start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        while not build.ended.wait(0.2):  # a join that a Ctrl-C interrupts takes the thread for dead, up to Python 3.12
             if progress is not None and progress(build.state()) is False:
                 raise Cancelled(f"the build of {graph.name!r} was stopped; no plan is half-written")
     except BaseException:
         build.cancelled = True
-        thread.join()
+        with uninterrupted():  # a process that ends while the compiler is at work crashes
+            build.ended.wait()
         raise
     if build.error is None:
         return build.data, build.facts
@@ -303,7 +304,7 @@ class _Build:
         self, graph: GraphSpec, profile: Profile, settings: BuildSettings, goal: Target, timings: Path | None
     ) -> None:
         self.graph, self.profile, self.settings, self.goal, self.timings = graph, profile, settings, goal, timings
-        self.cancelled = False
+        self.cancelled, self.ended = False, threading.Event()
         self.error: BaseException | None = None
         self.data: Any = None
         self.facts: dict[str, Any] = {}
@@ -321,6 +322,8 @@ class _Build:
             self._compile()
         except BaseException as error:  # it is raised again where the build was asked for
             self.error = error
+        finally:
+            self.ended.set()
 
     def _compile(self) -> None:
         trt = self.goal.flavour.load()
