@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from dnp import Pipeline
-from dnp.engine import Bundle, cuda, open_backend
+from dnp.engine import Bundle, cuda, open_backend, open_session
 from dnp.engine.build import BuildSettings, build_plans
 from dnp.engine.errors import DnpError
 from dnp.engine.files import write_together
@@ -212,7 +212,11 @@ def captured(bundle: Bundle, backend: str, options: BackendOptions) -> bool:
 
 
 def refit(bundle: Bundle, backend: str, engines: Path) -> dict:
-    """Weights A, then B, then A again: the last results must be the first, bit by bit, and B's must differ."""
+    """Weights A, then B, then A again: the last results must be the first, bit by bit, and B's must differ.
+
+    A's must be those of the cpu backend as well: NVIDIA lists a known issue of TensorRT 11.3, where plans that can be
+    refitted lose a bias.
+    """
     import onnx
     from onnx import numpy_helper
 
@@ -226,24 +230,34 @@ def refit(bundle: Bundle, backend: str, engines: Path) -> dict:
             if array.dtype.kind == "f" and array.ndim == 2:
                 tensor.CopyFrom(numpy_helper.from_array((array * 1.25).astype(array.dtype), tensor.name))
         onnx.save(model, other)
-        opened = open_backend(backend, BackendOptions(engines=engines))
-        session = opened.session(graph, bundle)
         results = []
-        for weights in (None, other, graph.path):
-            if weights is not None:
-                session.refit(weights)
-            session.reshape(batch=1)
-            session.inputs["ids"].write(np.arange(bundle.text.length, dtype=np.int64)[None])
-            session.run()
-            results.append(session.outputs["context"].read())
-        session.close()
-        opened.close()
+        with open_session(bundle, graph.name) as on_cpu:
+            expected = context(bundle, on_cpu)
+        with open_session(bundle, graph.name, backend, BackendOptions(engines=engines)) as session:
+            for weights in (None, other, graph.path):
+                if weights is not None:
+                    session.refit(weights)
+                results.append(context(bundle, session))
     except DnpError as error:
         return {"passed": False, "error": str(error)}
     finally:
         shutil.rmtree(engines, ignore_errors=True)
     same, different = np.array_equal(results[0], results[2]), not np.array_equal(results[0], results[1])
-    return {"passed": bool(same and different), "a_b_a_bit_equal": bool(same), "b_differs": bool(different)}
+    error = difference(expected, results[0])
+    return {
+        "passed": bool(same and different and error <= BOUNDS[bundle.precision]),
+        "a_b_a_bit_equal": bool(same),
+        "b_differs": bool(different),
+        "a_against_cpu": error,
+    }
+
+
+def context(bundle: Bundle, session) -> np.ndarray:
+    """What the text encoder makes of the first token ids there are."""
+    session.reshape(batch=1)
+    session.inputs["ids"].write(np.arange(bundle.text.length, dtype=np.int64)[None])
+    session.run()
+    return session.outputs["context"].read()
 
 
 def time_steps(bundle: Bundle, backend: str, options: BackendOptions, batches: int) -> list[dict]:

@@ -22,10 +22,11 @@ from dnp.engine.bundle import Bundle
 from dnp.engine.errors import BackendError, BundleError, Cancelled, DnpError, OutputError, SettingsError
 from dnp.engine.files import write_together
 from dnp.engine.flavour import Flavour, flavour_of, listening, logger
+from dnp.engine.interrupts import uninterrupted
 from dnp.engine.manifest import GraphSpec
-from dnp.engine.plan import FOLDER, Plan, PlanSpec, PlanStore, graph_sha256
+from dnp.engine.plan import FOLDER, Plan, PlanSpec, PlanStore
 from dnp.engine.processor import peak_memory
-from dnp.engine.profile import Profile, Range, default_profile, from_dict, to_dict
+from dnp.engine.profile import Profile, Range, buffer_bytes, default_profile, from_dict, to_dict
 from dnp.engine.schema import REMEDY, shown
 
 _log = logging.getLogger("dnp.engine")
@@ -102,7 +103,8 @@ class Target:
 def target(flavour: Flavour, sm: Sequence[int] = (), device: int = 0) -> Target:
     """What to compile for: the architectures named, the present GPU's when none is.
 
-    Raises BackendError when there is no GPU and none was named, or for what the flavour does not compile for.
+    Raises BackendError when there is no GPU and none was named, when it is too old, or for what the flavour does not
+    compile for.
     """
     module = flavour.load()
     if sm and not flavour.portable:
@@ -117,6 +119,7 @@ def target(flavour: Flavour, sm: Sequence[int] = (), device: int = 0) -> Target:
     except BackendError as error:
         other = "; name the architectures to compile for, e.g. --sm 89,120" if flavour.portable else ""
         raise BackendError(f"{flavour.title} compiles for the GPU that is present, but {error}{other}") from error
+    gpu.check_age()
     if flavour.portable and gpu.sm not in flavour.architectures:
         raise BackendError(
             f"{gpu.name} (SM {gpu.sm}) is none of those that {flavour.title} compiles for; {_known(flavour)}; "
@@ -218,7 +221,7 @@ def obtain(
     """The plan in ``store``, verified, or a new one where there is none that can be used. Raises as ``build_plans``."""
     spec = PlanSpec(
         graph=graph.name,
-        graph_sha256=graph_sha256(bundle, graph),
+        graph_sha256=bundle.graph_sha256(graph.name),
         flavour=goal.flavour.name,
         version=goal.version,
         architecture=goal.architecture,
@@ -237,24 +240,27 @@ def obtain(
         if report is not None:
             if reason:
                 report(f"{graph.name}: building anew: {reason}")
-            report(f"{graph.name}: {memory_needed(graph)}")
+            report(f"{graph.name}: {memory_needed(graph, profile)}")
         cache_file = store.folder / f".timing-{goal.version}-{spec.architecture.replace(' ', '-')}.cache"
         timings = None if goal.flavour.portable else cache_file
         data, facts = compile_plan(graph, profile, settings, goal, timings=timings, progress=progress)
         return store.write(spec, data, facts)
 
 
-def memory_needed(graph: GraphSpec) -> str:
-    """What building a plan will take, by the size of the weights, and what is there, in words."""
-    files = [graph.path, graph.path.with_name(f"{graph.path.name}.data")]
-    weights = sum(file.stat().st_size for file in files if file.exists())
+def memory_needed(graph: GraphSpec, profile: Profile) -> str:
+    """What building a plan will take and running it, as far as that is known before, and what is there; in words."""
+    weights = graph.nbytes
     need = _MEMORY_PER_WEIGHT * weights + _MEMORY_BESIDE
     try:
         free: float = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         free = math.inf  # the system does not tell
     warning = " (less is free than that)" if free < need else ""
-    return f"compiling {weights / 1e6:.0f} MB of weights, about {need / 1e9:.1f} GB of memory{warning}"
+    buffers = buffer_bytes(graph, profile)
+    return (
+        f"compiling {weights / 1e6:.0f} MB of weights, about {need / 1e9:.1f} GB of memory{warning}; "
+        f"the GPU will hold the weights, {buffers / 1e6:.1f} MB of buffers, and activations, known when it is built"
+    )
 
 
 def compile_plan(
@@ -266,7 +272,8 @@ def compile_plan(
     timings: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The plan as a buffer, and the facts: bytes of weights, activations and scratch, layers, seconds, peak memory.
+    """The plan as a buffer, and the facts: bytes of weights, activations, scratch and, at the largest sizes, buffers;
+    layers, seconds, peak memory.
 
     The compiler runs in a thread of its own, so that this one can tell how it goes and answer a Ctrl-C.
     Raises as ``build_plans``.
@@ -275,13 +282,13 @@ def compile_plan(
     thread = threading.Thread(target=build.run, name=f"build-{graph.name}", daemon=True)
     thread.start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        while not build.ended.wait(0.2):  # a join that a Ctrl-C interrupts takes the thread for dead, up to Python 3.12
             if progress is not None and progress(build.state()) is False:
                 raise Cancelled(f"the build of {graph.name!r} was stopped; no plan is half-written")
     except BaseException:
         build.cancelled = True
-        thread.join()
+        with uninterrupted():  # a process that ends while the compiler is at work crashes
+            build.ended.wait()
         raise
     if build.error is None:
         return build.data, build.facts
@@ -297,7 +304,7 @@ class _Build:
         self, graph: GraphSpec, profile: Profile, settings: BuildSettings, goal: Target, timings: Path | None
     ) -> None:
         self.graph, self.profile, self.settings, self.goal, self.timings = graph, profile, settings, goal, timings
-        self.cancelled = False
+        self.cancelled, self.ended = False, threading.Event()
         self.error: BaseException | None = None
         self.data: Any = None
         self.facts: dict[str, Any] = {}
@@ -315,6 +322,8 @@ class _Build:
             self._compile()
         except BaseException as error:  # it is raised again where the build was asked for
             self.error = error
+        finally:
+            self.ended.set()
 
     def _compile(self) -> None:
         trt = self.goal.flavour.load()
@@ -335,6 +344,7 @@ class _Build:
             self.data = data
             self.facts = {
                 **_facts(log.messages()),
+                "buffer_bytes": buffer_bytes(self.graph, self.profile),
                 "layers": network.num_layers,
                 "seconds": round(time.perf_counter() - self._started, 2),
                 "peak_memory_bytes": peak_memory(),

@@ -12,7 +12,7 @@ from importlib.resources import files as package_files
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from dnp.engine.errors import BundleError
+from dnp.engine.errors import BundleError, SettingsError
 from dnp.engine.files import write_together
 from dnp.engine.manifest import (
     SCHEMA,
@@ -107,6 +107,27 @@ class Bundle(Manifest):
                 "name one, or install dnp-engine again: pip install --force-reinstall dnp-engine"
             )
         return cls.open(folder)
+
+    def graph_sha256(self, graph: str) -> str:
+        """One hash for a graph's file and the weights beside it, from the hashes that ``open`` verified."""
+        file = self.graph(graph).path.relative_to(self.path).as_posix()
+        own = {name: record.sha256 for name, record in self.files.items() if name in (file, f"{file}.data")}
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+    def unlike(self, other: Bundle) -> list[str]:
+        """The graphs that ``other`` has in another form, or with other weights."""
+        return [name for name in self.graphs if self.graph_sha256(name) != other.graph_sha256(name)]
+
+    def check_same_model(self, other: Bundle) -> None:
+        """Raises SettingsError, naming what differs, unless all that may differ are weights, schedule and defaults."""
+        for name in ("family", "precision", "text", "latents", "caption"):
+            mine, its = getattr(self, name), getattr(other, name)
+            files = [spec.tokenizer for spec in (mine, its) if hasattr(spec, "tokenizer")]
+            if mine != its or (files and self.files[files[0]] != other.files[files[1]]):
+                raise SettingsError(
+                    f"{other.path} is of another model than {self.path}: {name!r} differs, and weights are exchanged "
+                    "only between exports of equal sizes, tokenizers and precision; open a pipeline on it instead"
+                )
 
     def graph(self, name: str) -> GraphSpec:
         """The graph called ``name``. Raises BundleError naming the known ones."""

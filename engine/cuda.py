@@ -14,6 +14,7 @@ from dnp.engine.errors import BackendError
 from dnp.engine.extras import load
 
 _current = threading.local()  # the device of each thread, as far as it was set from here
+OLDEST: Final = 75  # SM 7.5, Turing: CUDA 13, TensorRT from 10.5 on and TensorRT for RTX have no code for older GPUs
 _NO_DRIVER: Final = "there is no NVIDIA driver here, or one too old for CUDA {version}: install one, then `dnp doctor`"
 
 
@@ -28,6 +29,14 @@ class GpuProperties:
     name: str
     sm: int
     memory: int
+
+    def check_age(self) -> None:
+        """Raises BackendError for a GPU that is too old to run anything here."""
+        if self.sm < OLDEST:
+            raise BackendError(
+                f"{self.name} (SM {self.sm}) is too old: CUDA 13 and TensorRT need SM {OLDEST} or newer; use the "
+                "backend 'cpu' or 'openvino'"
+            )
 
 
 class Cuda:

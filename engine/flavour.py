@@ -6,6 +6,7 @@ its architectures on any machine, a GPU or not, and finishes the kernels on the 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,11 +63,17 @@ def logger(module: Any) -> Any:
     class Logger(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             module.ILogger.__init__(self)
-            self.lines: list[tuple[int, str]] = []
+            self.listeners: dict[int, list[tuple[int, str]]] = {}  # the lines that each thread collects
+            self.lock = threading.RLock()  # what is freed meanwhile may log too
 
         def log(self, severity: Any, message: str) -> None:
-            if severity != module.ILogger.Severity.VERBOSE:
-                self.lines.append((int(severity), message))
+            if severity == module.ILogger.Severity.VERBOSE:
+                return
+            with self.lock:
+                mine = self.listeners.get(threading.get_ident())
+                # Threads of TensorRT's own do not say for whom they work: everyone who listens is told.
+                for lines in [mine] if mine is not None else self.listeners.values():
+                    lines.append((int(severity), message))
 
     return Logger()
 
@@ -79,7 +86,9 @@ class Log:
 
     def errors(self) -> str:
         """The errors, in one line; what to say when TensorRT returns None or False."""
-        said = [message.strip().splitlines()[0] for severity, message in self._lines if severity <= 1 and message]
+        said = [
+            message.strip().splitlines()[0] for severity, message in self._lines if severity <= 1 and message.strip()
+        ]
         return "; ".join(said) or "it gave no reason"
 
     def messages(self) -> Iterator[str]:
@@ -89,10 +98,16 @@ class Log:
 
 @contextmanager
 def listening(module: Any) -> Iterator[Log]:
-    """Collect what TensorRT says inside the block."""
-    into = logger(module)
-    before, into.lines = into.lines, []
+    """Collect what TensorRT says inside the block: in this thread, and in threads that do not listen themselves."""
+    into, thread = logger(module), threading.get_ident()
+    lines: list[tuple[int, str]] = []
+    with into.lock:
+        before, into.listeners[thread] = into.listeners.get(thread), lines
     try:
-        yield Log(into.lines)
+        yield Log(lines)
     finally:
-        into.lines = before
+        with into.lock:
+            if before is None:
+                del into.listeners[thread]
+            else:
+                into.listeners[thread] = before

@@ -97,6 +97,12 @@ class GraphSpec:
         tensors = [*self.inputs.values(), *self.outputs.values()]
         return tuple(dict.fromkeys(symbol for tensor in tensors for symbol in tensor.symbols))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file and of the weights beside it: what the weights take, where they are kept as they are."""
+        files = [self.path, self.path.with_name(f"{self.path.name}.data")]
+        return sum(file.stat().st_size for file in files if file.exists())
+
 
 @dataclass(frozen=True)
 class TextSpec:

@@ -43,11 +43,28 @@ class CudaSession(DeviceSession):
             "cudnn_conv_algo_search": "HEURISTIC",  # by measuring, two sessions may choose differently
             "arena_extend_strategy": "kSameAsRequested",
         }
-        refusal = None
+        if device.left is not None:  # of each session's own pool; the buffers are ours, and counted by the device
+            settings["gpu_mem_limit"] = str(device.left)
+        device.hold(graph.nbytes, f"the weights of {graph.name!r}", "raise --memory-limit")
+        try:
+            self._open(ort, graph, options, settings)
+            check_session(graph, self._session)
+            super().__init__(graph, backend, f"ONNX Runtime {ort.__version__}, {PROVIDER}")
+        except BaseException:
+            device.release(graph.nbytes)
+            raise
+        self._ort, self._number = ort, backend.options.device
+        if self._refusal is not None:
+            self._run_eagerly(self._refusal)
+        self._numbers: dict[tuple[tuple[int, ...], ...], int] = {}
+        self._binding = self._session.io_binding()
+
+    def _open(self, ort: Any, graph: GraphSpec, options: Any, settings: dict[str, str]) -> None:
+        self._refusal: str | None = None
         try:
             self._session = ort.InferenceSession(str(graph.path), options, providers=[(PROVIDER, settings)])
         except Exception as refused:
-            refusal = first_line(refused)
+            self._refusal = first_line(refused)
             try:  # it opens no session that records when a node has to run on the processor
                 settings["enable_cuda_graph"] = "0"
                 self._session = ort.InferenceSession(str(graph.path), options, providers=[(PROVIDER, settings)])
@@ -61,13 +78,6 @@ class CudaSession(DeviceSession):
                 f"ONNX Runtime was asked for {PROVIDER} and runs {', '.join(running)}; it needs CUDA 13 and cuDNN 9: "
                 "pip install 'dnp-engine[gpu]'"
             )
-        check_session(graph, self._session)
-        super().__init__(graph, backend, f"ONNX Runtime {ort.__version__}, {running[0]}")
-        self._ort, self._number = ort, backend.options.device
-        if refusal is not None:
-            self._run_eagerly(refusal)
-        self._numbers: dict[tuple[tuple[int, ...], ...], int] = {}
-        self._binding = self._session.io_binding()
 
     def bucket(self, symbol: str, size: int) -> int:
         """See ``Session.bucket``: sampler tables of usual lengths are run at one length, or longer ones as they are."""
@@ -116,6 +126,7 @@ class CudaSession(DeviceSession):
         self._numbers.clear()
 
     def _release(self) -> None:
+        self._device.release(self.graph.nbytes)
         del self._binding, self._session
 
 
@@ -123,10 +134,9 @@ class CudaBackend(DeviceBackend):
     """ONNX Runtime on one GPU, with one stream for all its sessions."""
 
     name = "cuda"
+    remedy = "ask for fewer images at once, or smaller ones"
 
     def _load(self) -> Any:
-        if self.options.memory_limit is not None:
-            raise BackendError("ONNX Runtime keeps memory of its own on a GPU; leave --memory-limit out with 'cuda'")
         module = import_onnxruntime("gpu")
         if PROVIDER not in module.get_available_providers():
             raise missing_extra("onnxruntime-gpu", "gpu", "the backend 'cuda'")

@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from dnp.engine.bundle import Bundle, file_record
+from dnp.engine.bundle import file_record
 from dnp.engine.errors import BackendError, Cancelled, OutputError, missing_extra
 from dnp.engine.files import TEMPORARY, write_together
-from dnp.engine.manifest import GraphSpec
 
 FOLDER: Final = "engines"
 
@@ -78,13 +77,6 @@ class Plan:
     path: Path
     spec: PlanSpec
     facts: dict[str, Any]
-
-
-def graph_sha256(bundle: Bundle, graph: GraphSpec) -> str:
-    """One hash for the graph's file and the weights beside it, from the hashes that ``Bundle.open`` verified."""
-    file = graph.path.relative_to(bundle.path).as_posix()
-    own = {name: record.sha256 for name, record in bundle.files.items() if name in (file, f"{file}.data")}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 class PlanStore:

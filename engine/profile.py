@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from dnp.engine.errors import SettingsError
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.schema import shown
@@ -158,6 +160,13 @@ def limits_of(bundle: Bundle, graph: GraphSpec, profile: Profile, backend: str) 
 def largest(profile: Profile) -> dict[str, int]:
     """The largest size of every symbol."""
     return {symbol: range_.high for symbol, range_ in profile.items()}
+
+
+def buffer_bytes(graph: GraphSpec, profile: Profile) -> int:
+    """Bytes of all inputs and outputs at the largest sizes; less where a session reads another one's buffers."""
+    dims = largest(profile)
+    specs = [*graph.inputs.values(), *graph.outputs.values()]
+    return sum(math.prod(spec.resolve(dims)) * np.dtype(spec.dtype).itemsize for spec in specs)
 
 
 def smallest(profile: Profile) -> dict[str, int]:

@@ -36,7 +36,8 @@ class BackendOptions:
         precision: the arithmetic, where a backend has a choice: ``f32`` or ``bf16`` on ``openvino``.
         device: the number of the GPU, where a backend runs on one.
         eager: run without recorded CUDA graphs, the same code otherwise.
-        memory_limit: bytes of device memory for buffers and activations; weights come on top.
+        memory_limit: bytes of device memory for buffers, activations and weights; on ``cuda`` the activations are
+            counted for each graph by itself.
         engines: where compiled plans are kept; the bundle's own ``engines/`` when ``None``.
     """
 
@@ -194,6 +195,19 @@ class Session(ABC):
         For warm-up, never while serving: it may take long, and what the buffers hold is unspecified afterwards.
         Raises what ``run`` raises.
         """
+
+    def check_refit(self) -> None:
+        """Raises BackendError when the weights cannot be exchanged."""
+        raise BackendError(
+            f"{self._where}: {self.backend} cannot exchange weights; open a pipeline on the bundle with the other ones"
+        )
+
+    def refit(self, path: Path) -> None:
+        """Take all weights of another ONNX file of the same structure, and keep nothing of the present ones.
+
+        Raises BackendError as ``check_refit``, and when the file does not fit, which ends the session.
+        """
+        self.check_refit()
 
     def __enter__(self) -> Session:
         return self

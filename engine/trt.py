@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dnp.engine.bundle import Bundle
 
 _log = logging.getLogger("dnp.engine")
+_STREAM: Final = "build the plan with --weight-streaming"
 _DTYPES: Final = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "UINT8": "uint8"}
 
 
@@ -43,7 +44,13 @@ class TrtSession(DeviceSession):
     """
 
     def __init__(
-        self, graph: GraphSpec, plan: memoryview | mmap.mmap, limits: Limits, backend: TrtBackend, cache: Path | None
+        self,
+        graph: GraphSpec,
+        plan: memoryview | mmap.mmap,
+        limits: Limits,
+        backend: TrtBackend,
+        cache: Path | None,
+        weights: int,
     ) -> None:
         super().__init__(graph, backend, f"{backend.flavour.title} {backend.module.__version__}")
         self._limits = limits
@@ -51,27 +58,47 @@ class TrtSession(DeviceSession):
         self._flavour, self._trt, self._cache_file = backend.flavour, backend.module, cache
         self._loose: _Run | None = None
         self._prepared: dict[tuple[int, ...], _Run] = {}
+        self._device.hold(weights, f"the weights of {graph.name!r}", _STREAM)
+        self._held = weights
+        try:
+            self._load(plan)
+            for buffer, shape in self._own(self.most):
+                buffer.reserve(shape)
+        except BaseException:
+            self._device.release(weights)
+            self._free_buffers()
+            raise
+        self._streamable = int(self._engine.streamable_weights_size)  # 0 unless it was built to be
+        if self._streamable:
+            self._engine.weight_streaming_budget_v2 = 0  # its share is known when all others are open: `_settle`
+            self._device.want_share(self._streamable)
+        self._want_scratch()
+
+    def _load(self, plan: memoryview | mmap.mmap) -> None:
         with listening(self._trt) as log:
             self._runtime = self._trt.Runtime(logger(self._trt))
             engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(
-                f"{self._where}: {backend.flavour.title} cannot load the plan on {self._device.properties.name}: "
-                f"{log.errors()}; {_remedy(log, 'build it again: dnp build --force')}"
+                f"{self._where}: {self._flavour.title} cannot load the plan on {self._device.properties.name}: "
+                f"{log.errors()}; {self._remedy(log, 'build it again: dnp build --force')}"
             )
         self._engine = engine
         self._check_engine()
         self._config = self._runtime_config()
-        try:
-            for buffer, shape in self._own(self.most):
-                buffer.reserve(shape)
-        except BaseException:
-            self._free_buffers()
-            raise
-        self._scratch_size = int(engine.get_device_memory_size_for_profile_v2(0))
+
+    def _want_scratch(self) -> None:
+        self._scratch_size = int(self._engine.get_device_memory_size_for_profile_v2(0))
         self._device.want_scratch(self._scratch_size)
-        if engine.streamable_weights_size:  # 0 unless it was built to be
-            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+
+    def _settle(self) -> None:
+        """Decide how many of the weights lie on the device, which cannot be changed once there is a context."""
+        if not self._streamable:
+            return
+        share = self._device.share(self._streamable)
+        self._streamable, self._held = 0, self._held + share
+        self._engine.weight_streaming_budget_v2 = share
+        self._want_scratch()  # it depends on how many are streamed
 
     def admit(self, **dims: int) -> None:
         """See ``Session.admit``."""
@@ -123,16 +150,18 @@ class TrtSession(DeviceSession):
             self._check_inputs(dims)
             self._cuda.launch(run.recorded, self._device.stream)
 
-    def refit(self, path: Path) -> None:
-        """Take the weights of another ONNX file of the same structure, all of them, and leave nothing of the old ones.
-
-        A LoRA is merged into the original weights before: what was merged is never merged into again.
-        Raises BackendError when the plan was not built with ``refit``, or when the file does not fit, which ends the
-        session.
-        """
+    def check_refit(self) -> None:
+        """See ``Session.check_refit``: weights are exchanged in plans that were built for it."""
         self._require_open()
         if not self._engine.refittable:
-            raise BackendError(f"{self._where}: this plan keeps its weights; build one that does not: --refit")
+            raise BackendError(
+                f"{self._where}: this plan keeps its weights; build one that does not: {self._limits.command} --refit"
+            )
+
+    def refit(self, path: Path) -> None:
+        """See ``Session.refit``. A LoRA is merged into the original weights before, see ``dnp export --lora``."""
+        self.check_refit()
+        self._cuda.activate()
         self._cuda.synchronize(self._device.stream)
         with listening(self._trt) as log:
             refitter = self._trt.Refitter(self._engine, logger(self._trt))
@@ -167,11 +196,13 @@ class TrtSession(DeviceSession):
         self._start_carrying()
 
     def _context(self) -> Any:
+        self._settle()
         with listening(self._trt) as log:
             context = self._engine.create_execution_context(self._config)
         if context is None:
             raise BackendError(
-                f"{self._where}: TensorRT made no execution context: {log.errors()}; {_remedy(log, 'see `dnp doctor`')}"
+                f"{self._where}: TensorRT made no execution context: {log.errors()}; "
+                f"{self._remedy(log, 'see `dnp doctor`')}"
             )
         if self._scratch_size:
             context.set_device_memory(self._device.scratch(), self._scratch_size)
@@ -214,6 +245,14 @@ class TrtSession(DeviceSession):
             found[side][name] = (_DTYPES.get(dtype, dtype.lower()), shape)
         check_border(self.graph, found)
 
+    def _remedy(self, log: Log, otherwise: str) -> str:
+        """What to do about a call that gave nothing, going by what TensorRT said."""
+        said = log.errors().lower()
+        if not any(word in said for word in ("outofmemory", "out of memory", "memory allocation")):
+            return otherwise
+        wanted, free = self._held / 1e6, self._cuda.free_memory() / 1e6
+        return f"its weights take {wanted:.1f} MB, {free:.1f} MB is free: {_STREAM}, or with smaller largest sizes"
+
     def _forget(self) -> None:
         for run in self._prepared.values():
             self._cuda.free_graph(run.recorded)
@@ -222,23 +261,16 @@ class TrtSession(DeviceSession):
 
     def _release(self) -> None:
         self._save_cache()
+        self._device.release(self._held)
+        self._device.want_share(-self._streamable)
         del self._config, self._engine, self._runtime
-
-
-def _remedy(log: Log, otherwise: str) -> str:
-    """What to do about a call that gave nothing, going by what TensorRT said."""
-    lacking = any(word in log.errors().lower() for word in ("outofmemory", "out of memory", "memory allocation"))
-    return (
-        "the GPU's memory is too small for it: build with smaller largest sizes, or with --weight-streaming"
-        if lacking
-        else otherwise
-    )
 
 
 class TrtBackend(DeviceBackend):
     """Plans on one GPU, with one scratch memory for all of them."""
 
     flavour: Flavour
+    remedy = "build plans of smaller largest sizes (dnp build --batch, --height, --width, --rows)"
 
     def _load(self) -> Any:
         return self.flavour.load()
@@ -247,8 +279,9 @@ class TrtBackend(DeviceBackend):
         """See ``Backend.session``. Builds the plan when there is none that can be used, which takes its time."""
         if bundle is None:
             profile = any_profile(graph)
-            built, _ = compile_plan(graph, profile, BuildSettings(), target(self.flavour, (), self.options.device))
-            return TrtSession(graph, memoryview(built), Limits(profile), self, None)
+            built, facts = compile_plan(graph, profile, BuildSettings(), target(self.flavour, (), self.options.device))
+            weights = int(facts.get("weights_bytes", 0))
+            return TrtSession(graph, memoryview(built), Limits(profile), self, None, weights)
         store = PlanStore(self.options.engines or bundle.path / FOLDER)
         wanted = wanted_plan(bundle, graph, self.flavour, store, self.options.device)
         plan = obtain(bundle, graph, *wanted, store, report=_log.warning)
@@ -261,8 +294,10 @@ class TrtBackend(DeviceBackend):
             return session.layers()
 
     def _open(self, graph: GraphSpec, plan: Plan, limits: Limits, cache: Path | None) -> TrtSession:
+        streamed = plan.spec.flags.get("weight_streaming", False)
         with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return TrtSession(graph, data, limits, self, cache)
+            weights = 0 if streamed else int(plan.facts.get("weights_bytes", len(data)))
+            return TrtSession(graph, data, limits, self, cache, weights)
 
 
 class TensorRtBackend(TrtBackend):

@@ -22,6 +22,7 @@ from dnp.engine.schema import REMEDY, record
 from dnp.export import stable_diffusion
 from dnp.export.blip import blip_graphs, caption_manifest, caption_tokenizer, load_blip
 from dnp.export.graph import GraphExport, GraphRecord, WrittenGraph, check_graph, export_graph, write_graph
+from dnp.export.lora import Lora, check_loras
 from dnp.export.memory import PeakMemory
 from dnp.export.precision import Precision, check_precision
 from dnp.export.ranges import RangeCheck, check_ranges
@@ -77,6 +78,7 @@ def export_bundle(
     precision: str = "fp32",
     name: str | None = None,
     defaults: Mapping[str, Any] | None = None,
+    loras: Sequence[Lora] = (),
     ranges: RangeCheck | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -90,6 +92,7 @@ def export_bundle(
         precision: the arithmetic of the graphs, ``fp32`` or ``fp16``.
         name: the bundle's name; that of the folder ``out`` when left out.
         defaults: what replaces single ones of ``DEFAULTS``.
+        loras: merged into the weights before they are exported, in this order.
         ranges: run whole requests with the fp16 graphs, put back to float32 what overflows, and keep the list in the
             manifest. Only then are the graphs compared with PyTorch.
         overwrite: replace a bundle that is already there.
@@ -108,7 +111,8 @@ def export_bundle(
             raise ExportError("only fp16 graphs have ranges to check; use precision fp16 (--precision fp16)")
         settings = _merge_defaults(defaults or {})
         _check_out(out, overwrite)
-        model = read_source(Path(source))
+        check_loras(tuple(loras))
+        model = replace(read_source(Path(source)), loras=tuple(loras))
         try:
             check_defaults(NoiseSchedule.from_config(model.schedule), record(Defaults, settings, "defaults"))
         except SettingsError as error:
@@ -147,7 +151,10 @@ def export_bundle(
                 "name": name,
                 "family": FAMILY,
                 "precision": exact,
-                "created_with": {package: version(package) for package in _PACKAGES},
+                "created_with": {
+                    **{package: version(package) for package in _PACKAGES},
+                    **{lora.file.name: f"merged as {lora.scale:g}" for lora in loras},
+                },
                 "text": prompt.manifest,
                 "latents": model.latents_manifest(),
                 "schedule": dict(model.schedule),

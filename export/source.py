@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dnp.engine.errors import ExportError, SettingsError
+from dnp.export.lora import Lora
 from dnp.runtime.schedule import NoiseSchedule
 
 PIPELINE = "StableDiffusionPipeline"
@@ -87,6 +88,7 @@ class Source:
         vocabulary: how many token ids there are.
         scaling: latents are multiplied by it after encoding, divided by it before decoding.
         schedule: the keys of the scheduler's configuration that a bundle keeps.
+        loras: what is merged into the weights, in this order.
     """
 
     folder: Path
@@ -102,6 +104,7 @@ class Source:
     vocabulary: int
     scaling: float
     schedule: Mapping[str, Any]
+    loras: tuple[Lora, ...] = ()
 
     def latents_manifest(self) -> dict[str, int]:
         """The ``latents`` section of ``bundle.json``."""

@@ -17,6 +17,7 @@ from torch import nn
 from dnp.engine import layout
 from dnp.engine.errors import ExportError
 from dnp.export.graph import Array, Dims, GraphExport, Tensor
+from dnp.export.lora import merge
 from dnp.export.precision import Precision, dtype_of, in_precision
 from dnp.export.source import Source
 
@@ -250,4 +251,6 @@ def _load(source: Source, component: str) -> Any:
     missing = sorted(report["missing_keys"])
     if missing:
         raise ExportError(f"{folder} lacks {len(missing)} weights of the model, {missing[0]} among them")
+    for lora in source.loras:
+        merge(model, component, lora)
     return model.eval().requires_grad_(False)

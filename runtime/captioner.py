@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,21 +37,24 @@ class Captioner:
         step.carry("keys", "next_keys")
         step.carry("values", "next_values")
 
-    def close(self) -> None:
-        """Close both sessions."""
-        self._step.close()
-        self._encode.close()
-
-    def prepare(self, batch: int, height: int, width: int) -> None:
-        """Warm up for ``batch`` images of this size, captioned greedily."""
-        height, width = self._encode.nearest("image_height", height), self._encode.nearest("image_width", width)
-        self._see(np.zeros((batch, height, width, 3), np.uint8))
-        self._encode.prepare()
-        self._step.reshape(batch=batch, images=batch)
-        self._step.inputs["token"].write(np.full(batch, self._spec.bos, np.int64))
-        self._step.inputs["parent"].write(np.arange(batch, dtype=np.int64))
-        self._step.inputs["position"].write(np.zeros(batch, np.int64))
-        self._step.prepare()
+    def prepare(self, batches: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
+        """Warm up for so many images at once, the most first, of each of ``sizes``, as (height, width) in pixels or the
+        nearest that there are, captioned greedily.
+        """
+        nearest = self._encode.nearest
+        shapes = [(nearest("image_height", height), nearest("image_width", width)) for height, width in sizes]
+        for height, width in shapes:  # what grows has grown before anything is recorded, for it moves
+            for batch in batches[:1]:
+                self._encode.reshape(batch=batch, image_height=height, image_width=width)
+        for batch in batches:
+            for height, width in shapes:
+                self._see(np.zeros((batch, height, width, 3), np.uint8))
+                self._encode.prepare()
+            self._step.reshape(batch=batch, images=batch)
+            self._step.inputs["token"].write(np.full(batch, self._spec.bos, np.int64))
+            self._step.inputs["parent"].write(np.arange(batch, dtype=np.int64))
+            self._step.inputs["position"].write(np.zeros(batch, np.int64))
+            self._step.prepare()
 
     def admit(self, height: int, width: int) -> None:
         """Raises SettingsError when images of this size cannot be captioned here."""

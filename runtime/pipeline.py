@@ -48,16 +48,15 @@ class Pipeline:
     """
 
     def __init__(self, bundle: Bundle, backend: str | Backend = "cpu", options: BackendOptions | None = None) -> None:
-        self.bundle = bundle
+        self.bundle = self._plans = bundle  # whose weights run, and for which the graphs were compiled
         self._backend = backend if isinstance(backend, Backend) else open_backend(backend, options)
-        try:
-            self._schedule = NoiseSchedule.from_config(bundle.schedule)
-            check_defaults(self._schedule, bundle.defaults)
-        except SettingsError as error:
-            raise BundleError(f"{bundle.path}: its own settings cannot be honoured: {error}") from error
+        self._schedule = _schedule_of(bundle)
         self._busy = threading.Lock()
         self._closed = False
+        latents = bundle.latents
+        self._sizes = [(latents.height * latents.pixels, latents.width * latents.pixels)]  # that runs are recorded for
         self._prepared: set[str] = set()
+        self._sessions: dict[str, Session] = {}  # by graph
         self._opening = 0.0  # seconds spent on opening that no result has told of
 
     @classmethod
@@ -122,7 +121,10 @@ class Pipeline:
     def _session(self, graph: str) -> Session:
         self._check_open()
         started = time.perf_counter()
-        session = self._backend.session(self.bundle.graph(graph), self.bundle)
+        session = self._backend.session(self._plans.graph(graph), self._plans)
+        self._sessions[graph] = session
+        if graph in self._plans.unlike(self.bundle):
+            session.refit(self.bundle.graph(graph).path)
         self._opening += time.perf_counter() - started
         return session
 
@@ -139,39 +141,84 @@ class Pipeline:
         clock.add("open", before)
         for table in tables:
             self._denoise.bucket("rows", len(table.rows))
-        assert request.height is not None and request.width is not None
-        pixels = self.bundle.latents.pixels
-        size = {"height": request.height // pixels, "width": request.width // pixels}
         last = request.images % self._batch or self._batch
         for batch in {min(request.images, self._batch), last}:
-            self._denoise.admit(batch=batch, **size)
-            self._decode.admit(batch=batch, **size)
-        if request.runs_dns:
-            self._captioner.admit(request.height, request.width)
+            self._denoise.admit(batch=batch)
+            self._decode.admit(batch=batch)
+        assert request.height is not None and request.width is not None
+        self._admit(request.height, request.width, captioner=request.runs_dns)
         return clock
 
-    def warm_up(self, *, captioner: bool = True) -> None:
+    def warm_up(self, *, captioner: bool = True, sizes: Sequence[tuple[int, int]] = ()) -> None:
         """Do now, rather than with the first request that needs it, what is done once: open the graphs, record runs.
 
-        Raises DnpError when closed.
+        ``sizes`` are those of images, as (height, width) in pixels, to record runs for besides the default size, for
+        this pipeline's life; on a GPU each takes memory of its own.
+
+        Raises SettingsError for a size that the bundle or its plans do not have, DnpError when closed.
         """
         self._check_open()
         self._decode  # noqa: B018  reads the latents of the denoise session, so that one is opened too
         if captioner:
             self._captioner  # noqa: B018
+        new = [(height, width) for height, width in dict.fromkeys(sizes) if (height, width) not in self._sizes]
+        for height, width in new:
+            Request("a size", height=height, width=width).resolve(self.bundle)
+            self._admit(height, width, captioner=captioner)
+        if new:
+            captioner = captioner or "captions" in self._prepared
+            self._sizes += new
+            self._prepared.clear()
         least = self._denoise.least.get("batch", 1)
         batches = [batch for batch in self._backend.batches if least <= batch <= self._batch]
         if "sampling" not in self._prepared:
             samplers = ("euler_a", "ddim")  # one that draws noise on the way, and one that does not
             tables = [sampler_table(self._schedule, sampler, 2, 1.0) for sampler in samplers]
             sessions = (self._encode_text, self._denoise, self._decode)
-            prepare_sampling(self.bundle, *sessions, batches=batches, tables=tables)
+            prepare_sampling(self.bundle, *sessions, batches=batches, sizes=self._sizes, tables=tables)
             self._prepared.add("sampling")
         if captioner and "captions" not in self._prepared:
-            latents = self.bundle.latents
-            for batch in batches:
-                self._captioner.prepare(batch, latents.height * latents.pixels, latents.width * latents.pixels)
+            self._captioner.prepare(batches, self._sizes)
             self._prepared.add("captions")
+
+    def _admit(self, height: int, width: int, *, captioner: bool) -> None:
+        """Raises SettingsError when the graphs are compiled for other sizes than these, in pixels."""
+        pixels = self.bundle.latents.pixels
+        for session in (self._denoise, self._decode):
+            session.admit(height=height // pixels, width=width // pixels)
+        if captioner:
+            self._captioner.admit(height, width)
+
+    def refit(self, bundle: str | Path | Bundle) -> None:
+        """Take over the weights of another bundle, such as a fine-tune's, without compiling anything; its defaults and
+        its noise schedule come with it.
+
+        Only for plans that were built for it (``dnp build --refit``), and for a bundle whose graphs differ in nothing
+        but weights. All weights are read from that bundle, never changed in place, so going back to the first bundle
+        gives its own images again.
+
+        Raises BundleError for a bundle that cannot be opened; SettingsError for one of another model, and BackendError
+        for a backend or plans that keep their weights, with nothing changed; BackendError, with the pipeline closed,
+        when the weights do not fit after all.
+        """
+        other = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+        schedule = _schedule_of(other)
+        with self._exclusive():
+            self.bundle.check_same_model(other)
+            changed = [session for graph, session in self._sessions.items() if graph in self.bundle.unlike(other)]
+            for session in changed:
+                session.check_refit()
+            try:
+                for session in changed:
+                    session.refit(other.graph(session.graph.name).path)
+            except BaseException:
+                self._free()  # some graphs have the new weights and some the old ones
+                raise
+            self.bundle, self._schedule = other, schedule
+            recorded = set(self._prepared)
+            self._prepared.clear()  # what was recorded holds the old weights
+            if recorded:
+                self.warm_up(captioner="captions" in recorded)
 
     @property
     def _batch(self) -> int:
@@ -186,13 +233,13 @@ class Pipeline:
         if self._closed:
             return
         with self._exclusive():
-            for name in ("_encode_text", "_denoise", "_decode"):
-                if (session := self.__dict__.get(name)) is not None:
-                    session.close()
-            if (captioner := self.__dict__.get("_captioner")) is not None:
-                captioner.close()
-            self._backend.close()
-            self._closed = True
+            self._free()
+
+    def _free(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+        self._backend.close()
+        self._closed = True
 
     def __enter__(self) -> Pipeline:
         self._check_open()
@@ -455,6 +502,16 @@ class Pipeline:
             yield
         finally:
             self._busy.release()
+
+
+def _schedule_of(bundle: Bundle) -> NoiseSchedule:
+    """The bundle's schedule. Raises BundleError when its own defaults cannot be honoured with it."""
+    try:
+        schedule = NoiseSchedule.from_config(bundle.schedule)
+        check_defaults(schedule, bundle.defaults)
+    except SettingsError as error:
+        raise BundleError(f"{bundle.path}: its own settings cannot be honoured: {error}") from error
+    return schedule
 
 
 def drive(steps: Generator[Step, None, T], progress: Callback | None = None) -> T:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from dnp.engine.bundle import Bundle
 from dnp.engine.session import Session
@@ -16,21 +16,34 @@ def prepare_sampling(
     denoise: Session,
     decode: Session,
     *,
-    batches: Iterable[int],
+    batches: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
     tables: Sequence[SamplerTable],
 ) -> None:
-    """Prepare the three sessions at the bundle's default size, or the nearest that they have, with each of ``tables``.
+    """Prepare the three sessions at every batch size, the largest first, at images of each of ``sizes``, as (height,
+    width) in pixels, or the nearest that they have, and with each of ``tables``, the one that draws most noise first.
 
     A run's sizes depend on the sampler only in whether it draws noise on the way.
     """
     latents = bundle.latents
-    height, width = denoise.nearest("height", latents.height), denoise.nearest("width", latents.width)
-    shape = (latents.channels, height, width)
+    shapes = [
+        (
+            latents.channels,
+            denoise.nearest("height", h // latents.pixels),
+            denoise.nearest("width", w // latents.pixels),
+        )
+        for h, w in sizes
+    ]
+    for shape in shapes:  # what grows has grown before anything is recorded, for it moves
+        for batch in batches[:1]:
+            load_samples(denoise, [Sample(tables[0], 0)] * batch, shape)
+            decode.reshape(batch=batch, height=shape[1], width=shape[2])
     for batch in batches:
         encode_text.reshape(batch=batch)
         encode_text.prepare()
-        for table in tables:
-            load_samples(denoise, [Sample(table, 0)] * batch, shape)
-            denoise.prepare()
-        decode.reshape(batch=batch, height=height, width=width)
-        decode.prepare()
+        for shape in shapes:
+            for table in tables:
+                load_samples(denoise, [Sample(table, 0)] * batch, shape)
+                denoise.prepare()
+            decode.reshape(batch=batch, height=shape[1], width=shape[2])
+            decode.prepare()

@@ -174,7 +174,7 @@ class FakeTensorRt:
     __version__ = "0.0.0.fake"
 
     def __init__(self, cuda):
-        self.cuda, self.fail, self.built, self.contexts = cuda, set(), 0, []
+        self.cuda, self.fail, self.built, self.contexts, self.engines = cuda, set(), 0, [], []
         self.log = None
         module = self
 
@@ -210,11 +210,14 @@ class FakeTensorRt:
                     return None
                 module.log.log(3, "Total Activation Memory: 1000 bytes")
                 module.log.log(3, "Total Weights Memory: 2000 bytes")
-                return MARK + json.dumps({"path": network.path}).encode()
+                return MARK + json.dumps({"path": network.path, "flags": sorted(config.flags)}).encode()
 
         class Config:
+            def __init__(self):
+                self.flags = set()
+
             def set_flag(self, flag):
-                pass
+                self.flags.add(flag)
 
             def clear_flag(self, flag):
                 pass
@@ -257,9 +260,30 @@ class FakeTensorRt:
                 if "deserialize" in module.fail or not plan.startswith(MARK):
                     module.say("no plan")
                     return None
-                return FakeEngine(module, json.loads(plan.removeprefix(MARK))["path"])
+                return FakeEngine(module, **json.loads(plan.removeprefix(MARK)))
 
-        for kind in (ILogger, IProgressMonitor, Builder, OnnxParser, Runtime):
+        class Refitter:
+            def __init__(self, engine, logger):
+                module.log = logger
+                self.engine, self.session = engine, None
+
+            def get_missing_weights(self):
+                return ["a weight"] if "refit" in module.fail else []
+
+            def refit_cuda_engine(self):
+                assert self.engine.refittable
+                self.engine.session = self.session
+                return True
+
+        class OnnxParserRefitter:
+            def __init__(self, refitter, logger):
+                self.refitter = refitter
+
+            def refit_from_file(self, path):
+                self.refitter.session = open_on_cpu(path)
+                return True
+
+        for kind in (ILogger, IProgressMonitor, Builder, OnnxParser, Runtime, Refitter, OnnxParserRefitter):
             setattr(self, kind.__name__, kind)
         names = SimpleNamespace
         self.TensorIOMode = names(INPUT="input", OUTPUT="output")
@@ -278,17 +302,34 @@ class FakeTensorRt:
         self.log.log(1, message)
 
 
+def open_on_cpu(path):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
 class FakeEngine:
-    def __init__(self, module, path):
-        self.module = module
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 2
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    def __init__(self, module, path, flags):
+        self.module, self.contexts, self.budget = module, 0, None
+        self.refittable = module.BuilderFlag.REFIT in flags
+        self.streamable_weights_size = 2000 if module.BuilderFlag.WEIGHT_STREAMING in flags else 0
+        module.engines.append(self)
+        self.session = open_on_cpu(path)
         self.values = {v.name: v for v in [*self.session.get_inputs(), *self.session.get_outputs()]}
         self.inputs = [v.name for v in self.session.get_inputs()]
         self.outputs = [v.name for v in self.session.get_outputs()]
-        self.num_io_tensors, self.refittable, self.streamable_weights_size = len(self.values), False, 0
+        self.num_io_tensors = len(self.values)
+
+    @property
+    def weight_streaming_budget_v2(self):
+        return self.budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, size):
+        assert not self.contexts, "the budget cannot change once there is a context"
+        assert 0 <= size <= self.streamable_weights_size
+        self.budget = size
 
     def get_tensor_name(self, index):
         return [*self.values][index]
@@ -303,7 +344,7 @@ class FakeEngine:
         return tuple(size if isinstance(size, int) else -1 for size in self.values[name].shape)
 
     def get_device_memory_size_for_profile_v2(self, index):
-        return 4096
+        return 4096 if self.budget in (None, self.streamable_weights_size) else 8192
 
     def create_runtime_config(self):
         cache = SimpleNamespace(serialize=lambda: b"kernels", deserialize=lambda blob: True)
@@ -316,6 +357,7 @@ class FakeEngine:
     def create_execution_context(self, config):
         if "context" in self.module.fail:
             return None
+        self.contexts += 1
         context = FakeContext(self)
         self.module.contexts.append(context)
         return context
@@ -327,7 +369,7 @@ class FakeContext:
         self.shapes, self.addresses, self.scratch = {}, {}, 0
 
     def set_device_memory(self, address, size):
-        assert self.module.cuda.device[address].nbytes >= size >= 4096
+        assert self.module.cuda.device[address].nbytes >= size >= self.engine.get_device_memory_size_for_profile_v2(0)
         self.scratch = address
 
     def set_input_shape(self, name, shape):
@@ -371,7 +413,7 @@ class FakeOnnxRuntime:
     __version__ = "0.0.0.fake"
 
     def __init__(self, cuda, providers=("CUDAExecutionProvider",)):
-        self.cuda, self.providers, self.recorded = cuda, list(providers), []
+        self.cuda, self.providers, self.recorded, self.sessions = cuda, list(providers), [], []
         self.refuse_recording = False
         self.SessionOptions = onnxruntime.SessionOptions
 
@@ -389,6 +431,7 @@ class FakeOnnxRuntime:
 class FakeOrtSession:
     def __init__(self, module, path, settings):
         self.module, self.settings = module, settings
+        module.sessions.append(self)
         if module.refuse_recording and settings["enable_cuda_graph"] == "1":
             raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
         options = onnxruntime.SessionOptions()

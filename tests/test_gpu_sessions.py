@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
 import pytest
 
 import dnp
+from dnp.engine import Bundle, device, ort_cuda, registry, seal
 from dnp.engine import cuda as cuda_module
-from dnp.engine import device, ort_cuda
-from dnp.engine.build import BuildSettings, build_plans
+from dnp.engine.build import BuildSettings, build_plans, target
 from dnp.engine.errors import BackendError, DnpError, SettingsError
 from dnp.engine.flavour import FLAVOURS, Flavour
 from dnp.engine.plan import PlanSpec, PlanStore
@@ -178,6 +181,14 @@ def test_every_step_of_every_sampler_is_a_launch(open_pipeline, gpu):
     assert gpu.counted(since)["launch"] == rows + 2 + 1  # the text encoder twice, the decoder once
 
 
+def test_a_plan_s_facts_tell_what_its_session_takes(open_pipeline, tmp_path):
+    pipeline = open_pipeline()
+    pipeline._encode_text  # noqa: B018
+    (_, sidecar), *_ = PlanStore(tmp_path / "engines").plans()
+    facts = sidecar["facts"]
+    assert pipeline._backend.device.allocated == facts["weights_bytes"] + facts["buffer_bytes"]
+
+
 def test_activations_share_one_piece_of_memory(open_pipeline, gpu):
     open_pipeline().warm_up()
     assert len({context.scratch for context in gpu.trt.contexts}) == 1
@@ -238,6 +249,53 @@ def test_a_memory_limit_says_what_was_asked_for_and_what_would_fit(open_pipeline
         BackendError, match=r"no memory on cuda:0 for 'noise' .*MB of the memory limit is left.*dnp build"
     ):
         pipeline.warm_up()
+
+
+def test_a_memory_limit_counts_weights(open_pipeline, gpu):
+    pipeline = open_pipeline(memory_limit=1999)  # the fake's plans have 2000 bytes of them
+    told = r"no memory on cuda:0 for the weights of 'encode_text': .* MB are wanted, .* MB of the memory limit is left"
+    with pytest.raises(BackendError, match=told + ".*--weight-streaming$"):
+        pipeline._encode_text  # noqa: B018
+    assert pipeline._backend.device.allocated == 0
+
+
+def test_onnxruntime_keeps_to_the_memory_limit_too(open_pipeline, gpu, default_bundle):
+    weights = sum(graph.nbytes for graph in default_bundle.graphs.values())
+    pipeline = open_pipeline("cuda", memory_limit=1 << 30)
+    pipeline(PROMPT, **QUICK)
+    limits = [int(session.settings["gpu_mem_limit"]) for session in gpu.ort.sessions]
+    assert limits[0] == 1 << 30
+    assert limits == sorted(limits, reverse=True)
+    assert pipeline._backend.device.allocated == weights + sum(block.nbytes for block in gpu.device.values())
+    pipeline.close()
+    told = r"no memory on cuda:0 for .* MB of the memory limit is left; (raise --memory-limit|ask for fewer images)"
+    for limit in (1_000_000, weights + 10_000):
+        with pytest.raises(BackendError, match=told):
+            open_pipeline("cuda", memory_limit=limit)(PROMPT, **QUICK)
+
+
+def streaming_pipeline(open_pipeline, default_bundle, folder, **options):
+    asked = {"ranges": {"batch": [1, 1, 1]}, "settings": {"weight_streaming": True}}
+    PlanStore(folder).keep_settings("tensorrt-rtx", dict.fromkeys(default_bundle.graphs, asked))
+    return open_pipeline(engines=folder, **options)
+
+
+def test_weights_that_may_be_streamed_share_what_the_limit_leaves(open_pipeline, gpu, default_bundle, tmp_path):
+    settings = {"seed": 4, **QUICK}
+    whole = streaming_pipeline(open_pipeline, default_bundle, tmp_path)
+    expected = whole(PROMPT, **settings)
+    assert [engine.budget for engine in gpu.trt.engines] == [2000] * 5  # there is room for all of them
+    needed = whole._backend.device.allocated
+    gpu.trt.engines.clear()
+    half = streaming_pipeline(open_pipeline, default_bundle, tmp_path, memory_limit=needed - 5000)
+    assert np.array_equal(half(PROMPT, **settings).arrays, expected.arrays)
+    assert [engine.budget for engine in gpu.trt.engines] == [1000] * 5
+    assert half._backend.device.left == 0
+    half.close()
+    gpu.trt.engines.clear()
+    none = streaming_pipeline(open_pipeline, default_bundle, tmp_path, memory_limit=needed - 10_000)
+    none(PROMPT, **settings)
+    assert [engine.budget for engine in gpu.trt.engines] == [0] * 5
 
 
 def test_a_full_device_says_so(open_pipeline, gpu):
@@ -327,10 +385,27 @@ def test_a_plan_for_several_architectures_serves_each(open_pipeline, gpu, defaul
     assert gpu.trt.built == 5
 
 
-def test_a_gpu_that_is_too_old_is_refused(open_pipeline, gpu):
+TOO_OLD = r"FAKE, no GPU \(SM 61\) is too old: .* need SM 75 or newer; use the backend 'cpu' or 'openvino'$"
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_gpu_that_is_too_old_is_refused(open_pipeline, gpu, backend, monkeypatch):
     gpu.sm = 61
-    with pytest.raises(BackendError, match=r"FAKE, no GPU \(SM 61\) is none of those .* it knows 75, 80"):
-        open_pipeline().warm_up()
+    monkeypatch.setattr(registry, "_installed", lambda package: f"{package} FAKE")
+    with pytest.raises(BackendError, match=TOO_OLD):
+        open_pipeline(backend)
+    if backend in FLAVOURS:
+        with pytest.raises(BackendError, match=TOO_OLD):
+            target(FLAVOURS[backend])
+    (report,) = (report for report in registry.doctor() if report.name == backend)
+    assert re.search(TOO_OLD, report.why_not)
+    assert report.device.startswith("FAKE, no GPU, SM 61")
+
+
+def test_a_gpu_that_tensorrt_for_rtx_has_no_code_for_is_sent_to_tensorrt(open_pipeline, gpu):
+    gpu.sm = 90
+    with pytest.raises(BackendError, match=r"\(SM 90\) is none of those .* it knows 75, 80.*backend 'tensorrt'"):
+        open_pipeline("tensorrt-rtx").warm_up()
 
 
 def test_a_precision_is_the_graph_s(gpu, flavour):
@@ -454,8 +529,8 @@ def test_gpu_check_runs_to_its_end_and_names_the_fake(gpu, monkeypatch, tmp_path
     code = gpu_check.main(["--backend", backend, "--batches", "1", "--out", str(out)])
     told, report = capsys.readouterr(), json.loads(out.read_text())
     failed = {name for name, entry in report["checks"].items() if not entry["passed"]}
-    assert failed == (set() if backend == "cuda" else {"refit"}), told.out  # the fake's plans keep their weights
-    assert code == (0 if backend == "cuda" else 1)
+    assert failed == set(), told.out
+    assert code == 0
     assert "FAKE" in report["gpu"]["name"]
     assert "FAKE" in told.out
     assert report["checks"]["capture"]["passed"]
@@ -493,6 +568,105 @@ def test_another_thread_than_the_one_that_opened_it_may_run_it(open_pipeline, on
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(pipeline, PROMPT, seed=2, **QUICK).result()
     assert result.negatives == on_cpu(PROMPT, seed=2, **QUICK).negatives
+
+
+@pytest.fixture(scope="module")
+def fine_tune(default_bundle, tmp_path_factory):
+    """The default bundle with other weights in all graphs."""
+    folder = tmp_path_factory.mktemp("fine-tune") / "bundle"
+    shutil.copytree(default_bundle.path, folder, ignore=shutil.ignore_patterns("engines"))
+    for path in (folder / "graphs").glob("*.onnx"):
+        model = onnx.load(path)
+        for tensor in model.graph.initializer:
+            array = onnx.numpy_helper.to_array(tensor)
+            if array.dtype.kind == "f" and array.ndim > 1:
+                changed = (array * 1.0625).astype(array.dtype)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(changed, tensor.name))
+        onnx.save(model, path)
+    manifest = json.loads((folder / "bundle.json").read_text())
+    seal(folder, {key: value for key, value in manifest.items() if key not in ("files", "sha256")})
+    return Bundle.open(folder)
+
+
+def refittable(open_pipeline, default_bundle, folder, flavour="tensorrt-rtx"):
+    asked = {"ranges": {"batch": [1, 1, 1]}, "settings": {"refit": True}}
+    PlanStore(folder).keep_settings(flavour, dict.fromkeys(default_bundle.graphs, asked))
+    return open_pipeline(flavour, engines=folder)
+
+
+def test_weights_are_exchanged_and_come_back(open_pipeline, gpu, default_bundle, fine_tune, tmp_path, flavour):
+    pipeline = refittable(open_pipeline, default_bundle, tmp_path, flavour)
+    plain, whole = {"negative": "n*", "seed": 6, **QUICK}, {"seed": 6, **QUICK}
+    first = pipeline(PROMPT, **plain)  # the captioner is not open yet
+    built = gpu.trt.built
+    pipeline.refit(fine_tune.path)
+    with dnp.Pipeline(fine_tune) as expected:
+        for settings in (plain, whole):
+            found, wanted = pipeline(PROMPT, **settings), expected(PROMPT, **settings)
+            assert abs(found.arrays.astype(int) - wanted.arrays).max() <= 1
+            assert found.negatives == wanted.negatives
+            assert found.bundle == fine_tune.fingerprint
+    assert not np.array_equal(pipeline(PROMPT, **plain).arrays, first.arrays)
+    pipeline.refit(default_bundle)
+    since = len(gpu.calls)
+    again = pipeline(PROMPT, **plain)
+    assert np.array_equal(again.arrays, first.arrays)
+    assert again.bundle == default_bundle.fingerprint
+    calls = gpu.counted(since)
+    assert calls["launch"] == QUICK["steps"] + 2 + 1  # recorded anew by refit itself
+    assert not calls["begin_capture"]
+    assert gpu.trt.built - built == 2  # the two graphs of the captioner
+
+
+def test_what_cannot_be_refitted_says_so_and_changes_nothing(open_pipeline, gpu, default_bundle, fine_tune, tmp_path):
+    with dnp.Pipeline.open() as on_cpu:
+        on_cpu(PROMPT, negative="n*", steps=1)
+        with pytest.raises(BackendError, match=r"cpu .* cannot exchange weights; open a pipeline on the bundle"):
+            on_cpu.refit(fine_tune)
+    pipeline = open_pipeline()
+    first = pipeline(PROMPT, negative="n*", **QUICK)
+    with pytest.raises(
+        BackendError, match=r"this plan keeps its weights; .* dnp build .*default .*tensorrt-rtx --refit$"
+    ):
+        pipeline.refit(fine_tune)
+    for change in ({"precision": "fp16"}, {"latents": replace(fine_tune.latents, max_width=128)}):
+        with pytest.raises(SettingsError, match=f"of another model .*: '{next(iter(change))}' differs"):
+            pipeline.refit(replace(fine_tune, **change))
+    other_words = {**fine_tune.files, fine_tune.text.tokenizer: fine_tune.files[fine_tune.caption.tokenizer]}
+    with pytest.raises(SettingsError, match="'text' differs"):
+        pipeline.refit(replace(fine_tune, files=other_words))
+    assert np.array_equal(pipeline(PROMPT, negative="n*", **QUICK).arrays, first.arrays)
+    pipeline = refittable(open_pipeline, default_bundle, tmp_path / "refit")
+    pipeline(PROMPT, negative="n*", **QUICK)
+    gpu.trt.fail.add("refit")
+    with pytest.raises(BackendError, match=r"weights of .* do not fit this plan"):
+        pipeline.refit(fine_tune)
+    with pytest.raises(DnpError, match="closed"):
+        pipeline(PROMPT, negative="n*", **QUICK)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "cuda"])
+def test_more_sizes_can_be_recorded_at_warm_up(open_pipeline, gpu, default_bundle, tmp_path, backend):
+    asked = {"ranges": {"batch": [1, 1, 1], "height": [64, 64, 96], "width": [64, 64, 96]}, "settings": {}}
+    PlanStore(tmp_path / "engines").keep_settings(backend, dict.fromkeys(default_bundle.graphs, asked))
+    pipeline = open_pipeline(backend, largest=1)
+    pipeline.warm_up()
+    pipeline.warm_up(captioner=False, sizes=[(64, 96), (96, 64)])
+    numbers, before = set(gpu.ort.recorded), gpu.counted()
+    for height, width in ((64, 64), (64, 96), (96, 64), (64, 64)):
+        since, runs = len(gpu.calls), len(gpu.ort.recorded)
+        request = pipeline.resolve(dnp.Request(prompt=PROMPT, height=height, width=width, **QUICK))
+        steps = len(list(pipeline.steps(request)))  # of both passes, and a token each
+        replayed = gpu.counted(since)["launch"] if backend != "cuda" else len(gpu.ort.recorded) - runs
+        assert replayed == steps + 4 + 2 + 1, (height, width)  # the texts, the decoder twice, the image encoder
+    assert set(gpu.ort.recorded) == numbers
+    for call in ("begin_capture", "malloc"):
+        assert gpu.counted()[call] == before[call], call
+    with pytest.raises(SettingsError, match="height 65 does not fit the latents"):
+        pipeline.warm_up(sizes=[(65, 64)])
+    if backend != "cuda":
+        with pytest.raises(SettingsError, match=r"compiled for width 16:16:24, not for 32"):
+            pipeline.warm_up(sizes=[(64, 128)])
 
 
 @pytest.mark.parametrize("ranges", [{"batch": [2, 2, 2]}, {"height": [96, 96, 128]}])

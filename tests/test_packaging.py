@@ -24,6 +24,20 @@ def run(*command, cwd, code=0):
     return done
 
 
+@pytest.mark.parametrize(
+    ("backend", "extras"), [("tensorrt", "cpu,tensorrt"), ("tensorrt-rtx", "cpu,tensorrt-rtx"), ("cuda", "gpu")]
+)
+def test_gpu_check_installs_the_backend_and_exports_a_bundle_first(backend, extras):
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    command = ["make", "--dry-run", "--always-make", "gpu-check", f"BACKEND={backend}"]
+    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    export, check = told.index("dnp export"), told.index("gpu_check.py")
+    assert told.index(f'".[{extras}]" onnx') < check
+    assert export < check
+    assert f"--backend {backend} --bundle build/fp16" in told
+
+
 def test_every_extra_exists_and_none_brings_both_onnxruntimes():
     assert set(metadata("dnp-engine").get_all("Provides-Extra")) == {
         "cpu",

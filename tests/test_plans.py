@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -18,9 +20,9 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 from dnp.cli import run
 from dnp.engine import cuda
-from dnp.engine.build import BuildSettings, Target, build_plans, compile_plan, target
+from dnp.engine.build import BuildSettings, Target, build_plans, compile_plan, memory_needed, target
 from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError, SettingsError
-from dnp.engine.flavour import TENSORRT_RTX
+from dnp.engine.flavour import TENSORRT_RTX, listening, logger
 from dnp.engine.manifest import GraphSpec, TensorSpec
 from dnp.engine.plan import PlanSpec, PlanStore
 from dnp.engine.profile import Limits, Range, default_profile
@@ -122,6 +124,9 @@ def test_inspect_shows_the_plans(plans, default_fp16, capsys):
     assert "sm86,sm89,sm120, fp16" in told
     assert "batch 1:8" in told
     assert "activations" in told
+    denoise = next(plan for plan in plans if plan.spec.graph == "denoise")
+    most = sum(denoise.facts[name] for name in ("weights_bytes", "activation_bytes", "buffer_bytes"))
+    assert f"on the GPU {most / 1e6:.1f} MB at most" in told
     assert run(["inspect", str(default_fp16.path), "--engines", folder, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["plans"]
     assert {plan["spec"]["graph"] for plan in listed} == set(default_fp16.graphs)
@@ -217,6 +222,36 @@ def test_a_file_that_is_no_graph_is_told(small):
         compile_plan(small, {"batch": Range(1, 2, 3)}, BuildSettings(), for_sm89())
 
 
+def test_each_thread_hears_what_tensorrt_says_to_it():
+    trt = TENSORRT_RTX.load()
+    meet, heard = threading.Barrier(2, timeout=60), {}
+
+    def say(what):
+        logger(trt).log(trt.ILogger.Severity.ERROR, what)
+
+    def listen(name):
+        with listening(trt) as log:
+            meet.wait()  # both listen
+            say(name)
+            with listening(trt) as inner:
+                say(f"{name} inside")
+            meet.wait()  # both have spoken
+            if name == "one":
+                stranger = threading.Thread(target=say, args=["a thread of TensorRT's own"])
+                stranger.start()
+                stranger.join()
+            meet.wait()
+            heard[name] = log.errors(), inner.errors()
+
+    threads = [threading.Thread(target=listen, args=[name]) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert heard == {n: (f"{n}; a thread of TensorRT's own", f"{n} inside") for n in ("one", "two")}
+    assert not logger(trt).listeners
+
+
 def test_two_processes_that_want_the_same_plan_build_it_once(default_fp16, tmp_path):
     command = [
         DNP, "build", str(default_fp16.path), "--sm", "89", "--graph", "encode_text",
@@ -231,15 +266,19 @@ def test_two_processes_that_want_the_same_plan_build_it_once(default_fp16, tmp_p
     assert len(list(tmp_path.glob("*.plan"))) == 1
 
 
-def test_ctrl_c_ends_a_build_and_leaves_nothing(default_fp16, tmp_path):
+@pytest.mark.parametrize("often", [1, 2])
+def test_ctrl_c_ends_a_build_and_leaves_nothing(default_fp16, tmp_path, often):
     command = [DNP, "build", str(default_fp16.path), "--sm", "89", "--graph", "denoise", "--engines", str(tmp_path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while "compiling" not in (line := process.stderr.readline()):
             assert line, "it ended by itself"
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=120) == 130
-        assert "cancelled" in process.stderr.read()
+        for _ in range(often):
+            time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+        assert process.wait(timeout=120) == 130, told
+        assert told.strip() == "dnp: cancelled"
     assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
 
 
@@ -298,6 +337,18 @@ def test_a_size_is_refused_exactly_when_the_plan_lacks_it(low, more, size):
         wider = f"{min(low, size)}:{max(low, min(low, size))}:{max(low + more, size)}"
         with pytest.raises(SettingsError, match=rf"dnp build --batch {wider}$"):
             limits.check("denoise", {"batch": size})
+
+
+def test_what_a_plan_will_take_is_said_before_it_is_built(default_bundle):
+    graph = default_bundle.graphs["denoise"]
+    state = 4 * 4 * 16 * 16 * 4  # bytes of [4 slots, 4 channels, 16, 16] in float32, of one image
+    noise, latents, contexts, table, index = 128 * state // 4, state // 4, 2 * 32 * 128 * 4, 128 * 30 * 4, 8
+    for batch in (1, 8):
+        buffers = batch * (2 * state + noise + latents + contexts + table + 2 * index) / 1e6
+        profile = default_profile(default_bundle, graph, {"batch": Range(1, 1, batch)})
+        told = memory_needed(graph, profile)
+        assert re.match(r"compiling 11 MB of weights, about 0\.\d GB of memory", told)
+        assert f"the GPU will hold the weights, {buffers:.1f} MB of buffers, and activations, known when" in told
 
 
 def test_default_profiles_are_small_and_cover_the_bundle(default_bundle):

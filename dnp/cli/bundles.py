@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     help="What requests use that say nothing: sampler, steps, guidance, dns_sampler, dns_steps, dns_guidance.",
 )
 @click.option(
+    "--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Merge this LoRA (.safetensors) into the weights."
+)
+@click.option(
     "--check-ranges",
     is_flag=True,
     help="Of fp16 graphs: run whole DNP requests on the CPU, tell the largest activations and the errors against "
@@ -49,6 +52,7 @@ def export(
     precision: str,
     name: str | None,
     defaults: tuple[str, ...],
+    loras: tuple[str, ...],
     check_ranges: bool,
     range_prompts: tuple[str, ...],
     range_steps: int | None,
@@ -68,6 +72,7 @@ def export(
     try:
         with uninterrupted():
             from dnp.export.bundle import export_bundle
+            from dnp.export.lora import Lora
             from dnp.export.ranges import RangeCheck
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("dnp"):
@@ -93,6 +98,7 @@ def export(
             precision=precision,
             name=name,
             defaults=dict(map(_setting, defaults)),
+            loras=[Lora.parse(text) for text in loras],
             ranges=ranges,
             overwrite=overwrite,
             progress=progress,

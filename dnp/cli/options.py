@@ -77,7 +77,7 @@ def engine_options(function: F) -> F:
         click.option("--threads", type=int, help="Threads of the backend; all cores when left out."),
         click.option("--device", type=int, help="Number of the GPU, where the backend runs on one; 0 when left out."),
         click.option("--eager", is_flag=True, help="Run without recorded CUDA graphs, where the backend has them."),
-        click.option("--memory-limit", type=int, metavar="MB", help="Most GPU memory for buffers and activations."),
+        click.option("--memory-limit", type=int, metavar="MB", help="Most GPU memory to use."),
         click.option("--engines", type=click.Path(path_type=Path), help="Folder of compiled plans, see `dnp build`."),
     )(packed)  # type: ignore[return-value]
 

@@ -55,7 +55,8 @@ def build(
 
     tensorrt-rtx compiles for any of its architectures on a machine with no GPU; tensorrt for the GPU that is there.
     The arithmetic is the bundle's: export it with --precision fp16. A plan that is there already is not built again.
-    Sizes that were asked for before are kept unless others are asked for.
+    Sizes that were asked for before are kept unless others are asked for. The text length is the bundle's own: it is
+    fixed when the graphs are exported.
     """
     from dnp.engine.build import BuildSettings, build_plans
     from dnp.engine.bundle import Bundle
@@ -123,8 +124,9 @@ def plan_table(plans: list[dict[str, Any]]) -> str:
             f"{spec['graph']:<15}{spec['flavour']} {spec['version']}, {spec['architecture']}, {spec['precision']}"
             + (f", {flags}" if flags else ""),
             f"{'':<15}profile   {sizes}",
-            f"{'':<15}memory    plan {_mb(plan['bytes'])}, weights {_mb(facts.get('weights_bytes'))}, "
-            f"activations {_mb(facts.get('activation_bytes'))}, scratch {_mb(facts.get('scratch_bytes'))}",
+            f"{'':<15}memory    plan {_mb(plan['bytes'])}; on the GPU {_mb(_most(facts))} at most: "
+            f"weights {_mb(facts.get('weights_bytes'))}, activations {_mb(facts.get('activation_bytes'))} "
+            f"(scratch {_mb(facts.get('scratch_bytes'))}), buffers {_mb(facts.get('buffer_bytes'))}",
             f"{'':<15}built     in {facts.get('seconds')} s, {facts.get('built')}, {plan['file']}",
         ]
     return "\n".join(lines) or "no plans; make them with: dnp build"
@@ -153,6 +155,12 @@ def _architectures(text: str | None) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:
         raise click.BadParameter(f"{text!r} is no list of numbers such as 89,120", param_hint="--sm") from None
+
+
+def _most(facts: dict[str, Any]) -> int | None:
+    """Bytes on a GPU while the plan runs at its largest sizes; None where a part of it is not known."""
+    parts = [facts.get(name) for name in ("weights_bytes", "activation_bytes", "buffer_bytes")]
+    return None if None in parts else sum(part for part in parts if part is not None)
 
 
 def _mb(size: int | None) -> str:
