@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ class Model:
     Attributes:
         name: ``default`` or ``sd15``.
         title: as a table calls it.
-        folder: where what is made for it lies; ``source`` and ``captioner`` are there or in the repository.
+        folder: where what is made for it lies; ``source``, ``captioner`` and ``bundle`` may be the repository's.
         pixels, steps: the image and its denoising steps, unless told otherwise.
     """
 
@@ -37,13 +38,9 @@ class Model:
     folder: Path
     source: Path
     captioner: Path
+    bundle: Path
     pixels: int
     steps: int
-
-    @property
-    def bundle(self) -> Path:
-        """The bundle of these weights."""
-        return self.folder / "bundle"
 
 
 MODELS = {
@@ -53,6 +50,7 @@ MODELS = {
         BUILD / "default",
         BUILD / "default" / "source",
         REPOSITORY / "models" / "tiny" / "blip",
+        REPOSITORY / "dnp" / "default",
         pixels=64,
         steps=25,
     ),
@@ -62,6 +60,7 @@ MODELS = {
         BUILD / "sd15",
         BUILD / "sd15" / "source",
         BUILD / "sd15" / "blip",
+        BUILD / "sd15" / "bundle",
         pixels=512,
         steps=2,
     ),
@@ -84,10 +83,10 @@ def prepare_environment(environment: str) -> str:
         return ""
     _say(f"making {folder.name} from {requirements.relative_to(REPOSITORY)}")
     shutil.rmtree(folder, ignore_errors=True)
-    for command in (
-        [sys.executable, "-m", "venv", folder],
-        [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "-r", requirements],
-    ):
+    pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    commands = [[sys.executable, "-m", "venv", folder], [*pip, "install", "-r", requirements]]
+    removed = re.findall(r"^# remove: (\S+)", requirements.read_text(), re.MULTILINE)
+    for command in [*commands, *([*pip, "uninstall", "--yes", package] for package in removed)]:
         done = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True, errors="replace")
         if done.returncode:
             return f"does not install: {_last_error(done.stderr)}"

@@ -109,11 +109,11 @@ class OptimumIntel(DiffusersCall):
 
     @classmethod
     def convert(cls, job: Job, out: Path) -> None:
-        from optimum.intel import OVStableDiffusionPipeline
+        from optimum.exporters.openvino import main_export
+        from optimum.intel import OVConfig
 
-        OVStableDiffusionPipeline.from_pretrained(
-            job.model, export=True, compile=False, load_in_8bit=False
-        ).save_pretrained(out)
+        full = OVConfig(dtype="fp32")  # left to itself it compresses large models to 8 bits
+        main_export(job.model, out, task="text-to-image", convert_tokenizer=True, ov_config=full)
 
     def load(self) -> None:
         from optimum.intel import OVStableDiffusionPipeline
