@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ import click
 from contenders import CONTENDERS
 from job import Job, Point
 from measure import Plan, measure, settings
-from prepare import MODELS, REPOSITORY, Model, prepare_model
+from prepare import BUILD, MODELS, REPOSITORY, Model, prepare_model
 from render import render
 
 from dnp.engine.files import write_together
@@ -28,12 +29,15 @@ from dnp.engine.processor import core_count, processor_name
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"
 BATCHES, STEPS = (1, 2, 4, 8), (2, 4, 8, 16)
+BUSY = 0.5  # load average from which the figures are doubtful
 SCALE_STEPS = 4  # of the points where another axis is varied
 
 
 @click.command()
 @click.option("--size", "sizes", type=click.Choice(list(MODELS)), multiple=True, help="Models; all when left out.")
-@click.option("--only", "names", type=click.Choice(list(CONTENDERS)), multiple=True, help="Contenders; all if left out.")
+@click.option(
+    "--only", "names", type=click.Choice(list(CONTENDERS)), multiple=True, help="Contenders; all if left out."
+)
 @click.option("--rounds", type=click.IntRange(1), help="Processes of each contender; 5 for the default model, else 2.")
 @click.option("--repeats", type=click.IntRange(1), help="Timed requests in a process; 3 for the default model, else 1.")
 @click.option("--steps", type=click.IntRange(2), help="Denoising steps of a pass; 25 for the default model, else 2.")
@@ -73,6 +77,9 @@ def main(
         points = scale_points(model, job) if (tiny if scale is None else scale) else ()
         plan = Plan(model, job, rounds or (5 if tiny else 2), points)
         load = os.getloadavg()[0]
+        if load > BUSY:
+            click.echo(f"the load average is {load:.1f}: what is measured beside other work says little", err=True)
+        shutil.rmtree(BUILD / "inductor", ignore_errors=True)  # so that the first round compiles from nothing
         started = time.time()
         found = measure(plan, [name for name in CONTENDERS if not names or name in names])
         report = {"size": size, "title": model.title, "settings": settings(plan), "machine": machine(load)}

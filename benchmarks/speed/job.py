@@ -23,7 +23,7 @@ class Job:
     Attributes:
         contender: a name in ``contenders.CONTENDERS``.
         model: a diffusers folder of Stable Diffusion, ``captioner`` a transformers folder of BLIP, float16 weights.
-        converted: the folder that holds these weights in the formats of the peers that have their own, one subfolder each.
+        converted: the folder of these weights in the formats of the peers that have their own, a subfolder each.
         bundle: the same weights exported by ``dnp export``.
         guidance: w of a plain image and of the final pass.
         caption_tokens: the most tokens of a caption, the begin token included.

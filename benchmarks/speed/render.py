@@ -66,7 +66,9 @@ def section(reports: Sequence[Mapping[str, Any]]) -> str:
 def between_markers(text: str, section: str) -> str:
     """``text`` with what lies between the markers replaced. Raises ValueError when they are not there, once each."""
     if [text.count(marker) for marker in MARKERS] != [1, 1]:
-        raise ValueError(f"README.md must hold {MARKERS[0]} and {MARKERS[1]} once each; put them where the section goes")
+        raise ValueError(
+            f"README.md must hold {MARKERS[0]} and {MARKERS[1]} once each; put them where the section goes"
+        )
     before, rest = text.split(MARKERS[0])
     _, after = rest.split(MARKERS[1])
     return f"{before}{MARKERS[0]}\n{section}\n{MARKERS[1]}{after}"
@@ -99,7 +101,9 @@ def _bars(ax: Any, report: Mapping[str, Any]) -> None:
             label = title if row == 0 else None
             ax.barh(row + number * 0.27, value, 0.25, color=f"C{number}", label=label, xerr=[[low], [high]])
     ax.axvline(1.0, color="black", linewidth=0.8)
-    ax.set_yticks([row + 0.27 for row in range(len(names))], [CONTENDERS[name].title.replace("`", "") for name in names])
+    ax.set_yticks(
+        [row + 0.27 for row in range(len(names))], [CONTENDERS[name].title.replace("`", "") for name in names]
+    )
     ax.invert_yaxis()
     ax.set_xlabel(f"time as a ratio to {CONTENDERS[FIRST].title}: shorter is faster")
     if ax.get_legend_handles_labels()[0]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -40,7 +41,7 @@ def steps_of(figures: Mapping[str, Any], steps: int, key: str = "marks") -> list
     if len(marks) % steps:
         raise ValueError(f"{len(marks)} steps were marked where each pass has {steps}")
     passes = [marks[start : start + steps] for start in range(0, len(marks), steps)]
-    return [after - before for part in passes for before, after in zip(part, part[1:], strict=False)]
+    return [after - before for part in passes for before, after in pairwise(part)]
 
 
 def step_seconds(run: Run, steps: int) -> float | None:
@@ -74,8 +75,9 @@ def figure(report: Mapping[str, Any], name: str, kind: str) -> Spread | None:
 
     ``kind``: ``import``, ``open``, ``first``, ``image``, ``dnp`` and ``step`` are seconds, ``memory`` bytes.
     """
-    if kind in ("first", "image", "dnp") and kind.replace("first", "image") not in report["contenders"][name]["works"]:
-        return None  # the loop was run for its steps alone
+    works = report["contenders"].get(name, {"works": ()})["works"]
+    if kind in ("first", "image", "dnp") and kind.replace("first", "image") not in works:
+        return None  # it was not asked for, or its loop was run for the steps alone
     steps = report["settings"]["steps"]
     values: list[float | None] = []
     for run in runs(report, name):

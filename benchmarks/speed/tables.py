@@ -112,7 +112,9 @@ def notes(report: Report) -> str:
     for name in report["contenders"]:
         entry = CONTENDERS[name]
         found = [event for run in runs(report, name) for event in events(run, "versions")][:1]
-        versions = [f"{package} {number}" for package, number in (found[0] if found else {}).items() if package != "event"]
+        versions = [
+            f"{package} {number}" for package, number in (found[0] if found else {}).items() if package != "event"
+        ]
         lines.append(f"- {entry.title}: {entry.about}{'. ' if versions else ''}{', '.join(versions)}.")
     return "\n".join(lines)
 
@@ -138,7 +140,9 @@ def spread(found: Spread | None, shown: Callable[[float], str]) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:.0f} s"
+    return (
+        f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:.0f} s"
+    )
 
 
 def megabytes(size: float) -> str:

@@ -69,7 +69,7 @@ CONTENDERS: Mapping[str, Entry] = {
     ),
     "diffusers-compile": Entry(
         title="diffusers, torch.compile, fp32",
-        about="UNet and VAE decoder compiled; the first image compiles them, from an empty cache in the first round only",
+        about="UNet and VAE decoder compiled, by the first image; with an empty cache in the first round only",
         environment="main",
         kind="pipelines:Diffusers",
         arguments={"compiled": True},
@@ -98,7 +98,8 @@ CONTENDERS: Mapping[str, Entry] = {
     ),
     "stable-diffusion-cpp": Entry(
         title="stable-diffusion.cpp, ggml",
-        about="fixed architecture; its own vocabulary, so its picture is another; captions by transformers in PyTorch",
+        about="the published architecture only; weights as stored, fp16; its own vocabulary and DDIM with trailing steps, "
+        "so its picture is another; captions by transformers in PyTorch",
         environment="stable-diffusion-cpp",
         kind="native:StableDiffusionCpp",
         sizes=("sd15",),

@@ -22,8 +22,9 @@ class Contender(ABC):
     packages: tuple[str, ...] = ()  # whose versions count
 
     @classmethod
-    def convert(cls, job: Job, out: Path) -> None:  # noqa: B027  most read the folders of diffusers themselves
-        """Write the weights in this contender's own format to ``out``; before anything is timed."""
+    def convert(cls, job: Job, out: Path) -> None:
+        """Write the weights in this contender's own format to ``out``, before anything is timed."""
+        raise NotImplementedError(f"{cls.__name__} reads the folders of diffusers itself")
 
     @abstractmethod
     def load(self) -> None:
@@ -79,7 +80,7 @@ class Captioner:
         vocabulary = str(Path(folder) / "vocab.txt")
         tokenizer = BertTokenizer(vocabulary, bos_token="[DEC]", additional_special_tokens=["[ENC]"])
         self._processor = BlipProcessor(BlipImageProcessor.from_pretrained(folder), tokenizer)
-        self._model = BlipForConditionalGeneration.from_pretrained(folder, torch_dtype=self._dtype).eval()
+        self._model = BlipForConditionalGeneration.from_pretrained(folder, dtype=self._dtype).eval()
 
     def __call__(self, image: Pixels) -> str:
         """The caption of ``image`` uint8 ``[H, W, 3]``."""

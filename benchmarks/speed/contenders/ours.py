@@ -106,9 +106,7 @@ class Network(Contender):
         if self._library == "onnxruntime":
             options = library.SessionOptions()
             options.intra_op_num_threads = job.threads
-            self._session = library.InferenceSession(
-                str(self._graph.path), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = library.InferenceSession(str(self._graph.path), options, providers=["CPUExecutionProvider"])
         else:
             settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": job.threads}
             self._request = library.compile_model(str(self._graph.path), "CPU", settings).create_infer_request()
@@ -157,7 +155,9 @@ class Network(Contender):
         for name, spec in self._graph.inputs.items():
             shape = spec.resolve(dims)
             arrays[name] = (
-                rng.standard_normal(shape).astype(spec.dtype) if spec.dtype.startswith("float") else np.zeros(shape, spec.dtype)
+                rng.standard_normal(shape).astype(spec.dtype)
+                if spec.dtype.startswith("float")
+                else np.zeros(shape, spec.dtype)
             )
         arrays["table"] = np.broadcast_to(np.asarray(table.rows, np.float32), arrays["table"].shape).copy()
         return arrays

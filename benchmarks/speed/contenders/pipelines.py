@@ -68,7 +68,7 @@ class Diffusers(DiffusersCall):
         self._dtype = getattr(torch, self._wanted)
 
     def open(self, job: Job) -> None:
-        self._pipeline = self._kind.from_pretrained(job.model, torch_dtype=self._dtype)
+        self._pipeline = self._kind.from_pretrained(job.model, dtype=self._dtype)
         if self._compiled:
             self._pipeline.unet = self._torch.compile(self._pipeline.unet)
             self._pipeline.vae.decode = self._torch.compile(self._pipeline.vae.decode)
