@@ -55,7 +55,8 @@ def report(tmp_path_factory):
     """Measured: our backend, the network alone, and a contender that cannot run this model."""
     folder = tmp_path_factory.mktemp("speed")
     asked = measure.Plan(MODELS["default"], job(folder), rounds=2, points=(Point(2, STEPS, 32),))
-    found = measure.measure(asked, ["stable-diffusion-cpp", "dnp-cpu", "network-onnxruntime"])
+    found: dict = {}
+    measure.measure(asked, ["stable-diffusion-cpp", "dnp-cpu", "network-onnxruntime"], found.update)
     machine = {
         "processor": "a processor", "cores": 1, "memory_bytes": 1 << 30, "system": "a system", "python": "3",
         "load_before": 0.0, "made": "2026-01-01",
@@ -97,7 +98,8 @@ def test_a_contender_that_breaks_is_left_out_of_later_rounds(tmp_path, monkeypat
     entry = contenders.Entry("broken", "cannot open its model", "main", "ours:Ours", {"backend": "cpu"})
     monkeypatch.setitem(contenders.CONTENDERS, "dnp-cpu", entry)
     asked = measure.Plan(MODELS["default"], job(tmp_path, bundle=str(tmp_path / "nothing")), rounds=3)
-    found = measure.measure(asked, ["dnp-cpu"])
+    found: dict = {}
+    measure.measure(asked, ["dnp-cpu"], found.update)
     assert len(found["runs"]) == 1
     assert "BundleError" in found["contenders"]["dnp-cpu"]["reason"]
 

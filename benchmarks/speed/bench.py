@@ -81,10 +81,14 @@ def main(
             click.echo(f"the load average is {load:.1f}: what is measured beside other work says little", err=True)
         shutil.rmtree(BUILD / "inductor", ignore_errors=True)  # so that the first round compiles from nothing
         started = time.time()
-        found = measure(plan, [name for name in CONTENDERS if not names or name in names])
         report = {"size": size, "title": model.title, "settings": settings(plan), "machine": machine(load)}
-        report |= {"command": command(), "seconds": time.time() - started, **found}
-        write_together({out / f"speed-{size}.json": (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()})
+        path = out / f"speed-{size}.json"
+
+        def keep(found: dict[str, Any], report: dict = report, path: Path = path, started: float = started) -> None:
+            whole = {**report, "command": command(), "seconds": time.time() - started, **found}
+            write_together({path: (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode()})
+
+        measure(plan, [name for name in CONTENDERS if not names or name in names], keep)
     render(out, REPOSITORY / "README.md" if out == RESULTS else None)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,18 @@ class Plan:
     points: tuple[Point, ...] = ()
 
 
-def measure(plan: Plan, names: Sequence[str]) -> dict[str, Any]:
-    """Run the plan. Returns ``contenders`` and ``runs`` of a report; who cannot run is in it with the reason."""
+def measure(plan: Plan, names: Sequence[str], keep: Callable[[dict[str, Any]], None]) -> None:
+    """Run the plan; who cannot run is in the report with the reason.
+
+    ``keep`` gets ``contenders`` and ``runs`` of the report so far after every run, so that a run of an hour which is
+    stopped leaves what it had.
+    """
     told: dict[str, dict[str, Any]] = {}
     jobs: dict[str, Job] = {}
     for name in names:
         job, reason = job_of(plan, name)
         reason = reason or prepare_environment(CONTENDERS[name].environment) or prepare_contender(name, job)
-        told[name] = {"works": list(job.works), "reason": reason}
+        told[name] = {"works": list(job.works), "reason": reason, "agreement": None}
         if not reason:
             jobs[name] = job
     runs: list[dict[str, Any]] = []
@@ -58,9 +62,10 @@ def measure(plan: Plan, names: Sequence[str]) -> dict[str, Any]:
                     told[name]["reason"] = reason
                     del jobs[name]
                 bar.update()
-    for name, facts in told.items():
-        facts["agreement"] = agreement(picture(plan.job, name), picture(plan.job, FIRST))
-    return {"contenders": told, "runs": runs}
+                if FIRST in told:  # else what lies there is of another time
+                    told[name]["agreement"] = agreement(picture(plan.job, name), picture(plan.job, FIRST))
+                keep({"contenders": told, "runs": runs})
+    keep({"contenders": told, "runs": runs})
 
 
 def job_of(plan: Plan, name: str) -> tuple[Job, str]:

@@ -98,7 +98,7 @@ CONTENDERS: Mapping[str, Entry] = {
     ),
     "stable-diffusion-cpp": Entry(
         title="stable-diffusion.cpp, ggml",
-        about="the published architecture only; weights as stored, fp16; its own vocabulary and DDIM with trailing steps, "
+        about="the published architecture only; weights as stored, fp16; own vocabulary, DDIM with trailing steps, "
         "so its picture is another; captions by transformers in PyTorch",
         environment="stable-diffusion-cpp",
         kind="native:StableDiffusionCpp",
