@@ -5,11 +5,12 @@ PROMPT ?= a large red circle left of a small blue square on a plain yellow backg
 SEED ?= 0
 COMMA := ,
 BACKEND ?= tensorrt
+BENCH ?=
 BUNDLE ?= build/fp16
 EXPLORED := a large blue cross on a plain red background
 SOURCES := $(shell find dnp engine runtime export -type f -not -path '*/__pycache__/*')
 
-.PHONY: demo test test-fast lint bundle gallery quality gpu-check clean
+.PHONY: demo test test-fast lint bundle gallery quality gpu-check bench clean
 
 demo: .venv/installed  ## plain, DNS and DNP image of one prompt, side by side, in out/
 	.venv/bin/dnp generate "$(PROMPT)" --seed $(SEED) --compare --out out
@@ -42,6 +43,9 @@ quality: .venv-test/installed  ## does DNP help? Table, plot and contact sheet i
 gpu-check: .venv-$(BACKEND)/installed $(BUNDLE)/bundle.json  ## what only a GPU can show; BACKEND=tensorrt, tensorrt-rtx, cuda
 	.venv-$(BACKEND)/bin/python benchmarks/gpu_check.py --backend $(BACKEND) --bundle $(BUNDLE)
 
+bench: .venv-bench-main/installed  ## speed beside the peers', about an hour; BENCH="--size default" is some minutes
+	.venv-bench-main/bin/python benchmarks/speed/bench.py $(BENCH)
+
 build/fp16/bundle.json: .venv-test/installed
 	.venv-test/bin/dnp export models/tiny/stable-diffusion build/fp16 --captioner models/tiny/blip --overwrite \
 	    --precision fp16 --name dnp-tiny-fp16 --default guidance=4 --default dns_guidance=1
@@ -52,6 +56,12 @@ clean:
 .venv/installed: pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check ".[cpu]"
+	touch $@
+
+.venv-bench-main/installed: pyproject.toml setup.py tests/constraints.txt benchmarks/speed/requirements/main.txt $(SOURCES)
+	$(PYTHON) -m venv .venv-bench-main
+	.venv-bench-main/bin/pip install --quiet --disable-pip-version-check -c tests/constraints.txt \
+	    -r benchmarks/speed/requirements/main.txt ".[cpu,openvino,export]"
 	touch $@
 
 .venv-$(BACKEND)/installed: pyproject.toml setup.py $(SOURCES)

@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-MODELS = Path(__file__).parents[1] / "models" / "tiny"
+from random_models import make_models
+
 GRAPHS = ("encode_text", "denoise", "decode_latents", "encode_image", "caption_step")
 
 
@@ -48,48 +49,6 @@ def main() -> None:
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {chosen.out}")
-
-
-def make_models(work: Path) -> None:
-    """The published architectures with random weights, and the tokenizers of the default model."""
-    import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import BlipConfig, BlipForConditionalGeneration, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(MODELS / "stable-diffusion" / "tokenizer", model_max_length=77)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    torch.manual_seed(0)
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-            max_position_embeddings=77, pad_token_id=tokenizer.eos_token_id, **special,
-        )
-    )  # fmt: skip
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-    )
-    StableDiffusionPipeline(
-        vae.half(), text.half(), tokenizer, unet.half(), scheduler, safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(work / "sd15")  # fmt: skip
-    del text, unet, vae
-    tiny = json.loads((MODELS / "blip" / "config.json").read_text())["text_config"]
-    tokens = {name: tiny[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id")}
-    config = BlipConfig(
-        text_config={"vocab_size": 30524, "encoder_hidden_size": 768, **tokens},
-        vision_config={"image_size": 384},
-    )
-    BlipForConditionalGeneration(config).half().save_pretrained(work / "blip.partial")
-    for path in (MODELS / "blip").iterdir():
-        if path.name not in ("config.json", "model.safetensors", "generation_config.json"):
-            text_of = path.read_text().replace('"height": 64', '"height": 384').replace('"width": 64', '"width": 384')
-            (work / "blip.partial" / path.name).write_text(text_of)
-    (work / "blip.partial").rename(work / "blip")
 
 
 def run(*arguments: object) -> str:
