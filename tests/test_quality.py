@@ -177,7 +177,7 @@ def test_the_experiment_in_small(quality, tmp_path):
         (best,) = (r for r in found["conditions"] if r["method"] == row["method"])
         chosen = [r for r in found["chosen from"] if r["method"] == row["method"] and r["w"] == best["w"]]
         assert row["mean"] <= chosen[0]["mean"]
-    both = sum(row["attributes"] for row in found["why"] if row["w"] == 4)
+    both = sum(row["attributes"] for row in found["why"] if row["w"] == found["conditions"][0]["w"])
     assert both == sum(3 * len(scene.things) + 3 for scene in quality["subjects"].Scenes.draw(6).scenes[2:])
     table = (tmp_path / "first/quality.md").read_text()
     assert all(f"| {method} |" in table for method in methods)

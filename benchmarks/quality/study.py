@@ -20,6 +20,7 @@ from dnp import Pipeline, Request
 from dnp.runtime.pipeline import drive
 from dnp.runtime.request import to_images
 
+MOST_PROMPTS = 100_000  # seeds of the further images of a prompt are so far apart
 PLAIN, DNP = "plain (∅)", "DNP (n*)"
 
 
@@ -37,10 +38,10 @@ class Setting:
 class Grid:
     """What settings are chosen from."""
 
-    w: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0)
+    w: tuple[float, ...] = (1.5, 2.5, 4.0, 6.0, 9.0)
     s: tuple[float, ...] = (1.0, 2.0)
     samplers: tuple[str, ...] = ("ddim", "dpmpp_2m")
-    steps: tuple[int, ...] = (25, 8)
+    steps: tuple[int, ...] = (12, 6)
 
 
 def sampled(pipeline: Pipeline, _runs: str, prompts: list[str], negatives: list[str], settings: dict) -> Pixels:
@@ -53,6 +54,7 @@ class Studio:
 
     def __init__(self, pipeline: Pipeline, subject: Subject, first_seed: int, cache: Memory) -> None:
         self.pipeline, self.subject, self.first_seed = pipeline, subject, first_seed
+        self._cache = cache
         self._sampled = cache.cache(sampled, ignore=["pipeline"])
         self._runs = f"{pipeline.bundle.fingerprint} {pipeline.runs_on}"
         self._captions: dict[tuple, list[str]] = {}
@@ -60,9 +62,15 @@ class Studio:
     def sample(self, negatives: Sequence[str], guidance: float, sampler: str, steps: int, repeat: int = 0) -> Pixels:
         """Images of the prompts, uint8 ``[N, H, W, 3]``; ``repeat`` counts further images of the same, other seeds."""
         prompts = self.subject.prompts
-        seed = self.first_seed + repeat * len(prompts)
+        seed = self.first_seed + repeat * MOST_PROMPTS
         settings = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
         return self._sampled(self.pipeline, self._runs, prompts, list(negatives), settings)
+
+    def of_first(self, count: int) -> Studio:
+        """The same with the first prompts only."""
+        studio = Studio(self.pipeline, self.subject.part(slice(count)), self.first_seed, self._cache)
+        studio._captions = {at: captions[:count] for at, captions in self._captions.items()}
+        return studio
 
     def plain(self, w: float, sampler: str, steps: int) -> Pixels:
         """Guidance against the empty prompt; ``w`` = 0 is the unconditional image, a negative one is DNS."""
@@ -205,7 +213,8 @@ def caption_figures(studio: Studio, s: float, sampler: str, steps: int) -> dict:
 
 
 def diversity(studio: Studio, method: str, setting: Setting, samples: int = 4) -> Floats:
-    """Distance between the images of one prompt from ``samples`` seeds, in the judge's features, ``[N]``."""
+    """Distance between ``samples`` images of each of the first 60 prompts, in the judge's features, ``[N]``."""
+    studio = studio.of_first(60)
     negatives = studio.negatives(method, setting)
     sets = (
         studio.sample(negatives, setting.w, setting.sampler, setting.steps, repeat=number) for number in range(samples)
@@ -221,7 +230,7 @@ def why(studio: Studio, best: dict[tuple[str, str, int], Setting], sampler: str,
     """Attributes apart by whether n* names the prompt's own value: there the negative pushes the wrong way."""
     assert isinstance(studio.subject, Scenes)
     rows = []
-    for w in sorted({best[PLAIN, sampler, steps].w, best[DNP, sampler, steps].w, 4.0}):
+    for w in sorted({best[PLAIN, sampler, steps].w, best[DNP, sampler, steps].w}):
         setting = replace(best[DNP, sampler, steps], w=w)
         negatives = studio.negatives(DNP, setting)
         right: dict[str, npt.NDArray[np.bool_]] = {}
