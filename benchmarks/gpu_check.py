@@ -204,7 +204,7 @@ def captured(bundle: Bundle, backend: str, options: BackendOptions) -> bool:
     for eager in (False, True):
         with Pipeline(bundle, backend, BackendOptions(engines=options.engines, eager=eager)) as pipeline:
             results.append(pipeline(PROMPT, seed=3, steps=5, dns_steps=5).arrays)
-            session = pipeline._denoise
+            session = pipeline._graphs.denoise
             recorded = bool(getattr(session, "_prepared", None) or getattr(session, "_numbers", None))
         if recorded == eager:
             return False

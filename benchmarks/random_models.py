@@ -50,6 +50,8 @@ def make_diffusion(work: Path) -> None:
         vae.half(), text.half(), tokenizer, unet.half(), scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(work / "sd15.partial")  # fmt: skip
+    for name in ("vocab.json", "merges.txt"):  # what transformers 4 reads, and transformers 5 no longer writes
+        shutil.copy2(MODELS / "stable-diffusion" / "tokenizer" / name, work / "sd15.partial" / "tokenizer")
     _finish(work / "sd15")
 
 

@@ -17,7 +17,9 @@ from dnp.engine.schema import shown
 if TYPE_CHECKING:
     from dnp.engine.bundle import Bundle
 
-BATCH: Final = 8  # images sampled at once, as the pipeline cuts its requests
+# Images sampled at once: larger requests are cut into batches of this size. A constant, because the batch size decides
+# the last bits of an image, and an image must be reproducible from its settings alone.
+BATCH: Final = 8
 BEAMS: Final = 4  # rows of the caption decoder for each image
 ROWS: Final = 128  # rows of a sampler table: 64 steps of a sampler that runs the network twice a step
 _OPTIONS: Final = {  # of `dnp build`, by symbol

@@ -17,19 +17,14 @@ from PIL import Image
 from dnp.engine.bundle import Bundle
 from dnp.engine.errors import BundleError, Cancelled, DnpError, SettingsError
 from dnp.engine.registry import open_backend
-from dnp.engine.session import Backend, BackendOptions, Buffer, Session
-from dnp.runtime.captioner import Captioner
+from dnp.engine.session import Backend, BackendOptions, Buffer
 from dnp.runtime.clock import Clock
 from dnp.runtime.denoise import Sample, denoise, finite, load_samples
+from dnp.runtime.graphs import Graphs
 from dnp.runtime.request import Request, Result, Step
-from dnp.runtime.samplers import SamplerTable, check_defaults, sampler_table
+from dnp.runtime.samplers import SamplerTable, check_defaults
 from dnp.runtime.schedule import NoiseSchedule
 from dnp.runtime.tokenizer import PromptTokenizer
-from dnp.runtime.warmup import prepare_sampling
-
-# Larger requests are sampled in batches of this size: a constant, because the batch size decides the last bits of
-# an image, and an image must be reproducible from its settings alone.
-BATCH = 8
 
 T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
@@ -48,16 +43,10 @@ class Pipeline:
     """
 
     def __init__(self, bundle: Bundle, backend: str | Backend = "cpu", options: BackendOptions | None = None) -> None:
-        self.bundle = self._plans = bundle  # whose weights run, and for which the graphs were compiled
-        self._backend = backend if isinstance(backend, Backend) else open_backend(backend, options)
+        backend = backend if isinstance(backend, Backend) else open_backend(backend, options)
+        self._graphs = Graphs(bundle, backend)
         self._schedule = _schedule_of(bundle)
         self._busy = threading.Lock()
-        self._closed = False
-        latents = bundle.latents
-        self._sizes = [(latents.height * latents.pixels, latents.width * latents.pixels)]  # that runs are recorded for
-        self._prepared: set[str] = set()
-        self._sessions: dict[str, Session] = {}  # by graph
-        self._opening = 0.0  # seconds spent on opening that no result has told of
 
     @classmethod
     def open(
@@ -80,73 +69,47 @@ class Pipeline:
         opened = Bundle.default() if bundle is None else Bundle.open(Path(bundle))
         options = BackendOptions(threads, precision, device, eager, memory_limit, engines)
         pipeline = cls(opened, backend, options)
-        pipeline._opening = time.perf_counter() - started
+        pipeline._graphs.opening = time.perf_counter() - started
         try:
-            pipeline._encode_text  # noqa: B018  opened now, so that a backend that cannot run says so here
+            pipeline._graphs.encode_text  # noqa: B018  opened now, so that a backend that cannot run says so here
         except BaseException:
             pipeline.close()
             raise
         return pipeline
 
     @property
+    def bundle(self) -> Bundle:
+        """The bundle whose weights run."""
+        return self._graphs.bundle
+
+    @property
     def runs_on(self) -> str:
         """What really runs the graphs, as the library itself says."""
-        return self._encode_text.backend
-
-    # Each graph is opened when it is first needed: plain guidance never loads the captioner.
-
-    @cached_property
-    def _encode_text(self) -> Session:
-        return self._session("encode_text")
-
-    @cached_property
-    def _denoise(self) -> Session:
-        return self._session("denoise")
-
-    @cached_property
-    def _decode(self) -> Session:
-        session = self._session("decode_latents")
-        session.link("latents", self._denoise.outputs["latents"])
-        return session
-
-    @cached_property
-    def _captioner(self) -> Captioner:
-        return Captioner(self.bundle, self._session("encode_image"), self._session("caption_step"))
+        return self._graphs.encode_text.backend
 
     @cached_property
     def tokenizer(self) -> PromptTokenizer:
         """The prompt tokenizer of the bundle."""
         return PromptTokenizer(self.bundle)
 
-    def _session(self, graph: str) -> Session:
-        self._check_open()
-        started = time.perf_counter()
-        session = self._backend.session(self._plans.graph(graph), self._plans)
-        self._sessions[graph] = session
-        if graph in self._plans.unlike(self.bundle):
-            session.refit(self.bundle.graph(graph).path)
-        self._opening += time.perf_counter() - started
-        return session
-
     def _open_graphs(self, request: Request, tables: Sequence[SamplerTable]) -> Clock:
         """A clock for one request, which has to open what is not open yet and tells of all that was opened for it.
 
         Raises SettingsError when the graphs are compiled for sizes that the request or its ``tables`` do not have.
         """
-        clock = Clock()
-        before, self._opening = self._opening, 0.0
+        clock, graphs = Clock(), self._graphs
+        clock.add("open", graphs.opening)
         with clock.phase("open"):
-            self.warm_up(captioner=request.runs_dns)
-        self._opening = 0.0
-        clock.add("open", before)
+            graphs.warm_up(captioner=request.runs_dns)
+        graphs.opening = 0.0  # told now
         for table in tables:
-            self._denoise.bucket("rows", len(table.rows))
-        last = request.images % self._batch or self._batch
-        for batch in {min(request.images, self._batch), last}:
-            self._denoise.admit(batch=batch)
-            self._decode.admit(batch=batch)
+            graphs.denoise.bucket("rows", len(table.rows))
+        last = request.images % graphs.batch or graphs.batch
+        for batch in {min(request.images, graphs.batch), last}:
+            graphs.denoise.admit(batch=batch)
+            graphs.decode.admit(batch=batch)
         assert request.height is not None and request.width is not None
-        self._admit(request.height, request.width, captioner=request.runs_dns)
+        graphs.admit(request.height, request.width, captioner=request.runs_dns)
         return clock
 
     def warm_up(self, *, captioner: bool = True, sizes: Sequence[tuple[int, int]] = ()) -> None:
@@ -157,37 +120,7 @@ class Pipeline:
 
         Raises SettingsError for a size that the bundle or its plans do not have, DnpError when closed.
         """
-        self._check_open()
-        self._decode  # noqa: B018  reads the latents of the denoise session, so that one is opened too
-        if captioner:
-            self._captioner  # noqa: B018
-        new = [(height, width) for height, width in dict.fromkeys(sizes) if (height, width) not in self._sizes]
-        for height, width in new:
-            Request("a size", height=height, width=width).resolve(self.bundle)
-            self._admit(height, width, captioner=captioner)
-        if new:
-            captioner = captioner or "captions" in self._prepared
-            self._sizes += new
-            self._prepared.clear()
-        least = self._denoise.least.get("batch", 1)
-        batches = [batch for batch in self._backend.batches if least <= batch <= self._batch]
-        if "sampling" not in self._prepared:
-            samplers = ("euler_a", "ddim")  # one that draws noise on the way, and one that does not
-            tables = [sampler_table(self._schedule, sampler, 2, 1.0) for sampler in samplers]
-            sessions = (self._encode_text, self._denoise, self._decode)
-            prepare_sampling(self.bundle, *sessions, batches=batches, sizes=self._sizes, tables=tables)
-            self._prepared.add("sampling")
-        if captioner and "captions" not in self._prepared:
-            self._captioner.prepare(batches, self._sizes)
-            self._prepared.add("captions")
-
-    def _admit(self, height: int, width: int, *, captioner: bool) -> None:
-        """Raises SettingsError when the graphs are compiled for other sizes than these, in pixels."""
-        pixels = self.bundle.latents.pixels
-        for session in (self._denoise, self._decode):
-            session.admit(height=height // pixels, width=width // pixels)
-        if captioner:
-            self._captioner.admit(height, width)
+        self._graphs.warm_up(captioner=captioner, sizes=sizes)
 
     def refit(self, bundle: str | Path | Bundle) -> None:
         """Take over the weights of another bundle, such as a fine-tune's, without compiling anything; its defaults and
@@ -204,50 +137,22 @@ class Pipeline:
         other = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
         schedule = _schedule_of(other)
         with self._exclusive():
-            self.bundle.check_same_model(other)
-            changed = [session for graph, session in self._sessions.items() if graph in self.bundle.unlike(other)]
-            for session in changed:
-                session.check_refit()
-            try:
-                for session in changed:
-                    session.refit(other.graph(session.graph.name).path)
-            except BaseException:
-                self._free()  # some graphs have the new weights and some the old ones
-                raise
-            self.bundle, self._schedule = other, schedule
-            recorded = set(self._prepared)
-            self._prepared.clear()  # what was recorded holds the old weights
-            if recorded:
-                self.warm_up(captioner="captions" in recorded)
-
-    @property
-    def _batch(self) -> int:
-        """The most images sampled at once."""
-        return min(BATCH, self._denoise.most.get("batch", BATCH))
+            self._graphs.refit(other)
+            self._schedule = schedule
 
     def close(self) -> None:
         """Free the graphs and their buffers, which can be hundreds of megabytes; the pipeline cannot be used again.
 
         Closing it again does nothing. Raises DnpError while a request runs.
         """
-        if self._closed:
+        if self._graphs.closed:
             return
         with self._exclusive():
-            self._free()
-
-    def _free(self) -> None:
-        for session in self._sessions.values():
-            session.close()
-        self._backend.close()
-        self._closed = True
+            self._graphs.close()
 
     def __enter__(self) -> Pipeline:
-        self._check_open()
+        self._graphs.require_open()
         return self
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise DnpError("this pipeline is closed; open another one")
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -295,9 +200,9 @@ class Pipeline:
                     f"caption takes PIL images, not {type(image).__name__}; make one with PIL.Image.fromarray"
                 )
         with self._exclusive():
-            self._captioner.check(beams=beams, prefix=prefix, min_length=min_length, max_length=max_length)
+            self._graphs.captioner.check(beams=beams, prefix=prefix, min_length=min_length, max_length=max_length)
             return [
-                self._captioner.captions(
+                self._graphs.captioner.captions(
                     np.asarray(image.convert("RGB"))[None],
                     beams=beams,
                     prefix=prefix,
@@ -318,7 +223,7 @@ class Pipeline:
             )
         request = request.resolve(self.bundle)
         if request.runs_dns:
-            self._captioner.check(
+            self._graphs.captioner.check(
                 beams=request.beams,
                 prefix=request.prefix,
                 min_length=request.min_length,
@@ -378,11 +283,11 @@ class Pipeline:
         prompts, empty = [request.prompt] * request.images, [""] * request.images
         images = yield from self._sample("dns", prompts, empty, table, seeds, request, clock)
         negatives: list[str] = []
-        most = min(self._batch, self._captioner.most(request.beams))
+        most = min(self._graphs.batch, self._graphs.captioner.most(request.beams))
         for start in range(0, request.images, most):
             part = images[start : start + most]
             # The only batch of them is still where it was decoded.
-            there = self._decode.outputs["image"] if request.images <= most else None
+            there = self._graphs.decode.outputs["image"] if request.images <= most else None
             negatives += yield from clock.timed("caption", self._describe(part, there, request))
         for number, negative in enumerate(negatives):
             if not negative.strip():
@@ -394,7 +299,7 @@ class Pipeline:
 
     def _describe(self, images: Pixels, there: Buffer | None, request: Request) -> Generator[Step, None, list[str]]:
         assert request.max_length is not None
-        steps = self._captioner.steps(
+        steps = self._graphs.captioner.steps(
             images,
             there=there,
             beams=request.beams,
@@ -422,16 +327,16 @@ class Pipeline:
     ) -> Generator[Step, None, Pixels]:
         """Sample every (prompt, negative, seed) with ``table``, in batches; returns uint8 ``[B, H, W, 3]``."""
         images = []
-        batches = range(0, len(seeds), self._batch)
+        batches = range(0, len(seeds), self._graphs.batch)
         total = len(table.rows) * len(batches)
         for number, start in enumerate(batches):
-            part = slice(start, start + self._batch)
+            part = slice(start, start + self._graphs.batch)
             with clock.phase(phase):
                 rows = self._load(prompts[part], negatives[part], table, seeds[part], request)
-            for row in clock.timed(phase, denoise(self._denoise, rows)):
+            for row in clock.timed(phase, denoise(self._graphs.denoise, rows)):
                 yield Step(phase, number * rows + row, total, self._decode_now)
             with clock.phase("decode"):
-                if not finite(self._denoise.outputs["latents"].read()):
+                if not finite(self._graphs.denoise.outputs["latents"].read()):
                     raise DnpError(
                         f"the latents of the {phase} pass are no longer finite numbers; bring the guidance nearer "
                         "to 0, or use a bundle of higher precision"
@@ -455,21 +360,21 @@ class Pipeline:
         latents = self.bundle.latents
         assert request.height is not None and request.width is not None
         shape = (latents.channels, request.height // latents.pixels, request.width // latents.pixels)
-        rows = load_samples(self._denoise, [Sample(table, seed) for seed in seeds], shape)
-        self._encode_text.reshape(batch=len(prompts))
+        rows = load_samples(self._graphs.denoise, [Sample(table, seed) for seed in seeds], shape)
+        self._graphs.encode_text.reshape(batch=len(prompts))
         for name, texts in (("base_context", negatives), ("prompt_context", prompts)):
-            self._encode_text.inputs["ids"].write(self.tokenizer.encode(texts))
-            self._encode_text.run()
-            self._denoise.inputs[name].copy(self._encode_text.outputs["context"])
+            self._graphs.encode_text.inputs["ids"].write(self.tokenizer.encode(texts))
+            self._graphs.encode_text.run()
+            self._graphs.denoise.inputs[name].copy(self._graphs.encode_text.outputs["context"])
         return rows
 
     def _decode_now(self) -> Pixels:
         """The present latents as uint8 ``[B, H, W, 3]``."""
-        self._check_open()  # a preview may have outlived the pipeline
-        batch, _, height, width = self._denoise.outputs["latents"].shape
-        self._decode.reshape(batch=batch, height=height, width=width)
-        self._decode.run()
-        return self._decode.outputs["image"].read().astype(np.uint8, copy=False)
+        self._graphs.require_open()  # a preview may have outlived the pipeline
+        batch, _, height, width = self._graphs.denoise.outputs["latents"].shape
+        self._graphs.decode.reshape(batch=batch, height=height, width=width)
+        self._graphs.decode.run()
+        return self._graphs.decode.outputs["image"].read().astype(np.uint8, copy=False)
 
     def _result(
         self,
@@ -488,8 +393,8 @@ class Pipeline:
             request=request,
             seconds=clock.total(),
             bundle=self.bundle.fingerprint,
-            backend=self._backend.name,
-            precision=self._backend.options.precision,
+            backend=self._graphs.backend.name,
+            precision=self._graphs.backend.options.precision,
             runs_on=self.runs_on,
         )
 
@@ -498,7 +403,7 @@ class Pipeline:
         if not self._busy.acquire(blocking=False):
             raise DnpError("this pipeline is busy with another request; finish or close it, or open one per thread")
         try:
-            self._check_open()
+            self._graphs.require_open()
             yield
         finally:
             self._busy.release()

@@ -183,10 +183,10 @@ def test_every_step_of_every_sampler_is_a_launch(open_pipeline, gpu):
 
 def test_a_plan_s_facts_tell_what_its_session_takes(open_pipeline, tmp_path):
     pipeline = open_pipeline()
-    pipeline._encode_text  # noqa: B018
+    pipeline._graphs.encode_text  # noqa: B018
     (_, sidecar), *_ = PlanStore(tmp_path / "engines").plans()
     facts = sidecar["facts"]
-    assert pipeline._backend.device.allocated == facts["weights_bytes"] + facts["buffer_bytes"]
+    assert pipeline._graphs.backend.device.allocated == facts["weights_bytes"] + facts["buffer_bytes"]
 
 
 def test_activations_share_one_piece_of_memory(open_pipeline, gpu):
@@ -255,8 +255,8 @@ def test_a_memory_limit_counts_weights(open_pipeline, gpu):
     pipeline = open_pipeline(memory_limit=1999)  # the fake's plans have 2000 bytes of them
     told = r"no memory on cuda:0 for the weights of 'encode_text': .* MB are wanted, .* MB of the memory limit is left"
     with pytest.raises(BackendError, match=told + ".*--weight-streaming$"):
-        pipeline._encode_text  # noqa: B018
-    assert pipeline._backend.device.allocated == 0
+        pipeline._graphs.encode_text  # noqa: B018
+    assert pipeline._graphs.backend.device.allocated == 0
 
 
 def test_onnxruntime_keeps_to_the_memory_limit_too(open_pipeline, gpu, default_bundle):
@@ -266,7 +266,7 @@ def test_onnxruntime_keeps_to_the_memory_limit_too(open_pipeline, gpu, default_b
     limits = [int(session.settings["gpu_mem_limit"]) for session in gpu.ort.sessions]
     assert limits[0] == 1 << 30
     assert limits == sorted(limits, reverse=True)
-    assert pipeline._backend.device.allocated == weights + sum(block.nbytes for block in gpu.device.values())
+    assert pipeline._graphs.backend.device.allocated == weights + sum(block.nbytes for block in gpu.device.values())
     pipeline.close()
     told = r"no memory on cuda:0 for .* MB of the memory limit is left; (raise --memory-limit|ask for fewer images)"
     for limit in (1_000_000, weights + 10_000):
@@ -285,12 +285,12 @@ def test_weights_that_may_be_streamed_share_what_the_limit_leaves(open_pipeline,
     whole = streaming_pipeline(open_pipeline, default_bundle, tmp_path)
     expected = whole(PROMPT, **settings)
     assert [engine.budget for engine in gpu.trt.engines] == [2000] * 5  # there is room for all of them
-    needed = whole._backend.device.allocated
+    needed = whole._graphs.backend.device.allocated
     gpu.trt.engines.clear()
     half = streaming_pipeline(open_pipeline, default_bundle, tmp_path, memory_limit=needed - 5000)
     assert np.array_equal(half(PROMPT, **settings).arrays, expected.arrays)
     assert [engine.budget for engine in gpu.trt.engines] == [1000] * 5
-    assert half._backend.device.left == 0
+    assert half._graphs.backend.device.left == 0
     half.close()
     gpu.trt.engines.clear()
     none = streaming_pipeline(open_pipeline, default_bundle, tmp_path, memory_limit=needed - 10_000)
@@ -417,7 +417,7 @@ def test_latents_that_are_no_numbers_and_flat_images_are_errors(open_pipeline, m
     pipeline = open_pipeline()
     with pytest.raises(DnpError, match="no longer finite numbers"):
         pipeline(PROMPT, negative="n*", guidance=1e38, steps=2)
-    buffer = pipeline._decode.outputs["image"]
+    buffer = pipeline._graphs.decode.outputs["image"]
     monkeypatch.setattr(type(buffer), "read", lambda self: np.zeros(self.shape, self.dtype))
     with pytest.raises(DnpError, match=r"one flat colour.*--check-ranges"):
         pipeline(PROMPT, negative="n*", **QUICK)
@@ -425,7 +425,7 @@ def test_latents_that_are_no_numbers_and_flat_images_are_errors(open_pipeline, m
 
 def test_a_buffer_written_twice_keeps_both_contents_in_order(open_pipeline):
     pipeline = open_pipeline()
-    session = pipeline._encode_text
+    session = pipeline._graphs.encode_text
     session.reshape(batch=1)
     ids, context = session.inputs["ids"], session.outputs["context"]
     results = []
@@ -696,10 +696,10 @@ def test_a_timing_cache_that_is_damaged_is_begun_anew(open_pipeline, gpu, tmp_pa
 def test_a_failed_open_gives_back_what_it_took(open_pipeline, gpu):
     pipeline = open_pipeline(memory_limit=1_000_000)
     for _ in range(2):
-        before = pipeline._backend.device.allocated
+        before = pipeline._graphs.backend.device.allocated
         with pytest.raises(BackendError, match="no memory on"):
-            pipeline._denoise  # noqa: B018
-        assert pipeline._backend.device.allocated == before
+            pipeline._graphs.denoise  # noqa: B018
+        assert pipeline._graphs.backend.device.allocated == before
 
 
 def test_after_an_error_that_lasts_closing_still_frees(open_pipeline, gpu):
