@@ -38,7 +38,7 @@ gallery: .venv-test/installed  ## the pictures of the README
 	mv build/pictures/*-explored.png docs/images/explore.png
 
 quality: .venv-test/installed  ## does DNP help? Table, plot and contact sheet in benchmarks/results/
-	.venv-test/bin/python benchmarks/quality/measure.py
+	.venv-test/bin/python benchmarks/quality/quality.py
 
 gpu-check: .venv-$(BACKEND)/installed $(BUNDLE)/bundle.json  ## what only a GPU can show; BACKEND=tensorrt, tensorrt-rtx, cuda
 	.venv-$(BACKEND)/bin/python benchmarks/gpu_check.py --backend $(BACKEND) --bundle $(BUNDLE)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 QUALITY = Path(__file__).parents[1] / "benchmarks" / "quality"
-MODULES = ("estimates", "subjects", "study", "render", "measure")
+MODULES = ("estimates", "subjects", "study", "views", "quality")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_prompts_of_ones_own_are_refused_by_name(quality, clip_folder, tmp_path)
         load(tmp_path / "empty.txt", clip_folder)
     with pytest.raises(ValueError, match=r"no config\.json"):
         load(tmp_path / "two.txt", tmp_path)
-    main = quality["measure"].main
+    main = quality["quality"].main
     for arguments, message in (
         (["--texts", str(tmp_path / "two.txt")], "go together"),
         (["--texts", str(tmp_path / "two.txt"), "--clip", str(clip_folder)], "lower --choosing"),
@@ -160,7 +160,7 @@ SMALL = ["--w", "2", "--w", "4", "--s", "1", "--sampler", "ddim", "--steps", "2"
 def test_the_experiment_in_small(quality, tmp_path):
     sizes = ["--prompts", "4", "--choosing", "2", "--work", str(tmp_path / "work")]
     for out in ("first", "again"):  # the second time from what is kept
-        answer = CliRunner().invoke(quality["measure"].main, [*SMALL, *sizes, "--out", str(tmp_path / out)])
+        answer = CliRunner().invoke(quality["quality"].main, [*SMALL, *sizes, "--out", str(tmp_path / out)])
         assert answer.exit_code == 0, answer.output
     found, again = (json.loads((tmp_path / out / "quality.json").read_text()) for out in ("first", "again"))
     for report in (found, again):
@@ -187,7 +187,7 @@ def test_a_bundle_with_prompts_and_a_judge_of_ones_own(quality, clip_folder, tmp
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "a red cross"]), encoding="utf-8")
     arguments = ["--texts", str(tmp_path / "prompts.txt"), "--clip", str(clip_folder), "--choosing", "2"]
     folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    answer = CliRunner().invoke(quality["measure"].main, [*SMALL, *arguments, *folders])
+    answer = CliRunner().invoke(quality["quality"].main, [*SMALL, *arguments, *folders])
     assert answer.exit_code == 0, answer.output
     found = json.loads((tmp_path / "out/quality.json").read_text())
     assert [row["method"] for row in found["conditions"]] == ["plain (∅)", "DNP (n*)", "another caption"]

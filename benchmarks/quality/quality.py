@@ -1,6 +1,6 @@
 """Does DNP help? ``make quality``, or for a bundle and prompts of one's own:
 
-python benchmarks/quality/measure.py --bundle BUNDLE --texts PROMPTS.txt --clip CLIP_FOLDER --out build/quality-of-mine
+python benchmarks/quality/quality.py --bundle BUNDLE --texts PROMPTS.txt --clip CLIP_FOLDER --out build/quality-of-mine
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import click
 from joblib import Memory
-from render import contact_sheet, plot, table
 from study import Grid, Studio, choose, report
 from subjects import ClipTexts, Scenes, Subject
+from views import contact_sheet, plot, table
 
 from dnp import Pipeline
 from dnp.engine.files import write_together
