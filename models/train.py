@@ -46,8 +46,8 @@ def main() -> None:
         "latents": lambda: train_diffusion.cache_latents(work),
         "contexts": lambda: train_diffusion.cache_contexts(work),
         **{
-            recipe.name: training(train_diffusion.Denoiser(work, run), recipe)
-            for run, recipe in enumerate(train_diffusion.RUNS)
+            run.recipe.name: training(train_diffusion.Denoiser(work, number), run.recipe)
+            for number, run in enumerate(train_diffusion.RUNS)
         },
         "decoded": lambda: train_blip.decode_some(work),
         "looking": training(train_blip.Looking(work), train_blip.VISION, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -20,17 +21,29 @@ from training import DTYPE, Recipe, save_whole, trained
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 from vocabulary import TEXT_LENGTH, save_clip_tokenizer
 
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the denoiser's training.
+
+    Attributes:
+        noise: the mean of logit(t / 1000): layout and colours are decided in much noise, edges in little.
+        wrong: the share of the attributes in its captions that are drawn anew.
+    """
+
+    recipe: Recipe
+    noise: float
+    wrong: float = 0.0
+
+
 # Each run starts from the weights that the one before ended with. Colours come first, shapes late, edges then. Last,
 # the captions become as unreliable as those of the web: a model that may trust every word needs no guidance.
 RUNS = (
-    Recipe("diffusion", steps=1200, rate=1e-3, average=0.995, warmup=60),
-    Recipe("refined", steps=2000, rate=7e-4, average=0.995, warmup=60, seed=1),
-    Recipe("polished", steps=2000, rate=7e-4, average=0.995, warmup=60, seed=2),
-    Recipe("misled", steps=400, rate=5e-4, average=0.98, warmup=20, seed=3),
+    Run(Recipe("diffusion", steps=1200, rate=1e-3, average=0.995, warmup=60), noise=0.4),
+    Run(Recipe("refined", steps=2000, rate=7e-4, average=0.995, warmup=60, seed=1), noise=0.4),
+    Run(Recipe("polished", steps=2000, rate=7e-4, average=0.995, warmup=60, seed=2), noise=-0.3),
+    Run(Recipe("misled", steps=400, rate=5e-4, average=0.98, warmup=20, seed=3), noise=0.2, wrong=0.4),
 )
-# Of each run, the mean of logit(t / 1000): layout and colours are decided in much noise, edges in little.
-NOISE = (0.4, 0.4, -0.3, 0.2)
-WRONG = (0.0, 0.0, 0.0, 0.4)  # of each run, the share of the attributes in its captions that are drawn anew
 LATENTS = 40_000
 BATCH = 48  # latents, each process
 EMPTY = 0.15  # share of captions replaced by the empty one, which is what guidance is measured against
@@ -139,7 +152,7 @@ class Denoiser:
         """See ``Task.loss``."""
         latents, (contexts, empty) = load_latents(self.work), load_contexts(self.work)
         rows = torch.randint(len(latents), (BATCH,), generator=generator)
-        if share := WRONG[self.run]:
+        if share := RUNS[self.run].wrong:
             seed = int(torch.randint(2**62, (1,), generator=generator))
             context = wrong_contexts(self.work, rows, share, seed)  # [B, 32, width]
         else:
@@ -147,7 +160,7 @@ class Denoiser:
         context[torch.rand(BATCH, generator=generator) < EMPTY] = empty.to(context.dtype)
         x_0 = latents[rows]
         # logit-normal: most draws where the run has something to learn, few where almost nothing or almost all is noise
-        logit = NOISE[self.run] + 1.2 * torch.randn(BATCH, generator=generator)
+        logit = RUNS[self.run].noise + 1.2 * torch.randn(BATCH, generator=generator)
         t = (1000 * torch.sigmoid(logit)).long().clamp(0, 999)
         eps = torch.randn(x_0.shape, generator=generator)
         alpha_bar = noise_schedule()[t].view(-1, 1, 1, 1)
@@ -160,4 +173,4 @@ class Denoiser:
 
 def trained_unet(work: Path, run: int = len(RUNS) - 1) -> nn.Module:
     """The UNet after a run, the last one when none is named."""
-    return trained(Denoiser(work, run), RUNS[run], work)
+    return trained(Denoiser(work, run), RUNS[run].recipe, work)
