@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dnp.engine import Bundle
+
 QUALITY = Path(__file__).parents[1] / "benchmarks" / "quality"
 MODULES = ("estimates", "subjects", "study", "views", "quality")
 
@@ -55,6 +57,14 @@ def test_the_frechet_distance_is_the_published_formula(quality):
     assert distance(a, a) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="two rows"):
         distance(a[:1], b)
+
+
+def test_the_committed_table_is_what_the_figures_say(quality):
+    results = QUALITY.parent / "results"
+    found = json.loads((results / "quality.json").read_text(encoding="utf-8"))
+    assert (results / "quality.md").read_text(encoding="utf-8") == quality["views"].table(found)
+    assert found["prompts"]["reporting"] >= 300
+    assert found["bundle"]["fingerprint"] == Bundle.default().fingerprint, "the default bundle was made anew: make quality"
 
 
 def test_the_spread_is_the_mean_distance_of_pairs(quality):
