@@ -173,7 +173,8 @@ def made_up(first: float, other: float) -> dict:
         for name, scale in (("diffusers", first), ("dnp-cpu", other))
         for turn, s in enumerate((4, 1, 2))
     ]
-    told = {name: {"works": ["image"], "reason": "", "agreement": None} for name in ("diffusers", "dnp-cpu")}
+    row = {"works": ["image"], "steps": 2, "reason": "", "agreement": None}
+    told = {name: dict(row) for name in ("diffusers", "dnp-cpu")}
     return {"settings": {"steps": 2}, "contenders": told, "runs": runs}
 
 
@@ -184,6 +185,15 @@ def test_medians_and_ratios(first, other):
     assert summary.figure(found, "dnp-cpu", "step") == summary.Spread(2 * other, other, 4 * other, 3)
     assert summary.ratio(found, "dnp-cpu", "image", "diffusers") == pytest.approx(other / first)
     assert summary.ratio(found, "diffusers", "step", "diffusers") == 1.0
+
+
+def test_a_contender_that_was_capped_is_summed_up_by_its_own_steps():
+    found = made_up(1, 1)
+    found["contenders"]["diffusers"]["steps"] = 3
+    for run in found["runs"][:3]:
+        run["events"][0]["marks"] = [0.0, 5.0, 10.0]
+    assert summary.figure(found, "diffusers", "step").median == 5
+    assert summary.figure(found, "dnp-cpu", "step").median == 2
 
 
 def test_a_series_is_along_the_longest_line():
@@ -216,9 +226,10 @@ def test_rendering_is_the_same_again_and_leaves_the_rest_alone(report, tmp_path)
         render.between_markers("no markers", "")
 
 
-def test_readme_says_what_the_results_say():
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert render.between_markers(text, render.section(render.read(render.RESULTS))) == text
+def test_readme_and_tables_say_what_the_results_say():
+    text, reports = (REPOSITORY / "README.md").read_text(encoding="utf-8"), render.read(render.RESULTS)
+    assert render.between_markers(text, render.section(reports)) == text
+    assert not reports or (render.RESULTS / "speed.md").read_text(encoding="utf-8") == render.page(reports)
 
 
 def test_results_are_rendered_whole(report, tmp_path):

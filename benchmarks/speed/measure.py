@@ -47,7 +47,7 @@ def measure(plan: Plan, names: Sequence[str], keep: Callable[[dict[str, Any]], N
     for name in names:
         job, reason = job_of(plan, name)
         reason = reason or prepare_environment(CONTENDERS[name].environment) or prepare_contender(name, job)
-        told[name] = {"works": list(job.works), "reason": reason, "agreement": None}
+        told[name] = {"works": list(job.works), "steps": job.steps, "reason": reason, "agreement": None}
         if not reason:
             jobs[name] = job
     runs: list[dict[str, Any]] = []

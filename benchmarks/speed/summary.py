@@ -75,14 +75,13 @@ def figure(report: Mapping[str, Any], name: str, kind: str) -> Spread | None:
 
     ``kind``: ``import``, ``open``, ``first``, ``image``, ``dnp`` and ``step`` are seconds, ``memory`` bytes.
     """
-    works = report["contenders"].get(name, {"works": ()})["works"]
-    if kind in ("first", "image", "dnp") and kind.replace("first", "image") not in works:
+    told = report["contenders"].get(name)
+    if told is None or (kind in ("first", "image", "dnp") and kind.replace("first", "image") not in told["works"]):
         return None  # it was not asked for, or its loop was run for the steps alone
-    steps = report["settings"]["steps"]
     values: list[float | None] = []
     for run in runs(report, name):
         if kind == "step":
-            values.append(step_seconds(run, steps))
+            values.append(step_seconds(run, told["steps"]))
         elif kind == "memory":
             values += [event["bytes"] for event in events(run, "memory")]
         else:
@@ -92,7 +91,7 @@ def figure(report: Mapping[str, Any], name: str, kind: str) -> Spread | None:
 
 def share(report: Mapping[str, Any], name: str, kind: str) -> Spread | None:
     """``outside_share`` over the rounds."""
-    found = [outside_share(run, kind, report["settings"]["steps"]) for run in runs(report, name)]
+    found = [outside_share(run, kind, report["contenders"][name]["steps"]) for run in runs(report, name)]
     return Spread.of([value for value in found if value is not None])
 
 
