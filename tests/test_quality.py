@@ -64,7 +64,9 @@ def test_the_committed_table_is_what_the_figures_say(quality):
     found = json.loads((results / "quality.json").read_text(encoding="utf-8"))
     assert (results / "quality.md").read_text(encoding="utf-8") == quality["views"].table(found)
     assert found["prompts"]["reporting"] >= 300
-    assert found["bundle"]["fingerprint"] == Bundle.default().fingerprint, "the default bundle was made anew: make quality"
+    assert found["bundle"]["fingerprint"] == Bundle.default().fingerprint, (
+        "the default bundle was made anew: make quality"
+    )
 
 
 def test_the_spread_is_the_mean_distance_of_pairs(quality):

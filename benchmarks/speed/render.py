@@ -43,7 +43,7 @@ def page(reports: Sequence[Mapping[str, Any]]) -> str:
     parts = ["# Speed", "Made by `benchmarks/speed/render.py` from the JSON beside it, which has every single time."]
     for report in reports:
         parts += [f"## {report['title'][0].upper()}{report['title'][1:]}", tables.caption(report), tables.works(report)]
-        parts += [f"![ratios, and cost against steps, width and batch](speed-{report['size']}.png)"]
+        parts += [f"![times as ratios to the first, and cost against size](speed-{report['size']}.png)"]
         parts += [tables.shares(report), tables.starts(report), tables.throughput(report), tables.slopes(report)]
         parts += [tables.notes(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -75,13 +75,17 @@ def between_markers(text: str, section: str) -> str:
 
 
 def plot(report: Mapping[str, Any]) -> bytes:
-    """A PNG: every contender's ratios, and what an image costs against steps, width and batch on log-log axes."""
+    """A PNG: every contender's ratios, and what an image costs against steps, width and batch on log-log axes.
+
+    Without the second where no other sizes were timed.
+    """
     from matplotlib.figure import Figure
 
-    canvas = Figure(figsize=(12, 9), layout="constrained")
-    bars, *axes = canvas.subplot_mosaic("AAA;BCD").values()
+    scaled = any(points(report, name) for name in tables.ran(report))
+    canvas = Figure(figsize=(12, 9 if scaled else 5), layout="constrained")
+    bars, *axes = canvas.subplot_mosaic("AAA;BCD" if scaled else "A").values()
     _bars(bars, report)
-    for ax, (axis, power) in zip(axes, {"steps": 1, "pixels": 2, "batch": 1}.items(), strict=True):
+    for ax, (axis, power) in zip(axes, {"steps": 1, "pixels": 2, "batch": 1}.items(), strict=False):
         _lines(ax, report, axis, power)
     canvas.suptitle(f"{report['title']}: {report['machine']['processor']}, {report['settings']['threads']} threads")
     png = io.BytesIO()

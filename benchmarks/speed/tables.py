@@ -23,13 +23,19 @@ def caption(report: Report) -> str:
     return (
         f"{report['title'][0].upper()}{report['title'][1:]}: {s['pixels']}×{s['pixels']} pixels, {s['steps']} "
         f"{s['sampler'].upper()} steps a pass, w = {s['guidance']:g}, s = {s['dns_guidance']:g}, batch 1, "
-        f"{s['threads']} threads each, float32 unless named otherwise. Medians (smallest–largest) over {s['rounds']} "
-        f"interleaved rounds, each a process of its own with {s['repeats']} timed requests after a first image"
+        f"{s['threads']} threads each, float32 unless named otherwise. Medians (smallest–largest) over "
+        f"{counted(s['rounds'], 'interleaved round')}, each a process of its own with "
+        f"{counted(s['repeats'], 'timed request')} after a first image"
         f"{' and a first DNP request' if s['warmups'] else ''}; × is the ratio to the first row, below 1 is faster.\n\n"
         f"{m['processor']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.0f} GiB, {m['system']}, Python "
         f"{m['python']}, load before {m['load_before']:.1f}, {m['made']}: `{report['command']}`, "
         f"{report['seconds'] / 60:.0f} minutes"
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """As in: 1 round, 2 rounds."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def works(report: Report) -> str:

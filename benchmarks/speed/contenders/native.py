@@ -92,7 +92,7 @@ class StableDiffusionCpp(Contender):
             seed=self._seed,
             progress_callback=progress,
         )
-        return np.stack([np.asarray(image) for image in images])
+        return np.stack([np.asarray(image.convert("RGB")) for image in images])
 
     def caption(self, image: Pixels) -> str:
         return self._caption(image)
