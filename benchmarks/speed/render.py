@@ -83,10 +83,11 @@ def plot(report: Mapping[str, Any]) -> bytes:
 
     scaled = any(points(report, name) for name in tables.ran(report))
     canvas = Figure(figsize=(12, 9 if scaled else 5), layout="constrained")
-    bars, *axes = canvas.subplot_mosaic("AAA;BCD" if scaled else "A").values()
-    _bars(bars, report)
-    for ax, (axis, power) in zip(axes, {"steps": 1, "pixels": 2, "batch": 1}.items(), strict=False):
-        _lines(ax, report, axis, power)
+    panels = canvas.subplot_mosaic("AAA;BCD" if scaled else "A")
+    _bars(panels.pop("A"), report)
+    if scaled:
+        for ax, (axis, power) in zip(panels.values(), {"steps": 1, "pixels": 2, "batch": 1}.items(), strict=True):
+            _lines(ax, report, axis, power)
     canvas.suptitle(f"{report['title']}: {report['machine']['processor']}, {report['settings']['threads']} threads")
     png = io.BytesIO()
     canvas.savefig(png, dpi=100, metadata={"Software": None})
