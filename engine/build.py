@@ -7,25 +7,22 @@ by the parser from the path, so graphs beyond 2 GB of weights are nothing specia
 from __future__ import annotations
 
 import logging
-import math
-import os
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 from dnp.engine import cuda
+from dnp.engine.background import in_background
 from dnp.engine.bundle import Bundle
 from dnp.engine.errors import BackendError, BundleError, Cancelled, DnpError, OutputError, SettingsError
 from dnp.engine.files import write_together
 from dnp.engine.flavour import Flavour, flavour_of, listening, logger
-from dnp.engine.interrupts import uninterrupted
 from dnp.engine.manifest import GraphSpec
-from dnp.engine.plan import FOLDER, Plan, PlanSpec, PlanStore
-from dnp.engine.processor import peak_memory
+from dnp.engine.plan import FOLDER, BuildProgress, Plan, PlanSpec, PlanStore, Progress, Report
+from dnp.engine.processor import free_memory, peak_memory
 from dnp.engine.profile import Profile, Range, buffer_bytes, default_profile, from_dict, to_dict
 from dnp.engine.schema import REMEDY, shown
 
@@ -70,23 +67,6 @@ class BuildSettings:
     def flags(self) -> dict[str, Any]:
         """What changes a plan, apart from the architectures."""
         return {name: value for name, value in asdict(self).items() if name != "sm"}
-
-
-@dataclass(frozen=True)
-class BuildProgress:
-    """Where a build is: TensorRT's own phase, how many of its steps are done, and the seconds so far."""
-
-    graph: str
-    phase: str
-    done: int
-    total: int
-    seconds: float
-
-
-Progress = Callable[[BuildProgress], object]
-"""Called some times a second while a plan is compiled, and from no other thread; ``False`` stops the build."""
-Report = Callable[[str], None]
-"""Told, in one line, why a plan is built anew, and what the build will need."""
 
 
 @dataclass(frozen=True)
@@ -229,33 +209,23 @@ def obtain(
         profile=to_dict(profile),
         flags=settings.flags,
     )
-    plan, _ = store.find(spec)
-    if plan is not None and not force:
-        return plan
-    waiting = BuildProgress(graph.name, "waiting for another process", 0, 1, 0.0)
-    with store.building(spec, lambda: progress is not None and progress(waiting) is False):
-        plan, reason = store.find(spec)  # another process may have been faster
-        if plan is not None and not force:
-            return plan
-        if report is not None:
-            if reason:
-                report(f"{graph.name}: building anew: {reason}")
-            report(f"{graph.name}: {memory_needed(graph, profile)}")
+
+    def make() -> Plan:
         cache_file = store.folder / f".timing-{goal.version}-{spec.architecture.replace(' ', '-')}.cache"
         timings = None if goal.flavour.portable else cache_file
         data, facts = compile_plan(graph, profile, settings, goal, timings=timings, progress=progress)
         return store.write(spec, data, facts)
+
+    return store.obtain(
+        spec, make, needs=lambda: memory_needed(graph, profile), force=force, report=report, progress=progress
+    )
 
 
 def memory_needed(graph: GraphSpec, profile: Profile) -> str:
     """What building a plan will take and running it, as far as that is known before, and what is there; in words."""
     weights = graph.nbytes
     need = _MEMORY_PER_WEIGHT * weights + _MEMORY_BESIDE
-    try:
-        free: float = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        free = math.inf  # the system does not tell
-    warning = " (less is free than that)" if free < need else ""
+    warning = " (less is free than that)" if free_memory() < need else ""
     buffers = buffer_bytes(graph, profile)
     return (
         f"compiling {weights / 1e6:.0f} MB of weights, about {need / 1e9:.1f} GB of memory{warning}; "
@@ -279,22 +249,12 @@ def compile_plan(
     Raises as ``build_plans``.
     """
     build = _Build(graph, profile, settings, goal, timings)
-    thread = threading.Thread(target=build.run, name=f"build-{graph.name}", daemon=True)
-    thread.start()
-    try:
-        while not build.ended.wait(0.2):  # a join that a Ctrl-C interrupts takes the thread for dead, up to Python 3.12
-            if progress is not None and progress(build.state()) is False:
-                raise Cancelled(f"the build of {graph.name!r} was stopped; no plan is half-written")
-    except BaseException:
-        build.cancelled = True
-        with uninterrupted():  # a process that ends while the compiler is at work crashes
-            build.ended.wait()
-        raise
-    if build.error is None:
-        return build.data, build.facts
-    if isinstance(build.error, DnpError | KeyboardInterrupt):
-        raise build.error
-    raise BackendError(f"compiling {graph.name!r} failed: {build.error}") from build.error
+
+    def tick() -> None:
+        if progress is not None and progress(build.state()) is False:
+            raise Cancelled(f"the build of {graph.name!r} was stopped; no plan is half-written")
+
+    return in_background(build.compile, name=f"build-{graph.name}", tick=tick, cancel=build.cancel)
 
 
 class _Build:
@@ -304,10 +264,7 @@ class _Build:
         self, graph: GraphSpec, profile: Profile, settings: BuildSettings, goal: Target, timings: Path | None
     ) -> None:
         self.graph, self.profile, self.settings, self.goal, self.timings = graph, profile, settings, goal, timings
-        self.cancelled, self.ended = False, threading.Event()
-        self.error: BaseException | None = None
-        self.data: Any = None
-        self.facts: dict[str, Any] = {}
+        self.cancelled = False
         self.phases: dict[str, tuple[int, int]] = {}  # steps done, steps in all; innermost last
         self._started = time.perf_counter()
 
@@ -316,16 +273,20 @@ class _Build:
         name, (done, total) = next(iter([*self.phases.items()]), ("parsing", (0, 1)))
         return BuildProgress(self.graph.name, name, done, total, time.perf_counter() - self._started)
 
-    def run(self) -> None:
-        """Compile; ``data`` and ``facts``, or ``error``, are set afterwards."""
-        try:
-            self._compile()
-        except BaseException as error:  # it is raised again where the build was asked for
-            self.error = error
-        finally:
-            self.ended.set()
+    def cancel(self) -> None:
+        """Let TensorRT stop at its next step."""
+        self.cancelled = True
 
-    def _compile(self) -> None:
+    def compile(self) -> tuple[Any, dict[str, Any]]:
+        """See ``compile_plan``."""
+        try:
+            return self._compile()
+        except DnpError:
+            raise
+        except Exception as error:
+            raise BackendError(f"compiling {self.graph.name!r} failed: {error}") from error
+
+    def _compile(self) -> tuple[Any, dict[str, Any]]:
         trt = self.goal.flavour.load()
         if not self.goal.flavour.portable:
             cuda.open_cuda(self.goal.device).activate()  # each thread has a device of its own
@@ -341,8 +302,7 @@ class _Build:
                 raise self._build_error(log.errors())
             if self.timings is not None:
                 self._keep_timings(self.timings, config.get_timing_cache())
-            self.data = data
-            self.facts = {
+            return data, {
                 **_facts(log.messages()),
                 "buffer_bytes": buffer_bytes(self.graph, self.profile),
                 "layers": network.num_layers,

@@ -52,7 +52,7 @@ FLAVOURS: Final = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)
 def flavour_of(name: str) -> Flavour:
     """The flavour called ``name``. Raises BackendError when there is none."""
     if name not in FLAVOURS:
-        raise BackendError(f"{name!r} compiles no plans, {nearest(name, FLAVOURS)}")
+        raise BackendError(f"{name!r} compiles no plans, {nearest(name, ('cpu', *FLAVOURS))}")
     return FLAVOURS[name]
 
 

@@ -1,12 +1,13 @@
-"""The ``cpu`` backend: ONNX Runtime's CPU provider, bound to our buffers."""
+"""Sessions on ONNX Runtime's CPU provider, bound to our buffers; the backend itself is in ``cpu.py``."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dnp.engine.errors import BackendError, BundleError
 from dnp.engine.extras import load
-from dnp.engine.host import HostBackend, HostSession, check_border, first_line
+from dnp.engine.host import HostSession, check_border, first_line
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.processor import core_count
 from dnp.engine.schema import REMEDY
@@ -33,35 +34,44 @@ def import_onnxruntime(extra: str = "cpu") -> Any:
 
 
 class OrtSession(HostSession):
-    """A graph on ONNX Runtime's CPU provider, with IO binding: a run allocates nothing at the border."""
+    """A graph on ONNX Runtime's CPU provider, with IO binding: a run allocates nothing at the border.
 
-    def __init__(self, graph: GraphSpec, options: BackendOptions) -> None:
+    ``plan`` is the graph as ONNX Runtime optimised it before, and taken as it is. ``settings`` are the library's, those
+    of ``cpu_settings`` when ``None``.
+    """
+
+    def __init__(
+        self, graph: GraphSpec, options: BackendOptions, plan: Path | None = None, settings: Any = None
+    ) -> None:
         ort = import_onnxruntime()
         if options.precision not in (None, *PRECISIONS):
             other = ", or use the backend 'openvino'" if options.precision == "bf16" else ""
             raise BackendError(
                 f"the backend 'cpu' has no precision {options.precision!r}; known: {', '.join(PRECISIONS)}{other}"
             )
-        threads = options.threads or core_count()
+        if settings is None:
+            settings = cpu_settings(ort, options)
+        if plan is not None:
+            settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        path = plan or graph.path
         try:
             self._session: onnxruntime.InferenceSession = ort.InferenceSession(
-                str(graph.path), _settings(ort, threads), providers=[PROVIDER]
+                str(path), settings, providers=[PROVIDER]
             )
         except Exception as error:
             if type(error).__name__ == "NotImplemented":
                 raise BackendError(
-                    f"{graph.path}: ONNX Runtime {ort.__version__} lacks an operator: {first_line(error)}"
+                    f"{path}: ONNX Runtime {ort.__version__} lacks an operator: {first_line(error)}"
                 ) from error
-            raise BundleError(
-                f"{graph.path}: no graph that ONNX Runtime can load: {first_line(error)}; {REMEDY}"
-            ) from error
+            raise BundleError(f"{path}: no graph that ONNX Runtime can load: {first_line(error)}; {REMEDY}") from error
         running = self._session.get_providers()
         if running != [PROVIDER]:
             raise BackendError(f"ONNX Runtime was asked for {PROVIDER} and runs {', '.join(running)}")
         check_session(graph, self._session)
         self._value = ort.OrtValue.ortvalue_from_numpy
         self._binding = self._session.io_binding()
-        super().__init__(graph, f"cpu (ONNX Runtime {ort.__version__}, {running[0]}, f32, threads: {threads})")
+        details = f"{running[0]}, f32, threads: {settings.intra_op_num_threads}{', plan' if plan else ''}"
+        super().__init__(graph, f"cpu (ONNX Runtime {ort.__version__}, {details})")
 
     def _bind(self, name: str, array: Array, is_input: bool) -> None:
         bind = self._binding.bind_ortvalue_input if is_input else self._binding.bind_ortvalue_output
@@ -75,13 +85,6 @@ class OrtSession(HostSession):
         del self._binding, self._session
 
 
-class CpuBackend(HostBackend):
-    """ONNX Runtime on the processor; its sessions share nothing."""
-
-    name = "cpu"
-    kind = OrtSession
-
-
 def check_session(graph: GraphSpec, session: onnxruntime.InferenceSession) -> None:
     """``check_border`` for what ONNX Runtime found in the file, on whichever provider."""
     sides = {"inputs": session.get_inputs(), "outputs": session.get_outputs()}
@@ -89,9 +92,10 @@ def check_session(graph: GraphSpec, session: onnxruntime.InferenceSession) -> No
     check_border(graph, found)
 
 
-def _settings(ort: Any, threads: int) -> Any:
+def cpu_settings(ort: Any, options: BackendOptions) -> Any:
+    """ONNX Runtime's session options for the processor."""
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = threads
+    settings.intra_op_num_threads = options.threads or core_count()
     settings.inter_op_num_threads = 1
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL

@@ -1,7 +1,8 @@
 """Compiled plans on disk: found by everything that changes one, verified before use, rebuilt when in doubt.
 
-``engines/<graph>-<key>.plan`` and a sidecar of the same name in JSON, which says what the key is made of. The key never
-holds the plan's own hash: two builds of the same thing differ in bytes.
+``engines/<graph>-<key>.plan`` and a sidecar of the same name in JSON, which says what the key is made of; beside them
+``.weights``, where a plan keeps its weights in a file of their own. The key never holds the plan's own hash: two builds
+of the same thing differ in bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,8 +22,12 @@ from typing import Any, Final
 from dnp.engine.bundle import file_record
 from dnp.engine.errors import BackendError, Cancelled, OutputError, missing_extra
 from dnp.engine.files import TEMPORARY, write_together
+from dnp.engine.interrupts import uninterrupted
+from dnp.engine.manifest import FileRecord
 
 FOLDER: Final = "engines"
+WEIGHTS: Final = ".weights"
+_BLOCK: Final = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,23 @@ class PlanSpec:
 
 
 @dataclass(frozen=True)
+class BuildProgress:
+    """Where a build is: the compiler's own phase, how many of its steps are done, and the seconds so far."""
+
+    graph: str
+    phase: str
+    done: int
+    total: int
+    seconds: float
+
+
+Progress = Callable[[BuildProgress], object]
+"""Called some times a second while a plan is compiled, and from no other thread; ``False`` stops the build."""
+Report = Callable[[str], None]
+"""Told, in one line, why a plan is built anew, and what the build will need."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A plan that was verified.
 
@@ -97,15 +122,38 @@ class PlanStore:
             return None, f"{path.name} has no sidecar that can be read ({error})"
         if different := spec.difference(sidecar["spec"]):
             return None, f"{path.name}: {different}"
-        try:
-            found = file_record(path)
-        except OSError as error:
-            return None, f"{path.name} cannot be read ({error})"
-        if found.size != sidecar["size"]:
-            return None, f"{path.name} is damaged: {found.size} bytes, wanted are {sidecar['size']}"
-        if found.sha256 != sidecar["sha256"]:
-            return None, f"{path.name} is damaged: its SHA-256 differs"
-        return plan, ""
+        damage = _damage(path, sidecar, file_record)
+        if not damage and "weights" in sidecar:
+            damage = _damage(path.with_suffix(WEIGHTS), sidecar["weights"], _record_in_blocks)
+        return (None, damage) if damage else (plan, "")
+
+    def obtain(
+        self,
+        spec: PlanSpec,
+        make: Callable[[], Plan],
+        *,
+        needs: Callable[[], str],
+        force: bool = False,
+        report: Report | None = None,
+        progress: Progress | None = None,
+    ) -> Plan:
+        """The plan for ``spec``, verified, or the one that ``make`` stores where there is none that can be used.
+
+        ``needs`` says what making it will take. Raises what ``building`` and ``make`` raise.
+        """
+        plan, _ = self.find(spec)
+        if plan is not None and not force:
+            return plan
+        waiting = BuildProgress(spec.graph, "waiting for another process", 0, 1, 0.0)
+        with self.building(spec, lambda: progress is not None and progress(waiting) is False):
+            plan, reason = self.find(spec)  # another process may have been faster
+            if plan is not None and not force:
+                return plan
+            if report is not None:
+                if reason:
+                    report(f"{spec.graph}: building anew: {reason}")
+                report(f"{spec.graph}: {needs()}")
+            return make()
 
     def write(self, spec: PlanSpec, data: Any, facts: Mapping[str, Any]) -> Plan:
         """Store a plan, the sidecar first; both get their names only when they are complete.
@@ -117,6 +165,43 @@ class PlanStore:
         digest = hashlib.sha256(view).hexdigest()
         sidecar = {"spec": asdict(spec), "facts": dict(facts), "size": len(view), "sha256": digest}
         write_together({path.with_suffix(".json"): _json(sidecar), path: view})
+        return Plan(path, spec, dict(facts))
+
+    @contextmanager
+    def room(self, spec: PlanSpec) -> Iterator[Path]:
+        """An empty folder for a library that writes its plan itself: ``take`` moves it to its place from there.
+
+        It is removed at the end, with what is left in it. Raises OutputError when it cannot be made.
+        """
+        try:
+            folder = tempfile.TemporaryDirectory(dir=self.folder, prefix=f"{TEMPORARY}{self._path(spec).stem}.")
+        except OSError as error:
+            raise OutputError(f"plans cannot be written to {self.folder}: {error}; name another folder") from error
+        with folder as name:
+            yield Path(name)
+
+    def name(self, spec: PlanSpec) -> str:
+        """The name of the plan's file; that of its weights differs from it in the ending, which is ``WEIGHTS``."""
+        return self._path(spec).name
+
+    def take(self, spec: PlanSpec, room: Path, facts: Mapping[str, Any]) -> Plan:
+        """Move the plan and its weights from ``room``, where they have the names that they keep, to their place.
+
+        Raises OutputError when the folder cannot be written, and whatever reading the files raises.
+        """
+        path = self._path(spec)
+        made, weights = room / path.name, room / path.with_suffix(WEIGHTS).name
+        sidecar = {"spec": asdict(spec), "facts": dict(facts), **asdict(file_record(made))}
+        if weights.exists():
+            sidecar["weights"] = asdict(_record_in_blocks(weights))
+        try:
+            with uninterrupted():
+                if weights.exists():
+                    weights.replace(path.with_suffix(WEIGHTS))
+                write_together({path.with_suffix(".json"): _json(sidecar)})
+                made.replace(path)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}; name another folder") from error
         return Plan(path, spec, dict(facts))
 
     @contextmanager
@@ -140,7 +225,7 @@ class PlanStore:
                     if stop():
                         raise Cancelled(f"waiting for the plan of {spec.graph!r} was stopped") from None
             for left in self.folder.glob(f"{TEMPORARY}{spec.graph}-{spec.key}.*"):  # of a process that was killed
-                left.unlink(missing_ok=True)
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"plans cannot be written to {self.folder}: {error}; name another folder") from error
         try:
@@ -196,6 +281,8 @@ class PlanStore:
             if not isinstance(sidecar.get(name), kind):
                 raise ValueError(f"{name!r} is missing")
         PlanSpec(**sidecar["spec"])
+        if "weights" in sidecar:
+            FileRecord(**sidecar["weights"])
         return sidecar
 
     def _nearest(self, spec: PlanSpec) -> str:
@@ -209,6 +296,37 @@ class PlanStore:
             return ""
         _, path, entry = max(candidates, key=lambda candidate: candidate[0])
         return f"{path.name}: {spec.difference(entry['spec'])}"
+
+
+def _damage(path: Path, wanted: Mapping[str, Any], record: Callable[[Path], FileRecord]) -> str:
+    """How a file differs from what was written; empty when it does not."""
+    try:
+        size = path.stat().st_size
+        if size != wanted["size"]:
+            return f"{path.name} is damaged: {size} bytes, wanted are {wanted['size']}"
+        if record(path).sha256 != wanted["sha256"]:
+            return f"{path.name} is damaged: its SHA-256 differs"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error})"
+    return ""
+
+
+def _record_in_blocks(path: Path) -> FileRecord:
+    """Size, and the SHA-256 of the SHA-256 of each 64 MiB: all cores work on one file of some gigabytes."""
+
+    def digest(start: int) -> bytes:
+        found, left = hashlib.sha256(), _BLOCK
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while left and (chunk := file.read(min(left, 4 << 20))):
+                found.update(chunk)
+                left -= len(chunk)
+        return found.digest()
+
+    size = path.stat().st_size
+    with ThreadPoolExecutor() as pool:
+        digests = b"".join(pool.map(digest, range(0, size, _BLOCK)))
+    return FileRecord(size, hashlib.sha256(digests).hexdigest())
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -23,6 +24,21 @@ def processor_name() -> str:
     """What the processor calls itself."""
     match = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
     return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def processor_features() -> tuple[str, ...]:
+    """The vector units that it has, in the system's words, as ``avx2``; nothing where the system does not tell."""
+    told = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    vector = r"(?:avx|amx|fma|f16c|asimd|sve|i8mm|bf16)\w*|sme\d?"
+    return tuple(sorted(name for name in told[1].split() if re.fullmatch(vector, name))) if told else ()
+
+
+def free_memory() -> float:
+    """Bytes of memory that nothing uses; infinite where the system does not tell."""
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def peak_memory() -> int:

@@ -31,7 +31,7 @@ class _Kind:
 
 
 _BACKENDS: Final = {
-    "cpu": _Kind("ort", "CpuBackend", "onnxruntime", "cpu", ("f32",)),
+    "cpu": _Kind("cpu", "CpuBackend", "onnxruntime", "cpu", ("f32",)),
     "openvino": _Kind("openvino", "OpenVinoBackend", "openvino", "openvino", ("f32", "bf16")),
     "cuda": _Kind("ort_cuda", "CudaBackend", "onnxruntime-gpu", "gpu", on_gpu=True),
     "tensorrt": _Kind("trt", "TensorRtBackend", "tensorrt", "tensorrt", on_gpu=True),

@@ -156,7 +156,7 @@ def test_layers_and_running_take_a_gpu(plans, default_fp16, capsys):
         (["--sm", "89", "--graph", "denoize"], 3, "did you mean 'denoise'?"),
         (["--sm", "89", "--optimization-level", "9"], 2, "from 0 to 5, not 9"),
         (["--backend", "tensorrt"], 4, "pip install 'dnp-engine[tensorrt]'"),
-        (["--backend", "cpu", "--sm", "89"], 4, "'cpu' compiles no plans"),
+        (["--backend", "openvino"], 4, "'openvino' compiles no plans, known: cpu, tensorrt, tensorrt-rtx"),
         (["--sm", "89", "--refit", "--graph", "encode_text"], 4, "needs a GPU to build: leave --refit out"),
         (["--sm", "89", "--workspace", "1", "--graph", "encode_image"], 4, "cannot compile 'encode_image'"),
     ],

@@ -67,6 +67,7 @@ def main(
             captioner=str(model.captioner),
             converted=str(model.folder),
             bundle=str(model.bundle),
+            engines=str(model.engines),
             threads=threads or core_count(),
             prompt=PROMPT,
             pixels=pixels or model.pixels,

@@ -42,6 +42,11 @@ class Model:
     pixels: int
     steps: int
 
+    @property
+    def engines(self) -> Path:
+        """The folder of the bundle's plans."""
+        return self.folder / "engines"
+
 
 MODELS = {
     "default": Model(
@@ -95,7 +100,7 @@ def prepare_environment(environment: str) -> str:
 
 
 def prepare_model(model: Model) -> None:
-    """The weights and the bundle. Raises RuntimeError with what the export said when it fails."""
+    """The weights, the bundle and its plans. Raises RuntimeError with what the export said when it fails."""
     model.folder.mkdir(parents=True, exist_ok=True)
     if not model.source.exists() or not model.captioner.exists():
         _say(f"making {model.title}")
@@ -110,10 +115,11 @@ def prepare_model(model: Model) -> None:
         partial.rename(model.source)
         if made != TINY:
             shutil.rmtree(made)
+    dnp = Path(sys.executable).with_name("dnp")
     if not model.bundle.exists():
         _say(f"exporting {model.title}")
-        dnp = Path(sys.executable).with_name("dnp")
         _run([dnp, "export", model.source, model.bundle, "--captioner", model.captioner])
+    _run([dnp, "build", model.bundle, "--backend", "cpu", "--engines", model.engines])
 
 
 def use_published_names(path: Path) -> None:

@@ -43,7 +43,7 @@ def page(reports: Sequence[Mapping[str, Any]]) -> str:
     parts = ["# Speed", "Made by `benchmarks/speed/render.py` from the JSON beside it, which has every single time."]
     for report in reports:
         parts += [f"## {report['title'][0].upper()}{report['title'][1:]}", tables.caption(report), tables.works(report)]
-        parts += [f"![times as ratios to the first, and cost against size](speed-{report['size']}.png)"]
+        parts += [_image(report, "")]
         parts += [tables.shares(report), tables.starts(report), tables.throughput(report), tables.slopes(report)]
         parts += [tables.notes(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -55,12 +55,17 @@ def section(reports: Sequence[Mapping[str, Any]]) -> str:
         return UNMEASURED
     parts = []
     for report in reports:
-        parts += [tables.caption(report), tables.works(report), tables.shares(report)]
+        parts += [tables.caption(report), _image(report, "benchmarks/results/")]
+        parts += [tables.works(report), tables.starts(report)]
     parts.append(
-        "Start-up, memory, batches, slopes, versions and what has to be known about each contender: "
+        "What is not the network, batches, slopes, versions and what has to be known about each contender: "
         "[benchmarks/results/speed.md](benchmarks/results/speed.md)."
     )
     return "\n\n".join(parts)
+
+
+def _image(report: Mapping[str, Any], folder: str) -> str:
+    return f"![times as ratios to the first, and cost against size]({folder}speed-{report['size']}.png)"
 
 
 def between_markers(text: str, section: str) -> str:

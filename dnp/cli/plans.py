@@ -12,14 +12,14 @@ import click
 from dnp.cli.options import json_option, say
 
 if TYPE_CHECKING:
-    from dnp.engine.build import BuildProgress
     from dnp.engine.bundle import Bundle
+    from dnp.engine.plan import BuildProgress, Plan
     from dnp.engine.profile import Range
 
 
 @click.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
-@click.option("--backend", default="tensorrt-rtx", show_default=True, help="tensorrt-rtx or tensorrt.")
+@click.option("--backend", default="tensorrt-rtx", show_default=True, help="tensorrt-rtx, tensorrt or cpu.")
 @click.option("--sm", help="Architectures to compile for (tensorrt-rtx), e.g. 89,120; that of the GPU when left out.")
 @click.option("--batch", help="Images at once, as largest, smallest:largest or smallest:best:largest. [default: 1:8]")
 @click.option("--height", help="Of images, in pixels: one size, or a range; the bundle's default when left out.")
@@ -51,17 +51,28 @@ def build(
     refit: bool,
     **sizes: str | None,
 ) -> None:
-    """Compile BUNDLE, the shipped default when none is named, to TensorRT plans.
+    """Compile BUNDLE, the shipped default when none is named, to plans of a backend.
 
     tensorrt-rtx compiles for any of its architectures on a machine with no GPU; tensorrt for the GPU that is there.
     The arithmetic is the bundle's: export it with --precision fp16. A plan that is there already is not built again.
     Sizes that were asked for before are kept unless others are asked for. The text length is the bundle's own: it is
     fixed when the graphs are exported.
+
+    cpu keeps what ONNX Runtime makes of the graphs on this processor, with the weights in the form that it computes
+    with: a large bundle opens in seconds, and its processes share one copy in memory. Its plans take every size, and
+    computing takes as long as without; the options about sizes, the GPU and the compiler are TensorRT's.
     """
     from dnp.engine.build import BuildSettings, build_plans
     from dnp.engine.bundle import Bundle
+    from dnp.engine.cpu import NAME, build_cpu_plans
 
     opened = Bundle.default() if bundle is None else Bundle.open(bundle)
+    if backend == NAME:
+        _refuse_compiler_options()
+        with closing(_Bar()) as bar:
+            plans = build_cpu_plans(opened, graphs=graphs, folder=engines, force=force, report=bar.say, progress=bar)
+        _tell(plans, as_json)
+        return
     settings = BuildSettings(
         sm=_architectures(sm),
         optimization_level=optimization_level,
@@ -84,6 +95,20 @@ def build(
             report=bar.say,
             progress=bar,
         )
+    _tell(plans, as_json)
+
+
+def _refuse_compiler_options() -> None:
+    """Raises UsageError for an option that only TensorRT understands."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        name = option.name or ""
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and name not in ("bundle", "backend", "graphs", "engines", "force", "as_json"):
+            raise click.UsageError(f"{option.opts[0]} is for TensorRT; plans of the backend 'cpu' take every size")
+
+
+def _tell(plans: list[Plan], as_json: bool) -> None:
     listed = [_entry(plan.path, {"spec": plan.spec.__dict__, "facts": plan.facts}) for plan in plans]
     say({"plans": listed}, as_json, plan_table(listed))
 
@@ -120,13 +145,20 @@ def plan_table(plans: list[dict[str, Any]]) -> str:
         spec, facts = plan["spec"], plan["facts"]
         sizes = ", ".join(f"{s} {':'.join(map(str, dict.fromkeys(r)))}" for s, r in spec["profile"].items())
         flags = ", ".join(f"{name}={value}" for name, value in spec["flags"].items() if value)
+        memory = f"plan {_mb(plan['bytes'])}"
+        if spec["profile"]:
+            memory += (
+                f"; on the GPU {_mb(_most(facts))} at most: weights {_mb(facts.get('weights_bytes'))}, activations "
+                f"{_mb(facts.get('activation_bytes'))} (scratch {_mb(facts.get('scratch_bytes'))}), "
+                f"buffers {_mb(facts.get('buffer_bytes'))}"
+            )
+        else:
+            memory += f", weights {_mb(facts.get('weights_bytes'))}, mapped into memory"
         lines += [
             f"{spec['graph']:<15}{spec['flavour']} {spec['version']}, {spec['architecture']}, {spec['precision']}"
             + (f", {flags}" if flags else ""),
-            f"{'':<15}profile   {sizes}",
-            f"{'':<15}memory    plan {_mb(plan['bytes'])}; on the GPU {_mb(_most(facts))} at most: "
-            f"weights {_mb(facts.get('weights_bytes'))}, activations {_mb(facts.get('activation_bytes'))} "
-            f"(scratch {_mb(facts.get('scratch_bytes'))}), buffers {_mb(facts.get('buffer_bytes'))}",
+            f"{'':<15}profile   {sizes or 'every size'}",
+            f"{'':<15}memory    {memory}",
             f"{'':<15}built     in {facts.get('seconds')} s, {facts.get('built')}, {plan['file']}",
         ]
     return "\n".join(lines) or "no plans; make them with: dnp build"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class Ours(Contender):
         kind: Any = OrtSession if self._backend == "cpu" else OpenVinoSession
         kind._execute = self._timed(kind._execute)
         self._seed, self._tokens = job.seed, job.caption_tokens
-        self._pipeline = self._kind.open(job.bundle, self._backend, threads=job.threads)
+        self._pipeline = self._kind.open(job.bundle, self._backend, threads=job.threads, engines=Path(job.engines))
         self._pipeline.warm_up()  # opens every graph
 
     def image(self, prompt: str, negative: str, guidance: float, point: Point, mark: Mark) -> Pixels:

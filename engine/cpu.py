@@ -1,0 +1,162 @@
+"""The ``cpu`` backend and its plans: what ONNX Runtime makes of a graph when it opens one, made once and kept.
+
+Opening a graph, ONNX Runtime widens weights that are stored in fp16, fuses nodes, and lays the weights out as its
+kernels want them: of some gigabytes of weights that takes long, and each process holds a copy of its own. A plan is
+the outcome: the optimised graph, and beside it the weights as they are used, which the system maps into memory. It
+computes bit for bit what the graph does.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from dnp.engine.background import in_background
+from dnp.engine.bundle import Bundle
+from dnp.engine.errors import BundleError, Cancelled, OutputError
+from dnp.engine.manifest import GraphSpec
+from dnp.engine.ort import OrtSession, cpu_settings, import_onnxruntime
+from dnp.engine.plan import FOLDER, WEIGHTS, BuildProgress, Plan, PlanSpec, PlanStore, Progress, Report
+from dnp.engine.processor import free_memory, peak_memory, processor_features, processor_name
+from dnp.engine.session import Backend, BackendOptions
+
+_log = logging.getLogger("dnp.engine")
+NAME: Final = "cpu"
+_SMALL: Final = 1024  # bytes; smaller constants stay in the graph's own file
+# What building takes for each byte of a graph whose weights are stored in fp16, as ours are, and what it takes besides.
+_MEMORY, _DISK, _BESIDE = 3.5, 4.0, 100 << 20
+
+
+class CpuBackend(Backend):
+    """ONNX Runtime on the processor, from a plan where there is one; its sessions share nothing else."""
+
+    name = NAME
+
+    def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> OrtSession:
+        """See ``Backend.session``. A plan that cannot be used is named in a warning, and the graph itself opened."""
+        if bundle is None:
+            return OrtSession(graph, self.options)
+        store = PlanStore(self.options.engines or bundle.path / FOLDER)
+        plan, reason = store.find(plan_spec(bundle, graph))
+        if reason:
+            _log.warning(
+                "%s: opened without its plan: %s; build it again: dnp build %s --backend %s",
+                *(graph.name, reason, bundle.path, NAME),
+            )
+        return OrtSession(graph, self.options, plan.path if plan else None)
+
+
+def plan_spec(bundle: Bundle, graph: GraphSpec) -> PlanSpec:
+    """What the plan of ``graph`` is for this processor and the installed ONNX Runtime; it takes every size."""
+    units = " ".join(processor_features())
+    return PlanSpec(
+        graph=graph.name,
+        graph_sha256=bundle.graph_sha256(graph.name),
+        flavour=NAME,
+        version=import_onnxruntime().__version__,
+        architecture=f"{platform.machine()} {processor_name()} ({units})",
+        precision=bundle.precision,
+        profile={},
+        flags={},
+    )
+
+
+def build_cpu_plans(
+    bundle: Bundle,
+    *,
+    graphs: Sequence[str] = (),
+    folder: Path | None = None,
+    force: bool = False,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> list[Plan]:
+    """A plan for each of the bundle's graphs, or those named, unless there is one already.
+
+    Args:
+        folder: where plans are kept; ``engines/`` in the bundle when ``None``.
+        force: build also where there is a plan.
+
+    Raises:
+        BackendError: ONNX Runtime is not there.
+        BundleError: a graph is not in the bundle, or none that ONNX Runtime can load.
+        OutputError: the folder cannot be written, or its disk is full.
+        Cancelled: ``progress`` returned ``False``. Plans that were complete by then are kept, and none is half.
+    """
+    store = PlanStore(folder or bundle.path / FOLDER)
+
+    def obtain(graph: GraphSpec) -> Plan:
+        spec = plan_spec(bundle, graph)
+        return store.obtain(
+            spec,
+            lambda: _build(graph, spec, store, progress),
+            needs=lambda: _needs(graph, store.folder),
+            force=force,
+            report=report,
+            progress=progress,
+        )
+
+    return [obtain(graph) for graph in [bundle.graph(name) for name in graphs] or bundle.graphs.values()]
+
+
+def _build(graph: GraphSpec, spec: PlanSpec, store: PlanStore, progress: Progress | None) -> Plan:
+    ort = import_onnxruntime()
+    started = time.perf_counter()
+
+    def tick() -> None:
+        state = BuildProgress(graph.name, "optimising", 0, 1, time.perf_counter() - started)
+        if progress is not None and progress(state) is False:
+            raise Cancelled(f"the build of {graph.name!r} was stopped; no plan is half-written")
+
+    with store.room(spec) as room:
+        path = room / store.name(spec)
+        weights = path.with_suffix(WEIGHTS)
+        settings = cpu_settings(ort, BackendOptions())
+        settings.optimized_model_filepath = str(path)
+        for entry, value in (
+            ("optimized_model_external_initializers_file_name", weights.name),
+            ("optimized_model_external_initializers_min_size_in_bytes", str(_SMALL)),
+            ("save_external_prepacked_constant_initializers", "1"),
+        ):
+            settings.add_session_config_entry(f"session.{entry}", value)
+
+        def work() -> None:
+            try:
+                OrtSession(graph, BackendOptions(), settings=settings).close()
+                OrtSession(graph, BackendOptions(), path).close()  # what cannot be opened again must not be kept
+            except BundleError as error:
+                if str(room) not in str(error):
+                    raise
+                free = shutil.disk_usage(room).free
+                raise OutputError(
+                    f"the plan of {graph.name!r} cannot be written to {store.folder}, whose disk has "
+                    f"{free / 1e6:.0f} MB left; make room, or name another folder"
+                ) from error
+
+        def cancel() -> None:
+            settings.set_load_cancellation_flag(True)
+
+        in_background(work, name=f"build-{graph.name}", tick=tick, cancel=cancel)
+        facts = {
+            "seconds": round(time.perf_counter() - started, 2),
+            "peak_memory_bytes": peak_memory(),
+            "weights_bytes": weights.stat().st_size if weights.exists() else 0,
+            "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        return store.take(spec, room, facts)
+
+
+def _needs(graph: GraphSpec, folder: Path) -> str:
+    """What building the plan will take, and what is there; in words."""
+    memory, disk = _MEMORY * graph.nbytes + _BESIDE, _DISK * graph.nbytes
+    less = " (less is free than that)"
+    memory_less = less if free_memory() < memory else ""
+    disk_less = less if shutil.disk_usage(folder).free < disk else ""
+    return (
+        f"optimising {graph.nbytes / 1e6:.0f} MB, about {memory / 1e9:.1f} GB of memory{memory_less} "
+        f"and {disk / 1e9:.2f} GB of disk{disk_less}"
+    )

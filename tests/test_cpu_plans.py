@@ -1,0 +1,288 @@
+"""Plans of the ``cpu`` backend: the same numbers as the graphs they are made of, and never used when in doubt."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dnp import Pipeline
+from dnp.cli import run
+from dnp.engine.background import in_background
+from dnp.engine.bundle import Bundle
+from dnp.engine.cpu import build_cpu_plans, plan_spec
+from dnp.engine.errors import BundleError, Cancelled, OutputError
+from dnp.engine.ort import OrtSession
+from dnp.engine.plan import PlanStore
+from dnp.engine.registry import open_session
+from dnp.engine.session import BackendOptions
+
+DNP = str(Path(sys.executable).with_name("dnp"))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """A copy of the default bundle, with plans."""
+    folder = tmp_path_factory.mktemp("planned") / "default"
+    shutil.copytree(Bundle.default().path, folder, ignore=shutil.ignore_patterns("engines"))
+    opened = Bundle.open(folder)
+    build_cpu_plans(opened)
+    return opened
+
+
+@pytest.fixture
+def engines(bundle, tmp_path):
+    """A folder with a plan of ``encode_text`` that a test may spoil."""
+    (plan,) = build_cpu_plans(bundle, graphs=["encode_text"], folder=tmp_path / "engines")
+    return plan.path.parent
+
+
+def run_graph(session, seed):
+    """Its outputs for random inputs of a random size."""
+    rng = np.random.default_rng(seed)
+    sides = {"height": 16, "width": 8, "image_height": 40, "image_width": 72, "images": 2, "batch": 2 + 2 * (seed % 2)}
+    session.reshape(**{name: sides.get(name, 3) for name in session.graph.symbols})
+    for buffer in session.inputs.values():
+        if buffer.dtype.kind == "f":
+            buffer.write(rng.standard_normal(buffer.shape).astype(buffer.dtype))
+        else:
+            buffer.write(np.full(buffer.shape, seed % 2, buffer.dtype))
+    session.run()
+    return {name: buffer.read() for name, buffer in session.outputs.items()}
+
+
+@pytest.mark.parametrize("graph", ["encode_text", "denoise", "decode_latents", "encode_image", "caption_step"])
+def test_a_plan_computes_bit_for_bit_what_its_graph_does(bundle, tmp_path, graph):
+    with (
+        open_session(bundle, graph, options=BackendOptions(engines=tmp_path)) as plain,
+        open_session(bundle, graph) as planned,
+    ):
+        assert planned.backend == plain.backend.replace(")", ", plan)")
+        for seed in range(4):
+            expected, found = run_graph(plain, seed), run_graph(planned, seed)
+            assert expected.keys() == found.keys()
+            for name, array in expected.items():
+                assert np.isfinite(array).all()
+                np.testing.assert_array_equal(array, found[name])
+
+
+def test_a_request_gives_the_same_picture_and_words(bundle, tmp_path):
+    settings = {"prompt": "a red circle", "seed": 5, "steps": 3, "dns_steps": 3}
+    with Pipeline.open(bundle.path) as planned, Pipeline.open(Bundle.default().path, engines=tmp_path) as plain:
+        one, other = planned(**settings), plain(**settings)
+    assert one.negatives == other.negatives
+    for mine, its in zip(one.images, other.images, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(its))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_weights_are_mapped_and_not_copied(bundle):
+    with open_session(bundle, "denoise") as session:
+        run_graph(session, 0)
+        mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".weights" in line]
+        spans = [[int(end, 16) for end in span.split("-")] for span, *_ in mapped]
+    weights = plan_path(bundle, "denoise").with_suffix(".weights")
+    assert {fields[-1] for fields in mapped} == {str(weights)}
+    assert sum(end - start for start, end in spans) > weights.stat().st_size / 2  # weights that were packed are not
+
+
+def plan_path(bundle, graph):
+    plan, reason = PlanStore(bundle.path / "engines").find(plan_spec(bundle, bundle.graph(graph)))
+    assert not reason
+    return plan.path
+
+
+def test_a_plan_that_is_there_is_not_built_again_unless_told_so(bundle, engines):
+    (before,) = engines.glob("*.plan")
+    said = []
+    (again,) = build_cpu_plans(bundle, graphs=["encode_text"], folder=engines, report=said.append)
+    assert (again.path, said) == (before, [])
+    stamp = before.stat().st_mtime_ns
+    build_cpu_plans(bundle, graphs=["encode_text"], folder=engines, force=True, report=said.append)
+    assert before.stat().st_mtime_ns > stamp
+    (line,) = said
+    assert re.fullmatch(r"encode_text: optimising \d+ MB, about [\d.]+ GB of memory and [\d.]+ GB of disk", line)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-4096])
+
+
+def of_another_version(path):
+    sidecar = json.loads(path.read_text())
+    sidecar["spec"]["version"] = "1.0.0"
+    path.write_text(json.dumps(sidecar))
+
+
+def without_its_hash(path):
+    sidecar = json.loads(path.read_text())
+    sidecar["weights"] = {"size": 1}
+    path.write_text(json.dumps(sidecar))
+
+
+@pytest.mark.parametrize(
+    ("ending", "spoil", "reason"),
+    [
+        (".weights", flip, r"\.weights is damaged: its SHA-256 differs"),
+        (".weights", shorten, r"\.weights is damaged: \d+ bytes, wanted are \d+"),
+        (".weights", Path.unlink, r"\.weights cannot be read"),
+        (".plan", flip, r"\.plan is damaged: its SHA-256 differs"),
+        (".json", of_another_version, r"version is 1\.0\.0, wanted is "),
+        (".json", Path.unlink, r"no sidecar that can be read"),
+        (".json", without_its_hash, r"no sidecar that can be read"),
+    ],
+)
+def test_a_plan_in_doubt_is_named_and_not_used(bundle, engines, caplog, ending, spoil, reason):
+    (path,) = engines.glob(f"*{ending}")
+    spoil(path)
+    caplog.set_level(logging.WARNING, "dnp.engine")
+    with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
+        assert "plan" not in session.backend
+        run_graph(session, 0)
+    (record,) = caplog.records
+    assert re.search(
+        rf"^encode_text: opened without its plan: .*{reason}.*; build it again: dnp build ", record.message
+    )
+    said = []
+    build_cpu_plans(bundle, graphs=["encode_text"], folder=engines, report=said.append)
+    assert re.search(rf"building anew: .*{reason}", said[0])
+    with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
+        assert session.backend.endswith(", plan)")
+
+
+def test_a_plan_of_another_processor_is_not_used(bundle, engines, caplog, monkeypatch):
+    monkeypatch.setattr("dnp.engine.cpu.processor_features", lambda: ("avx512f",))
+    with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
+        assert "plan" not in session.backend
+    assert "architecture is" in caplog.text
+
+
+def test_no_plans_is_nothing_to_speak_of(bundle, tmp_path, caplog):
+    with open_session(bundle, "encode_text", options=BackendOptions(engines=tmp_path / "none")) as session:
+        assert "plan" not in session.backend
+    assert not caplog.records
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_commands(bundle, tmp_path, capsys):
+    engines = ["--engines", str(tmp_path / "engines")]
+    assert run(["build", str(bundle.path), "--backend", "cpu", *engines, "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["plans"]
+    assert [plan["spec"]["graph"] for plan in listed] == list(bundle.graphs)
+    assert all(plan["facts"]["weights_bytes"] and plan["facts"]["seconds"] for plan in listed)
+    assert run(["inspect", str(bundle.path), *engines]) == 0
+    page = capsys.readouterr().out
+    assert page.count("profile   every size") == len(bundle.graphs)
+    assert page.count("mapped into memory") == len(bundle.graphs)
+    assert "GPU" not in page.split("plans\n")[1]
+    out = tmp_path / "out"
+    command = ["generate", "a red circle", "--bundle", str(bundle.path), "--steps", "2", "--dns-steps", "2"]
+    assert run([*command, "--out", str(out), *engines, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs_on"].endswith(", plan)")
+    assert len(list(out.glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    "option", [["--sm", "89"], ["--batch", "4"], ["--refit"], ["--workspace", "1"], ["--device", "0"]]
+)
+def test_options_of_tensorrt_are_refused(bundle, option, capsys):
+    assert run(["build", str(bundle.path), "--backend", "cpu", *option]) == 2
+    assert f"{option[0]} is for TensorRT; plans of the backend 'cpu' take every size" in capsys.readouterr().err
+
+
+def test_two_processes_that_want_the_same_plans_build_them_once(bundle, tmp_path):
+    command = [DNP, "build", str(bundle.path), "--backend", "cpu", "--engines", str(tmp_path), "--json"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert sum(errors.count("optimising") for _, errors in told) == len(bundle.graphs)
+    assert len(list(tmp_path.glob("*.plan"))) == len(bundle.graphs)
+    assert not list(tmp_path.glob(".dnp.*"))
+
+
+def test_a_folder_that_cannot_be_written(bundle, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="plans cannot be written to"):
+        build_cpu_plans(bundle, folder=tmp_path / "file")
+
+
+def test_a_disk_that_is_full(bundle, tmp_path, monkeypatch):
+    def full(graph, options, plan=None, settings=None):
+        raise BundleError(f"{graph.path}: Failed to write to {settings.optimized_model_filepath}; export it again")
+
+    monkeypatch.setattr("dnp.engine.cpu.OrtSession", full)
+    with pytest.raises(OutputError, match=r"cannot be written to .*, whose disk has \d+ MB left; make room"):
+        build_cpu_plans(bundle, folder=tmp_path)
+    assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
+
+
+def test_a_graph_that_cannot_be_read_is_the_graphs_own_error(bundle, tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    broken = replace(bundle.graph("encode_text"), path=tmp_path / "broken.onnx")
+    spoiled = replace(bundle, graphs={**bundle.graphs, "encode_text": broken})
+    object.__setattr__(spoiled, "files", {**bundle.files, "broken.onnx": bundle.files["graphs/encode_text.onnx"]})
+    object.__setattr__(spoiled, "path", tmp_path)
+    with pytest.raises(BundleError, match=r"broken\.onnx: no graph that ONNX Runtime can load"):
+        build_cpu_plans(spoiled, graphs=["encode_text"], folder=tmp_path / "engines")
+    assert not list((tmp_path / "engines").glob("*.plan"))
+
+
+def test_a_build_that_is_stopped_leaves_nothing(bundle, tmp_path, monkeypatch):
+    """ONNX Runtime itself, asked to stop in the middle."""
+    seen = []
+
+    def slow(graph, options, plan=None, settings=None):
+        while not seen:
+            time.sleep(0.01)
+        return OrtSession(graph, options, plan, settings)
+
+    def stop(state):
+        seen.append(state)
+        return False
+
+    monkeypatch.setattr("dnp.engine.cpu.OrtSession", slow)
+    with pytest.raises(Cancelled, match="'encode_text' was stopped"):
+        build_cpu_plans(bundle, graphs=["encode_text"], folder=tmp_path, progress=stop)
+    assert (seen[0].graph, seen[0].phase) == ("encode_text", "optimising")
+    assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
+
+
+class TestInBackground:
+    def test_it_gives_what_the_work_gives(self):
+        assert in_background(lambda: threading.current_thread().name, name="me", tick=int, cancel=int) == "me"
+
+    def test_it_raises_what_the_work_raises(self):
+        with pytest.raises(ZeroDivisionError):
+            in_background(lambda: 1 / 0, name="me", tick=int, cancel=int)
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+    def test_an_interruption_waits_for_the_work_to_end(self, error):
+        stop, ended = threading.Event(), threading.Event()
+
+        def work():
+            assert stop.wait(10)
+            time.sleep(0.1)
+            ended.set()
+
+        def tick():
+            raise error
+
+        with pytest.raises(error):
+            in_background(work, name="me", tick=tick, cancel=stop.set)
+        assert ended.is_set()
