@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 SIZES = ("default", "sd15")  # as shown
 MARKERS = ("<!-- speed -->", "<!-- /speed -->")
+FURTHEST = 2.2  # ratios beyond it are written at the edge: one slow bar must not flatten all others
 UNMEASURED = "Nothing has been measured yet: `make bench` does it."
 
 
@@ -109,8 +110,13 @@ def _bars(ax: Any, report: Mapping[str, Any]) -> None:
             assert found is not None and first is not None
             low, high = value - found.low / first.median, found.high / first.median - value
             label = title if row == 0 else None
+            if value > FURTHEST:
+                ax.text(
+                    FURTHEST, row + number * 0.27, f"{value:.1f} → ", ha="right", va="center", color="white", fontsize=7
+                )
             ax.barh(row + number * 0.27, value, 0.25, color=f"C{number}", label=label, xerr=[[low], [high]])
     ax.axvline(1.0, color="black", linewidth=0.8)
+    ax.set_xlim(0, min(FURTHEST, ax.get_xlim()[1]))
     ax.set_yticks(
         [row + 0.27 for row in range(len(names))], [CONTENDERS[name].title.replace("`", "") for name in names]
     )

@@ -124,7 +124,7 @@ CONTENDERS: Mapping[str, Entry] = {
     ),
     "dnp-cpu": Entry(
         title="dnp-engine, `cpu`",
-        about="one request for all of DNP, captions by its own graphs",
+        about="one request for all of DNP, captions by its own graphs; opened from plans (`dnp build --backend cpu`)",
         environment="main",
         kind="ours:Ours",
         arguments={"backend": "cpu"},
