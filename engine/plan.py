@@ -187,14 +187,14 @@ class PlanStore:
     def take(self, spec: PlanSpec, room: Path, facts: Mapping[str, Any]) -> Plan:
         """Move the plan and its weights from ``room``, where they have the names that they keep, to their place.
 
-        Raises OutputError when the folder cannot be written, and whatever reading the files raises.
+        Raises OutputError when the folder cannot be written.
         """
         path = self._path(spec)
         made, weights = room / path.name, room / path.with_suffix(WEIGHTS).name
-        sidecar = {"spec": asdict(spec), "facts": dict(facts), **asdict(file_record(made))}
-        if weights.exists():
-            sidecar["weights"] = asdict(_record_in_blocks(weights))
         try:
+            sidecar = {"spec": asdict(spec), "facts": dict(facts), **asdict(file_record(made))}
+            if weights.exists():
+                sidecar["weights"] = asdict(_record_in_blocks(weights))
             with uninterrupted():
                 if weights.exists():
                     weights.replace(path.with_suffix(WEIGHTS))

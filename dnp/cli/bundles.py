@@ -126,7 +126,7 @@ def export(
 @click.option(
     "--engines", type=click.Path(path_type=Path), help="Folder with the plans; engines/ in BUNDLE by default."
 )
-@click.option("--layers", is_flag=True, help="Also list the layers of each plan, which takes a GPU.")
+@click.option("--layers", is_flag=True, help="Also list the layers of TensorRT's plans, which takes a GPU.")
 @json_option
 def inspect(bundle: Path | None, engines: Path | None, layers: bool, as_json: bool) -> None:
     """Verify BUNDLE, the shipped default when none is named, and show what is in it and in its compiled plans."""
@@ -135,10 +135,13 @@ def inspect(bundle: Path | None, engines: Path | None, layers: bool, as_json: bo
     opened = Bundle.default() if bundle is None else Bundle.open(bundle)
     plans = plans_of(opened, engines)
     if layers:
+        from dnp.engine.flavour import FLAVOURS
+
         for plan in plans:
-            plan["layers"] = plan_layers(opened, plan)
+            if plan["spec"]["flavour"] in FLAVOURS:
+                plan["layers"] = plan_layers(opened, plan)
     page = _bundle_page(opened) + ("\n\nplans\n" + plan_table(plans) if plans else "")
-    page += "".join(f"\n\nlayers of {plan['file']}\n{plan['layers']}" for plan in plans if layers)
+    page += "".join(f"\n\nlayers of {plan['file']}\n{plan['layers']}" for plan in plans if "layers" in plan)
     say({**_described(opened), "plans": plans}, as_json, page)
 
 
