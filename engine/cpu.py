@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -44,10 +45,9 @@ class CpuBackend(Backend):
         store = PlanStore(self.options.engines or bundle.path / FOLDER)
         plan, reason = store.find(plan_spec(bundle, graph))
         if reason:
-            _log.warning(
-                "%s: opened without its plan: %s; build it again: dnp build %s --backend %s",
-                *(graph.name, reason, bundle.path, NAME),
-            )
+            command = ["dnp", "build", str(bundle.path), "--backend", NAME]
+            command += ["--engines", str(store.folder)] if self.options.engines else []
+            _log.warning("%s: opened without its plan: %s; build it again: %s", graph.name, reason, shlex.join(command))
         return OrtSession(graph, self.options, plan.path if plan else None)
 
 
