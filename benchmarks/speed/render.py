@@ -43,7 +43,7 @@ def page(reports: Sequence[Mapping[str, Any]]) -> str:
     """Everything, for ``benchmarks/results/speed.md``."""
     parts = ["# Speed", "Made by `benchmarks/speed/render.py` from the JSON beside it, which has every single time."]
     for report in reports:
-        parts += [f"## {report['title'][0].upper()}{report['title'][1:]}", tables.caption(report), tables.works(report)]
+        parts += [f"## {tables.heading(report)}", tables.caption(report), tables.works(report)]
         parts += [_image(report, "")]
         parts += [tables.shares(report), tables.starts(report), tables.throughput(report), tables.slopes(report)]
         parts += [tables.notes(report)]

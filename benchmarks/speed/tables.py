@@ -17,11 +17,17 @@ AIM = 3.0  # percent of a step, or of a request, that may be outside the network
 NONE = "–"
 
 
+def heading(report: Mapping[str, Any]) -> str:
+    """The model's title, as a sentence begins."""
+    title: str = report["title"]
+    return title[0].upper() + title[1:]
+
+
 def caption(report: Report) -> str:
     """What was measured, on what, and how to do it again."""
     s, m = report["settings"], report["machine"]
     return (
-        f"{report['title'][0].upper()}{report['title'][1:]}: {s['pixels']}×{s['pixels']} pixels, {s['steps']} "
+        f"{heading(report)}: {s['pixels']}×{s['pixels']} pixels, {s['steps']} "
         f"{s['sampler'].upper()} steps a pass, w = {s['guidance']:g}, s = {s['dns_guidance']:g}, batch 1, "
         f"{s['threads']} threads each, float32 unless named otherwise. Medians (smallest–largest) over "
         f"{counted(s['rounds'], 'interleaved round')}, each a process of its own with "
