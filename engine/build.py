@@ -21,8 +21,8 @@ from dnp.engine.errors import BackendError, BundleError, Cancelled, DnpError, Ou
 from dnp.engine.files import write_together
 from dnp.engine.flavour import Flavour, flavour_of, listening, logger
 from dnp.engine.manifest import GraphSpec
-from dnp.engine.plan import FOLDER, BuildProgress, Plan, PlanSpec, PlanStore, Progress, Report
-from dnp.engine.processor import free_memory, peak_memory
+from dnp.engine.plan import FOLDER, BuildProgress, Plan, PlanSpec, PlanStore, Progress, Report, cost, tell
+from dnp.engine.processor import free_memory
 from dnp.engine.profile import Profile, Range, buffer_bytes, default_profile, from_dict, to_dict
 from dnp.engine.schema import REMEDY, shown
 
@@ -251,8 +251,7 @@ def compile_plan(
     build = _Build(graph, profile, settings, goal, timings)
 
     def tick() -> None:
-        if progress is not None and progress(build.state()) is False:
-            raise Cancelled(f"the build of {graph.name!r} was stopped; no plan is half-written")
+        tell(progress, build.state())
 
     return in_background(build.compile, name=f"build-{graph.name}", tick=tick, cancel=build.cancel)
 
@@ -306,9 +305,7 @@ class _Build:
                 **_facts(log.messages()),
                 "buffer_bytes": buffer_bytes(self.graph, self.profile),
                 "layers": network.num_layers,
-                "seconds": round(time.perf_counter() - self._started, 2),
-                "peak_memory_bytes": peak_memory(),
-                "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                **cost(self._started),
             }
 
     def _config(self, trt: Any, builder: Any) -> Any:

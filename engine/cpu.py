@@ -19,11 +19,11 @@ from typing import Final
 
 from dnp.engine.background import in_background
 from dnp.engine.bundle import Bundle
-from dnp.engine.errors import BundleError, Cancelled, OutputError
+from dnp.engine.errors import BundleError, OutputError
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.ort import OrtSession, cpu_settings, import_onnxruntime
-from dnp.engine.plan import FOLDER, WEIGHTS, BuildProgress, Plan, PlanSpec, PlanStore, Progress, Report
-from dnp.engine.processor import free_memory, peak_memory, processor_features, processor_name
+from dnp.engine.plan import FOLDER, WEIGHTS, BuildProgress, Plan, PlanSpec, PlanStore, Progress, Report, cost, tell
+from dnp.engine.processor import free_memory, processor_features, processor_name
 from dnp.engine.session import Backend, BackendOptions
 
 _log = logging.getLogger("dnp.engine")
@@ -108,9 +108,7 @@ def _build(graph: GraphSpec, spec: PlanSpec, store: PlanStore, progress: Progres
     started = time.perf_counter()
 
     def tick() -> None:
-        state = BuildProgress(graph.name, "optimising", 0, 1, time.perf_counter() - started)
-        if progress is not None and progress(state) is False:
-            raise Cancelled(f"the build of {graph.name!r} was stopped; no plan is half-written")
+        tell(progress, BuildProgress(graph.name, "optimising", 0, 1, time.perf_counter() - started))
 
     with store.room(spec) as room:
         path = room / store.name(spec)
@@ -141,13 +139,8 @@ def _build(graph: GraphSpec, spec: PlanSpec, store: PlanStore, progress: Progres
             settings.set_load_cancellation_flag(True)
 
         in_background(work, name=f"build-{graph.name}", tick=tick, cancel=cancel)
-        facts = {
-            "seconds": round(time.perf_counter() - started, 2),
-            "peak_memory_bytes": peak_memory(),
-            "weights_bytes": weights.stat().st_size if weights.exists() else 0,
-            "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        return store.take(spec, room, facts)
+        size = weights.stat().st_size if weights.exists() else 0
+        return store.take(spec, room, {"weights_bytes": size, **cost(started)})
 
 
 def _needs(graph: GraphSpec, folder: Path) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,7 @@ import numpy.typing as npt
 from dnp.engine.errors import BackendError, BundleError, SettingsError
 from dnp.engine.manifest import GraphSpec, TensorSpec
 from dnp.engine.schema import REMEDY
-from dnp.engine.session import Array, Backend, BackendOptions, Buffer, Session, StoredBuffer, StoredSession
-
-if TYPE_CHECKING:
-    from dnp.engine.bundle import Bundle
+from dnp.engine.session import Array, Buffer, StoredBuffer, StoredSession
 
 _ALIGNMENT: Final = 64  # bytes: a cache line, and the widest vector
 
@@ -147,16 +144,6 @@ class HostSession(StoredSession[HostBuffer]):
                 raise self._unlike(name, expected, buffer)
             self._bind(name, view, is_input)
             self._bound[name] = view
-
-
-class HostBackend(Backend):
-    """A backend whose sessions share nothing that it would have to hold: ``kind`` opens one."""
-
-    kind: Callable[[GraphSpec, BackendOptions], HostSession]
-
-    def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> Session:
-        """See ``Backend.session``."""
-        return type(self).kind(graph, self.options)
 
 
 def check_border(graph: GraphSpec, found: Mapping[str, Mapping[str, tuple[str, tuple[Any, ...]]]]) -> None:

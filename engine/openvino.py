@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dnp.engine.errors import BackendError, BundleError
 from dnp.engine.extras import load
-from dnp.engine.host import HostBackend, HostSession, check_border, first_line
+from dnp.engine.host import HostSession, check_border, first_line
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.processor import core_count, processor_name
 from dnp.engine.schema import REMEDY, nearest
-from dnp.engine.session import Array, BackendOptions
+from dnp.engine.session import Array, Backend, BackendOptions
 
 if TYPE_CHECKING:
     import openvino
+
+    from dnp.engine.bundle import Bundle
 
 DEVICE: Final = "CPU"
 PRECISIONS: Final = ("f32", "bf16")
@@ -111,11 +113,14 @@ class OpenVinoSession(HostSession):
         del self._request
 
 
-class OpenVinoBackend(HostBackend):
+class OpenVinoBackend(Backend):
     """OpenVINO on the processor; its sessions share one core."""
 
     name = "openvino"
-    kind = OpenVinoSession
+
+    def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> OpenVinoSession:
+        """See ``Backend.session``."""
+        return OpenVinoSession(graph, self.options)
 
 
 def _tensors(ports: Any) -> dict[str, tuple[str, tuple[Any, ...]]]:

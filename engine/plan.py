@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from dnp.engine.errors import BackendError, Cancelled, OutputError, missing_extr
 from dnp.engine.files import TEMPORARY, write_together
 from dnp.engine.interrupts import uninterrupted
 from dnp.engine.manifest import FileRecord
+from dnp.engine.processor import peak_memory
 
 FOLDER: Final = "engines"
 WEIGHTS: Final = ".weights"
@@ -89,6 +91,24 @@ Report = Callable[[str], None]
 """Told, in one line, why a plan is built anew, and what the build will need."""
 
 
+def tell(progress: Progress | None, state: BuildProgress) -> None:
+    """Tell ``progress`` where a build is. Raises Cancelled when it answers ``False``."""
+    if progress is not None and progress(state) is False:
+        raise Cancelled(f"the build of {state.graph!r} was stopped; no plan is half-written")
+
+
+def cost(started: float) -> dict[str, Any]:
+    """The facts about a build that began at ``started`` of ``time.perf_counter`` and ends now: what it took, and when.
+
+    The memory is the largest that the process ever had.
+    """
+    return {
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_memory_bytes": peak_memory(),
+        "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
 @dataclass(frozen=True)
 class Plan:
     """A plan that was verified.
@@ -96,7 +116,7 @@ class Plan:
     Attributes:
         path: the plan itself; its sidecar lies beside it.
         spec: what it is.
-        facts: what building it cost and what it will need, see ``dnp.engine.build``.
+        facts: what building it cost and what it will need, by the module that builds it.
     """
 
     path: Path
@@ -141,8 +161,8 @@ class PlanStore:
 
         ``needs`` says what making it will take. Raises what ``building`` and ``make`` raise.
         """
-        plan, _ = self.find(spec)
-        if plan is not None and not force:
+        plan = None if force else self.find(spec)[0]  # of some gigabytes, it takes seconds
+        if plan is not None:
             return plan
         waiting = BuildProgress(spec.graph, "waiting for another process", 0, 1, 0.0)
         with self.building(spec, lambda: progress is not None and progress(waiting) is False):

@@ -110,11 +110,10 @@ def _bars(ax: Any, report: Mapping[str, Any]) -> None:
             assert found is not None and first is not None
             low, high = value - found.low / first.median, found.high / first.median - value
             label = title if row == 0 else None
+            y = row + number * 0.27
             if value > FURTHEST:
-                ax.text(
-                    FURTHEST, row + number * 0.27, f"{value:.1f} → ", ha="right", va="center", color="white", fontsize=7
-                )
-            ax.barh(row + number * 0.27, value, 0.25, color=f"C{number}", label=label, xerr=[[low], [high]])
+                ax.text(FURTHEST, y, f"{value:.1f} → ", ha="right", va="center", color="white", fontsize=7)
+            ax.barh(y, value, 0.25, color=f"C{number}", label=label, xerr=[[low], [high]])
     ax.axvline(1.0, color="black", linewidth=0.8)
     ax.set_xlim(0, min(FURTHEST, ax.get_xlim()[1]))
     ax.set_yticks(
