@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dnp.engine.build import build_plans
     from dnp.engine.bundle import Bundle, GraphSpec, TensorSpec, seal
+    from dnp.engine.cpu import build_cpu_plans
     from dnp.engine.registry import BackendReport, backend_names, doctor, open_backend, open_graph, open_session
     from dnp.engine.session import Backend, BackendOptions, Buffer, Session
 
@@ -23,6 +25,8 @@ _HOMES = {
     "Session": "session",
     "TensorSpec": "bundle",
     "backend_names": "registry",
+    "build_cpu_plans": "cpu",
+    "build_plans": "build",
     "doctor": "registry",
     "open_backend": "registry",
     "open_graph": "registry",
@@ -40,6 +44,8 @@ __all__ = [
     "Session",
     "TensorSpec",
     "backend_names",
+    "build_cpu_plans",
+    "build_plans",
     "doctor",
     "open_backend",
     "open_graph",

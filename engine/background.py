@@ -30,14 +30,19 @@ def in_background(work: Callable[[], T], *, name: str, tick: Callable[[], object
         finally:
             ended.set()
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    thread = threading.Thread(target=run, name=name, daemon=True)
     try:
+        with uninterrupted():
+            thread.start()
         while not ended.wait(_TICK):  # a join that a Ctrl-C interrupts takes the thread for dead, up to Python 3.12
             tick()
     except BaseException:
         with uninterrupted():
-            cancel()
-            ended.wait()
+            try:
+                cancel()
+            finally:
+                if thread.ident is not None:  # else the system gave none
+                    ended.wait()
         raise
     if errors:
         raise errors[0]

@@ -21,10 +21,11 @@ from dnp.engine.errors import BackendError, BundleError, Cancelled, DnpError, Ou
 from dnp.engine.files import write_together
 from dnp.engine.flavour import Flavour, flavour_of, listening, logger
 from dnp.engine.manifest import GraphSpec
-from dnp.engine.plan import FOLDER, BuildProgress, Plan, PlanSpec, PlanStore, Progress, Report, cost, tell
+from dnp.engine.plan import FOLDER, BuildProgress, Plan, PlanSpec, Progress, Report, cost, tell
 from dnp.engine.processor import free_memory
 from dnp.engine.profile import Profile, Range, buffer_bytes, default_profile, from_dict, to_dict
 from dnp.engine.schema import REMEDY, shown
+from dnp.engine.store import PlanStore
 
 _log = logging.getLogger("dnp.engine")
 _FACTS: Final = {

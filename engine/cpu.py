@@ -9,6 +9,7 @@ computes bit for bit what the graph does.
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import shlex
 import shutil
@@ -19,12 +20,14 @@ from typing import Final
 
 from dnp.engine.background import in_background
 from dnp.engine.bundle import Bundle
-from dnp.engine.errors import BundleError, OutputError
+from dnp.engine.errors import BackendError, BundleError, OutputError
+from dnp.engine.host import first_line
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.ort import OrtSession, cpu_settings, import_onnxruntime
-from dnp.engine.plan import FOLDER, WEIGHTS, BuildProgress, Plan, PlanSpec, PlanStore, Progress, Report, cost, tell
+from dnp.engine.plan import FOLDER, BuildProgress, Plan, PlanSpec, Progress, Report, cost, tell
 from dnp.engine.processor import free_memory, processor_features, processor_name
 from dnp.engine.session import Backend, BackendOptions
+from dnp.engine.store import PlanStore
 
 _log = logging.getLogger("dnp.engine")
 NAME: Final = "cpu"
@@ -44,11 +47,17 @@ class CpuBackend(Backend):
             return OrtSession(graph, self.options)
         store = PlanStore(self.options.engines or bundle.path / FOLDER)
         plan, reason = store.find(plan_spec(bundle, graph))
+        command = ["dnp", "build", str(bundle.path), "--backend", NAME]
+        command += ["--engines", str(store.folder)] if self.options.engines else []
+        if plan is not None:
+            try:
+                return OrtSession(graph, self.options, plan.path)
+            except BundleError as error:  # the graph may do well: it needs no file that is mapped
+                reason = f"{plan.path.name} does not open: {first_line(error.__cause__ or error)}"
+                command += ["--force", "--graph", graph.name]
         if reason:
-            command = ["dnp", "build", str(bundle.path), "--backend", NAME]
-            command += ["--engines", str(store.folder)] if self.options.engines else []
             _log.warning("%s: opened without its plan: %s; build it again: %s", graph.name, reason, shlex.join(command))
-        return OrtSession(graph, self.options, plan.path if plan else None)
+        return OrtSession(graph, self.options)
 
 
 def plan_spec(bundle: Bundle, graph: GraphSpec) -> PlanSpec:
@@ -82,12 +91,18 @@ def build_cpu_plans(
         force: build also where there is a plan.
 
     Raises:
-        BackendError: ONNX Runtime is not there.
+        BackendError: ONNX Runtime is not there, or the system does not tell what the processor can do: weights that are
+            laid out for one processor may crash another.
         BundleError: a graph is not in the bundle, or none that ONNX Runtime can load.
         OutputError: the folder cannot be written, or its disk is full.
         Cancelled: ``progress`` returned ``False``. Plans that were complete by then are kept, and none is half.
     """
     store = PlanStore(folder or bundle.path / FOLDER)
+    if not processor_features():
+        raise BackendError(
+            f"this system ({platform.system()}) does not tell what its processor can do, and a plan that was made for "
+            "one may crash another: the backend 'cpu' opens the graphs themselves here, without plans"
+        )
 
     def obtain(graph: GraphSpec) -> Plan:
         spec = plan_spec(bundle, graph)
@@ -110,9 +125,7 @@ def _build(graph: GraphSpec, spec: PlanSpec, store: PlanStore, progress: Progres
     def tick() -> None:
         tell(progress, BuildProgress(graph.name, "optimising", 0, 1, time.perf_counter() - started))
 
-    with store.room(spec) as room:
-        path = room / store.name(spec)
-        weights = path.with_suffix(WEIGHTS)
+    with store.room(spec) as (path, weights):
         settings = cpu_settings(ort, BackendOptions())
         settings.optimized_model_filepath = str(path)
         for entry, value in (
@@ -127,20 +140,24 @@ def _build(graph: GraphSpec, spec: PlanSpec, store: PlanStore, progress: Progres
                 OrtSession(graph, BackendOptions(), settings=settings).close()
                 OrtSession(graph, BackendOptions(), path).close()  # what cannot be opened again must not be kept
             except BundleError as error:
-                if str(room) not in str(error):
+                if str(path) not in str(error):
                     raise
-                free = shutil.disk_usage(room).free
-                raise OutputError(
-                    f"the plan of {graph.name!r} cannot be written to {store.folder}, whose disk has "
-                    f"{free / 1e6:.0f} MB left; make room, or name another folder"
-                ) from error
+                raise _unwritable(graph, store.folder, error) from error
 
         def cancel() -> None:
             settings.set_load_cancellation_flag(True)
 
         in_background(work, name=f"build-{graph.name}", tick=tick, cancel=cancel)
         size = weights.stat().st_size if weights.exists() else 0
-        return store.take(spec, room, {"weights_bytes": size, **cost(started)})
+        return store.take(spec, path, weights, {"weights_bytes": size, **cost(started)})
+
+
+def _unwritable(graph: GraphSpec, folder: Path, error: BundleError) -> OutputError:
+    """The error for a plan that ONNX Runtime could not write, or not read back."""
+    free = _free_disk(folder)
+    room = f"its disk has {free / 1e6:.0f} MB left: make room, or " if free < _DISK * graph.nbytes else ""
+    said = first_line(error.__cause__ or error)
+    return OutputError(f"the plan of {graph.name!r} cannot be kept in {folder}: {said}; {room}name another folder")
 
 
 def _needs(graph: GraphSpec, folder: Path) -> str:
@@ -148,8 +165,16 @@ def _needs(graph: GraphSpec, folder: Path) -> str:
     memory, disk = _MEMORY * graph.nbytes + _BESIDE, _DISK * graph.nbytes
     less = " (less is free than that)"
     memory_less = less if free_memory() < memory else ""
-    disk_less = less if shutil.disk_usage(folder).free < disk else ""
+    disk_less = less if _free_disk(folder) < disk else ""
     return (
         f"optimising {graph.nbytes / 1e6:.0f} MB, about {memory / 1e9:.1f} GB of memory{memory_less} "
         f"and {disk / 1e9:.2f} GB of disk{disk_less}"
     )
+
+
+def _free_disk(folder: Path) -> float:
+    """Bytes that can be written there; infinite where the system does not tell."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return math.inf

@@ -51,6 +51,8 @@ FLAVOURS: Final = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)
 
 def flavour_of(name: str) -> Flavour:
     """The flavour called ``name``. Raises BackendError when there is none."""
+    if name == "cpu":
+        raise BackendError("plans of the backend 'cpu' are made by dnp.engine.build_cpu_plans, which takes no sizes")
     if name not in FLAVOURS:
         raise BackendError(f"{name!r} compiles no plans, {nearest(name, ('cpu', *FLAVOURS))}")
     return FLAVOURS[name]

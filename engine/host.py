@@ -170,7 +170,7 @@ def _fits(declared: tuple[int | str, ...], actual: tuple[Any, ...]) -> bool:
     )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The line of a library's error that says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # OpenVINO begins with places in its own source; what happened comes after them.

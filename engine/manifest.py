@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal
 
 from dnp.engine.errors import BundleError, SettingsError
 from dnp.engine.layout import ROW, SLOTS
-from dnp.engine.schema import REMEDY, SHAPE_ENTRY, Id, Shape, Size, mapping, record, same_names, shown
+from dnp.engine.schema import REMEDY, SHAPE_ENTRY, Bytes, Id, Shape, Size, mapping, record, same_names, shown
 
 SCHEMA: Final = 1
 FP16_LARGEST: Final = 65504.0
@@ -163,7 +163,7 @@ class Defaults:
 class FileRecord:
     """Size in bytes and SHA-256 (64 hexadecimal digits) of one file."""
 
-    size: Id
+    size: Bytes
     sha256: str
 
 

@@ -15,18 +15,19 @@ from dnp.engine.errors import BundleError
 REMEDY: Final = "export the model again"
 Shape: TypeAlias = tuple[int | str, ...]
 SHAPE_ENTRY: Final = re.compile(r"(?:([1-9]\d{0,8})\*)?([a-z_][a-z0-9_]*)", re.ASCII)
-LARGEST: Final = 2**31 - 1  # of any integer in a manifest
+LARGEST: Final = 2**31 - 1  # of any integer in a manifest that is no number of bytes
 
-Id: TypeAlias = Annotated[int, 0]  # the number is the smallest value allowed
+Id: TypeAlias = Annotated[int, 0]  # the numbers are the smallest value allowed, and the largest, if not LARGEST
 Size: TypeAlias = Annotated[int, 1]
+Bytes: TypeAlias = Annotated[int, 0, 2**63 - 1]
 T = TypeVar("T")
 
 
 def record(kind: type[T], data: Any, where: str, ready: Mapping[str, Any] | None = None) -> T:
     """A dataclass from a JSON object that has its fields as keys, and no others.
 
-    Fields may be text, numbers, ``Id``, ``Size``, ``Shape``, choices (``Literal``), dataclasses, or dicts of these,
-    lists of text, or an optional dataclass.
+    Fields may be text, numbers, ``Id``, ``Size``, ``Bytes``, ``Shape``, choices (``Literal``), dataclasses, or dicts of
+    these, lists of text or of integers, or an optional dataclass.
     ``where`` opens each message; the values in ``ready`` are used as they are. Raises BundleError.
     """
     ready = ready or {}
@@ -91,9 +92,11 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         fits = _is_text if arguments[0] is str else _is_entry
         if all(fits(entry) for entry in value):
             return tuple(value)
+    if origin is list and isinstance(value, list) and all(_is_integer(entry) for entry in value):
+        return value
     if origin is Literal and isinstance(value, str) and value in arguments:
         return value
-    if origin is Annotated and _is_integer(value) and arguments[1] <= value <= LARGEST:
+    if origin is Annotated and _is_integer(value) and _within(value, *arguments[1:]):
         return value
     if kind is float and _is_number(value):
         return float(value)
@@ -106,6 +109,8 @@ def _wanted(kind: Any) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple and arguments[0] is str:
         return "a list of names"
+    if origin is list:
+        return "a list of integers"
     if origin is tuple:
         return 'a shape such as ["batch", 4, "4*height"]'
     if origin is Literal:
@@ -117,6 +122,10 @@ def _wanted(kind: Any) -> str:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _within(value: int, low: int, high: int = LARGEST) -> bool:
+    return low <= value <= high
 
 
 def _is_number(value: Any) -> bool:

@@ -16,8 +16,9 @@ from dnp.engine.files import write_together
 from dnp.engine.flavour import TENSORRT, TENSORRT_RTX, Flavour, Log, listening, logger
 from dnp.engine.host import check_border
 from dnp.engine.manifest import GraphSpec
-from dnp.engine.plan import FOLDER, Plan, PlanStore
+from dnp.engine.plan import FOLDER, Plan
 from dnp.engine.profile import Limits, any_profile, from_dict, largest, limits_of, smallest
+from dnp.engine.store import PlanStore
 
 if TYPE_CHECKING:
     from dnp.engine.bundle import Bundle

@@ -222,6 +222,11 @@ def test_a_damaged_folder_is_refused(folder, damage, words):
         (lambda m: m["graphs"]["denoise"].update(file="graphs/other.onnx"), ["denoise.file", "other", "'files'"]),
         (lambda m: m["text"].update(tokenizer="elsewhere.json"), ["text.tokenizer", "elsewhere"]),
         (lambda m: m["files"]["graphs/denoise.onnx"].update(sha256="abc"), ["denoise", "sha256", "abc"]),
+        # weights of 3 GiB, as a UNet's in float32, are a size like any other
+        (
+            lambda m: m["files"]["graphs/denoise.onnx"].update(size=3 << 30),
+            ["denoise.onnx", "where 3221225472 are expected"],
+        ),
         (lambda m: m["files"].update({"../x": {"size": 0, "sha256": "0" * 64}}), ["../x", "outside"]),
         (lambda m: m["files"].update({"/etc/hosts": {"size": 0, "sha256": "0" * 64}}), ["/etc/hosts", "outside"]),
         (lambda m: m["files"].update({"a\\..\\b": {"size": 0, "sha256": "0" * 64}}), ["outside"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -13,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 
@@ -21,11 +23,11 @@ from dnp.cli import run
 from dnp.engine.background import in_background
 from dnp.engine.bundle import Bundle
 from dnp.engine.cpu import build_cpu_plans, plan_spec
-from dnp.engine.errors import BundleError, Cancelled, OutputError
+from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError
 from dnp.engine.ort import OrtSession
-from dnp.engine.plan import PlanStore
 from dnp.engine.registry import open_session
 from dnp.engine.session import BackendOptions
+from dnp.engine.store import PlanStore
 
 DNP = str(Path(sys.executable).with_name("dnp"))
 
@@ -91,7 +93,7 @@ def test_the_weights_are_mapped_and_not_copied(bundle):
         run_graph(session, 0)
         mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".weights" in line]
         spans = [[int(end, 16) for end in span.split("-")] for span, *_ in mapped]
-    weights = plan_path(bundle, "denoise").with_suffix(".weights")
+    (weights,) = plan_path(bundle, "denoise").parent.glob("denoise-*.weights")
     assert {fields[-1] for fields in mapped} == {str(weights)}
     assert sum(end - start for start, end in spans) > weights.stat().st_size / 2  # weights that were packed are not
 
@@ -206,6 +208,151 @@ def test_options_of_tensorrt_are_refused(bundle, option, capsys):
     assert f"{option[0]} is for TensorRT; plans of the backend 'cpu' take every size" in capsys.readouterr().err
 
 
+def test_a_plan_that_is_whole_and_does_not_open_is_named_and_not_used(bundle, engines, caplog):
+    (path,) = engines.glob("*.plan")
+    path.write_bytes(b"no graph")
+    sidecar = json.loads(path.with_suffix(".json").read_text())
+    sidecar |= {"size": 8, "sha256": hashlib.sha256(b"no graph").hexdigest()}
+    path.with_suffix(".json").write_text(json.dumps(sidecar))
+    options = BackendOptions(engines=engines)
+    with open_session(bundle, "encode_text", options=options) as session:
+        assert "plan" not in session.backend
+        run_graph(session, 0)
+    (record,) = caplog.records
+    assert re.search(rf"{path.name} does not open: .*; build it again: dnp build .* --force --graph", record.message)
+    command = record.message.split("build it again: ")[1].split()
+    assert run(command[1:]) == 0
+    with open_session(bundle, "encode_text", options=options) as session:
+        assert session.backend.endswith(", plan)")
+
+
+def test_a_precision_that_it_lacks_is_no_fault_of_the_plan(bundle, engines, caplog):
+    with pytest.raises(BackendError, match="has no precision 'bf16'"):
+        open_session(bundle, "encode_text", options=BackendOptions(engines=engines, precision="bf16"))
+    assert not caplog.records
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(bundle, caplog):
+    unreadable = Path("/" + "a" * 300)  # whatever the system refuses: a folder without permission is none for root
+    with open_session(bundle, "encode_text", options=BackendOptions(engines=unreadable)) as session:
+        assert "plan" not in session.backend
+    assert re.search(r"opened without its plan: .* cannot be read \(File name too long\)", caplog.text)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a working folder cannot be removed there")
+def test_a_working_folder_that_is_gone(bundle, tmp_path):
+    code = """
+import os, sys
+from dnp import Pipeline
+os.rmdir(os.getcwd())
+with Pipeline.open(sys.argv[1], engines="plans") as pipeline:
+    print(pipeline("a red circle", steps=1, dns_steps=1).negatives)
+"""
+    (tmp_path / "gone").mkdir()
+    command = [sys.executable, "-c", code, str(bundle.path)]
+    told = subprocess.run(command, cwd=tmp_path / "gone", capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stderr) == (0, ""), told.stderr
+
+
+def test_no_plans_where_the_system_does_not_tell_what_the_processor_can_do(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("dnp.engine.cpu.processor_features", tuple)
+    with pytest.raises(BackendError, match=r"does not tell what its processor can do.*opens the graphs themselves"):
+        build_cpu_plans(bundle, folder=tmp_path / "engines")
+    assert not (tmp_path / "engines").exists()
+
+
+def test_plans_that_are_built_again_while_others_open_them(bundle, engines, caplog):
+    """A plan never meets the weights of another build, and what was verified can be opened."""
+    options, errors = BackendOptions(engines=engines), []
+
+    def build_again():
+        try:
+            for _ in range(12):
+                build_cpu_plans(bundle, graphs=["encode_text"], folder=engines, force=True)
+        except Exception as error:
+            errors.append(error)
+
+    with open_session(bundle, "encode_text") as session:
+        expected = run_graph(session, 1)["context"]
+    builder = threading.Thread(target=build_again)
+    builder.start()
+    opened = 0
+    while builder.is_alive():
+        with open_session(bundle, "encode_text", options=options) as session:
+            np.testing.assert_array_equal(run_graph(session, 1)["context"], expected)
+        opened += 1
+    builder.join()
+    assert not errors
+    assert opened > 1
+    assert all("does not open" in record.message or "cannot be read" in record.message for record in caplog.records)
+    with open_session(bundle, "encode_text", options=options) as session:
+        assert session.backend.endswith(", plan)")
+    assert len(list(engines.glob("*.weights"))) == 1
+
+
+@pytest.mark.parametrize("last", [".weights", ".json"])
+def test_a_plan_survives_the_failure_of_the_next_one(bundle, engines, monkeypatch, last):
+    before = {path: path.read_bytes() for path in engines.iterdir()}
+    replace_file = Path.replace
+
+    def fail(self, target):
+        if self.suffix == last:
+            raise OSError(28, "No space left on device")
+        return replace_file(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OutputError, match=r"^cannot write .*\.plan: No space left on device; name another folder$"):
+        build_cpu_plans(bundle, graphs=["encode_text"], folder=engines, force=True)
+    assert {path: path.read_bytes() for path in engines.iterdir()} == before
+
+
+def test_what_killed_builds_left_is_removed_and_what_others_are_building_is_not(bundle, tmp_path):
+    killed, busy = tmp_path / ".dnp.encode_text-0123456789abcdef.x", tmp_path / ".dnp.encode_text-fedcba9876543210.y"
+    for left in (killed, busy):
+        left.mkdir()
+        (left / "half.weights").write_bytes(b"half")
+    with filelock.FileLock(tmp_path / ".encode_text-fedcba9876543210.lock"):
+        (plan,) = build_cpu_plans(bundle, graphs=["encode_text"], folder=tmp_path)
+    orphan = plan.path.with_suffix(".01234567.weights")
+    orphan.write_bytes(b"of a build that was killed amid its last steps")
+    assert (killed.exists(), busy.exists()) == (False, True)
+    build_cpu_plans(bundle, graphs=["encode_text"], folder=tmp_path, force=True)
+    assert (orphan.exists(), busy.exists()) == (False, False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spec": {"graph": 3}},
+        {"spec": {"profile": {"batch": 1}}},
+        {"spec": {"profile": {"batch": ["a"]}}},
+        {"spec": {"flags": []}},
+        {"facts": {"weights_bytes": "many"}},
+        {"facts": {"weights_bytes": True}},
+        {"weights": {"file": "../elsewhere.weights"}},
+        {"weights": {"size": -1}},
+        {"more": 1},
+        "[" * 100_000,
+    ],
+)
+def test_sidecars_that_are_not_as_they_were_written(bundle, engines, caplog, capsys, change):
+    (path,) = engines.glob("*.json")
+    sidecar = json.loads(path.read_text())
+    if isinstance(change, dict):
+        for name, value in change.items():
+            sidecar[name] = sidecar[name] | value if isinstance(value, dict) else value
+        path.write_text(json.dumps(sidecar))
+    else:
+        path.write_text(change)
+    assert run(["inspect", str(bundle.path), "--engines", str(engines)]) == 0
+    assert "encode_text-" not in capsys.readouterr().out
+    with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
+        assert "plan" not in session.backend
+    (record,) = caplog.records
+    assert "has no sidecar that can be read" in record.message
+    assert "export" not in record.message
+
+
 def test_two_processes_that_want_the_same_plans_build_them_once(bundle, tmp_path):
     command = [DNP, "build", str(bundle.path), "--backend", "cpu", "--engines", str(tmp_path), "--json"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -224,10 +371,15 @@ def test_a_folder_that_cannot_be_written(bundle, tmp_path):
 
 def test_a_disk_that_is_full(bundle, tmp_path, monkeypatch):
     def full(graph, options, plan=None, settings=None):
-        raise BundleError(f"{graph.path}: Failed to write to {settings.optimized_model_filepath}; export it again")
+        error = f"Failed to write to {settings.optimized_model_filepath}"
+        raise BundleError(f"{graph.path}: {error}; export it again") from RuntimeError(error)
 
     monkeypatch.setattr("dnp.engine.cpu.OrtSession", full)
-    with pytest.raises(OutputError, match=r"cannot be written to .*, whose disk has \d+ MB left; make room"):
+    told = rf"the plan of 'encode_text' cannot be kept in {tmp_path}: Failed to write to \S+; "
+    with pytest.raises(OutputError, match=f"{told}name another folder"):  # there is room, it was something else
+        build_cpu_plans(bundle, folder=tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(100, 95, 5_000_000))
+    with pytest.raises(OutputError, match=f"{told}its disk has 5 MB left: make room, or name another folder"):
         build_cpu_plans(bundle, folder=tmp_path)
     assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
 
@@ -270,6 +422,28 @@ class TestInBackground:
     def test_it_raises_what_the_work_raises(self):
         with pytest.raises(ZeroDivisionError):
             in_background(lambda: 1 / 0, name="me", tick=int, cancel=int)
+
+    def test_a_cancel_that_fails_does_not_leave_the_work_behind(self):
+        ended = threading.Event()
+
+        def work():
+            time.sleep(0.6)
+            ended.set()
+
+        def fail():
+            raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            in_background(work, name="me", tick=lambda: 1 / 0, cancel=fail)
+        assert ended.is_set()
+
+    def test_a_thread_that_the_system_does_not_give_is_not_waited_for(self, monkeypatch):
+        def refuse(self):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"):
+            in_background(int, name="me", tick=int, cancel=int)
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
     def test_an_interruption_waits_for_the_work_to_end(self, error):

@@ -28,9 +28,10 @@ from dnp.engine import cuda as cuda_module
 from dnp.engine.build import BuildSettings, build_plans, target
 from dnp.engine.errors import BackendError, DnpError, SettingsError
 from dnp.engine.flavour import FLAVOURS, Flavour
-from dnp.engine.plan import PlanSpec, PlanStore
+from dnp.engine.plan import PlanSpec
 from dnp.engine.profile import Range
 from dnp.engine.session import BackendOptions
+from dnp.engine.store import PlanStore
 from dnp.engine.trt import TensorRtBackend, TensorRtRtxBackend
 
 _spec = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).with_name("fake_gpu.py"))
@@ -184,8 +185,7 @@ def test_every_step_of_every_sampler_is_a_launch(open_pipeline, gpu):
 def test_a_plan_s_facts_tell_what_its_session_takes(open_pipeline, tmp_path):
     pipeline = open_pipeline()
     pipeline._graphs.encode_text  # noqa: B018
-    (_, sidecar), *_ = PlanStore(tmp_path / "engines").plans()
-    facts = sidecar["facts"]
+    facts = PlanStore(tmp_path / "engines").plans()[0].facts
     assert pipeline._graphs.backend.device.allocated == facts["weights_bytes"] + facts["buffer_bytes"]
 
 
@@ -460,15 +460,16 @@ def test_settings_that_are_damaged_name_the_file(open_pipeline, tmp_path):
 
 def test_sidecars_say_what_the_plan_is(open_pipeline, tmp_path, default_bundle):
     open_pipeline().warm_up(captioner=False)
-    (path, sidecar), *_ = PlanStore(tmp_path / "engines").plans()
+    plan, *_ = PlanStore(tmp_path / "engines").plans()
+    sidecar = json.loads(plan.path.with_suffix(".json").read_text())
     assert set(sidecar) == {"spec", "facts", "size", "sha256"}
     assert sidecar["spec"]["precision"] == default_bundle.precision
-    assert path.with_suffix(".json").read_text() == json.dumps(sidecar, indent=1) + "\n"
     spec = PlanSpec(**sidecar["spec"])
-    assert spec.key in path.name
+    assert spec == plan.spec
+    assert spec.key in plan.path.name
     for change in ({"version": "1"}, {"graph_sha256": "0"}, {"profile": {}}, {"flags": {}}, {"architecture": "sm86"}):
         assert replace(spec, **change).key != spec.key
-        assert next(iter(change)) in spec.difference(replace(spec, **change).__dict__)
+        assert next(iter(change)) in spec.difference(replace(spec, **change))
 
 
 def test_onnxruntime_replays_what_it_recorded_and_nothing_moves(open_pipeline, gpu, on_cpu):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,24 +110,26 @@ def _refuse_compiler_options() -> None:
 
 
 def _tell(plans: list[Plan], as_json: bool) -> None:
-    listed = [_entry(plan.path, {"spec": plan.spec.__dict__, "facts": plan.facts}) for plan in plans]
+    listed = [_entry(plan) for plan in plans]
     say({"plans": listed}, as_json, plan_table(listed))
 
 
 def plans_of(bundle: Bundle, engines: Path | None = None) -> list[dict[str, Any]]:
     """What ``dnp inspect`` tells of the compiled plans of a bundle."""
-    from dnp.engine.plan import FOLDER, PlanStore
+    from dnp.engine.plan import FOLDER
+    from dnp.engine.store import PlanStore
 
-    return [_entry(path, sidecar) for path, sidecar in PlanStore(engines or bundle.path / FOLDER).plans()]
+    return [_entry(plan) for plan in PlanStore(engines or bundle.path / FOLDER).plans()]
 
 
 def plan_layers(bundle: Bundle, plan: dict[str, Any]) -> str:
     """What the engine inspector says of a plan. Raises BackendError where there is no GPU to load it on."""
     from dnp.engine.errors import BackendError
     from dnp.engine.flavour import flavour_of
-    from dnp.engine.plan import PlanSpec, PlanStore
+    from dnp.engine.plan import PlanSpec
     from dnp.engine.registry import open_backend
     from dnp.engine.session import BackendOptions
+    from dnp.engine.store import PlanStore
 
     spec = PlanSpec(**plan["spec"])
     found, reason = PlanStore(Path(plan["path"]).parent).find(spec)
@@ -140,13 +143,15 @@ def plan_layers(bundle: Bundle, plan: dict[str, Any]) -> str:
 
 def plan_table(plans: list[dict[str, Any]]) -> str:
     """The plans for people."""
+    from dnp.engine.flavour import FLAVOURS
+
     lines = []
     for plan in plans:
         spec, facts = plan["spec"], plan["facts"]
         sizes = ", ".join(f"{s} {':'.join(map(str, dict.fromkeys(r)))}" for s, r in spec["profile"].items())
         flags = ", ".join(f"{name}={value}" for name, value in spec["flags"].items() if value)
         memory = f"plan {_mb(plan['bytes'])}"
-        if spec["profile"]:
+        if spec["flavour"] in FLAVOURS:
             memory += (
                 f"; on the GPU {_mb(_most(facts))} at most: weights {_mb(facts.get('weights_bytes'))}, activations "
                 f"{_mb(facts.get('activation_bytes'))} (scratch {_mb(facts.get('scratch_bytes'))}), "
@@ -164,13 +169,13 @@ def plan_table(plans: list[dict[str, Any]]) -> str:
     return "\n".join(lines) or "no plans; make them with: dnp build"
 
 
-def _entry(path: Path, sidecar: dict[str, Any]) -> dict[str, Any]:
+def _entry(plan: Plan) -> dict[str, Any]:
     return {
-        "file": path.name,
-        "path": str(path),
-        "bytes": path.stat().st_size,
-        "spec": dict(sidecar["spec"]),
-        "facts": dict(sidecar["facts"]),
+        "file": plan.path.name,
+        "path": str(plan.path),
+        "bytes": plan.nbytes,
+        "spec": asdict(plan.spec),
+        "facts": dict(plan.facts),
     }
 
 
