@@ -10,6 +10,16 @@ BUNDLE ?= build/fp16
 EXPLORED := a large blue cross on a plain red background
 SOURCES := $(shell find dnp engine runtime export -type f -not -path '*/__pycache__/*')
 
+# What cannot be is said before anything is installed; that there is no GPU, before the bundle is exported.
+ifneq ($(filter gpu-check,$(MAKECMDGOALS)),)
+ifeq ($(findstring |$(BACKEND)|,|tensorrt|tensorrt-rtx|cuda|),)
+$(error BACKEND=$(BACKEND) is none that runs on a GPU; choose one of tensorrt, tensorrt-rtx, cuda)
+endif
+ifeq ($(filter build/fp16,$(BUNDLE))$(wildcard $(BUNDLE)/bundle.json),)
+$(error BUNDLE=$(BUNDLE) holds no bundle.json; name the folder of a bundle, or leave BUNDLE out for one that is made)
+endif
+endif
+
 .PHONY: demo test test-fast lint bundle gallery quality gpu-check bench clean
 
 demo: .venv/installed  ## plain, DNS and DNP image of one prompt, side by side, in out/
@@ -40,7 +50,9 @@ gallery: .venv-test/installed  ## the pictures of the README
 quality: .venv-test/installed  ## does DNP help? Table, plot and contact sheet in benchmarks/results/
 	.venv-test/bin/python benchmarks/quality/quality.py
 
-gpu-check: .venv-$(BACKEND)/installed $(BUNDLE)/bundle.json  ## what only a GPU can show; BACKEND=tensorrt, tensorrt-rtx, cuda
+gpu-check: .venv-$(BACKEND)/installed  ## what only a GPU can show; BACKEND=tensorrt, tensorrt-rtx, cuda
+	.venv-$(BACKEND)/bin/python benchmarks/gpu_check.py --backend $(BACKEND) --dry-run
+	$(MAKE) --no-print-directory $(BUNDLE)/bundle.json
 	.venv-$(BACKEND)/bin/python benchmarks/gpu_check.py --backend $(BACKEND) --bundle $(BUNDLE)
 
 bench: .venv-bench-main/installed  ## speed beside the peers', about an hour; BENCH="--size default" is some minutes

@@ -1,13 +1,16 @@
 """Everything about a GPU backend that only a GPU can show: ``make gpu-check``, or ``python benchmarks/gpu_check.py``.
 
-Builds the plans, compares every graph and a whole request with the ``cpu`` backend, checks that runs are recorded as
-CUDA graphs, and measures. Prints a table, writes JSON, and exits with 1 when anything is not as it should be.
+Builds the plans, compares every graph and every stage of a request with the ``cpu`` backend, checks that runs are
+recorded as CUDA graphs, and measures. Prints a table, writes JSON, and exits with 1 when anything is not as it should
+be. What cannot be done is said first: options that cannot be honoured (2), no GPU (4), no place for the JSON (6).
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -23,22 +26,27 @@ import numpy as np
 from dnp import Pipeline
 from dnp.engine import Bundle, cuda, open_backend, open_session
 from dnp.engine.build import BuildSettings, build_plans
-from dnp.engine.errors import DnpError
+from dnp.engine.cuda import GpuProperties
+from dnp.engine.errors import DnpError, OutputError, SettingsError
 from dnp.engine.files import write_together
 from dnp.engine.flavour import FLAVOURS
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.plan import FOLDER
+from dnp.engine.profile import BATCH
 from dnp.engine.session import BackendOptions
 from dnp.runtime.denoise import Sample, load_samples
+from dnp.runtime.pictures import output_folder
 from dnp.runtime.resize import resize_matrices
 from dnp.runtime.samplers import sampler_table
 from dnp.runtime.schedule import NoiseSchedule
 
+BACKENDS = (*FLAVOURS, "cuda")
+LOOPS = ("denoise", "caption_step")  # the graphs that run step after step: there the host's share counts
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"
 # The largest difference from the cpu backend, relative to the largest value; images in grey levels, tokens exactly.
 BOUNDS = {"fp32": 2e-3, "fp16": 3e-2}
 LEVELS = {"fp32": 2, "fp16": 12}
-PSNR = {"fp32": 40.0, "fp16": 25.0}  # dB, of the final image: 25 steps let a difference grow
+PSNR = {"fp32": 40.0, "fp16": 25.0}  # dB, of the sampled images: 25 steps let a difference grow
 REPEATS = 20
 
 
@@ -47,24 +55,58 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", default="tensorrt", help="tensorrt, tensorrt-rtx or cuda")
     parser.add_argument("--bundle", type=Path, help="the shipped default when left out")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu-check.json"))
-    parser.add_argument("--batches", type=int, default=8, help="measure batches from 1 to this")
+    parser.add_argument("--batches", type=int, default=BATCH, help=f"measure batches from 1 to this, at most {BATCH}")
+    parser.add_argument("--dry-run", action="store_true", help="stop once the options and the GPU are found good")
     chosen = parser.parse_args(arguments)
     try:
-        bundle = Bundle.open(chosen.bundle) if chosen.bundle else Bundle.default()
-        with tempfile.TemporaryDirectory(prefix="dnp-gpu-check-") as folder:
-            report = check(bundle, chosen.backend, Path(folder) / FOLDER, chosen.batches)
+        check_options(chosen.backend, chosen.batches)
+        gpu = cuda.open_cuda().properties()
+        gpu.check_age()
+        if chosen.dry_run:
+            return 0
+        with output_folder(chosen.out.parent):
+            check_file(chosen.out)
+            bundle = Bundle.open(chosen.bundle) if chosen.bundle else Bundle.default()
+            with tempfile.TemporaryDirectory(prefix="dnp-gpu-check-") as folder:
+                report = check(bundle, gpu, chosen.backend, Path(folder) / FOLDER, chosen.batches)
+            print(table(report))
+            write(report, chosen.out)
     except DnpError as error:
         print(f"gpu-check: {error}", file=sys.stderr)
         return error.exit_code
-    print(table(report))
-    write_together({chosen.out: (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()})
     print(f"wrote {chosen.out}")
     return 0 if report["passed"] else 1
 
 
-def check(bundle: Bundle, backend: str, engines: Path, batches: int) -> dict:
+def check_options(backend: str, batches: int) -> None:
+    """Raises SettingsError for a backend that needs no GPU, and for batches that no pipeline samples."""
+    if backend not in BACKENDS:
+        raise SettingsError(f"--backend {backend!r} is none that runs on a GPU; choose one of {', '.join(BACKENDS)}")
+    if not 1 <= batches <= BATCH:
+        raise SettingsError(f"--batches must be from 1 to {BATCH}, not {batches}: a pipeline samples no more at once")
+
+
+def check_file(path: Path) -> None:
+    """Raises OutputError when ``path``, in a folder that can be written to, can be no file."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:  # also a name that is too long
+        raise OutputError(f"cannot write {path}: {error.strerror}; name another file with --out") from error
+
+
+def write(report: dict, path: Path) -> None:
+    """The report as JSON. Raises OutputError, with the report on stdout: what took so long is not lost."""
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    try:
+        write_together({path: text.encode()})
+    except OutputError:
+        print(text)
+        raise
+
+
+def check(bundle: Bundle, gpu: GpuProperties, backend: str, engines: Path, batches: int) -> dict:
     """All of it, as JSON can hold it."""
-    gpu = cuda.open_cuda().properties()
     started = time.perf_counter()
     compiles = backend in FLAVOURS  # the backend 'cuda' has no plans
     plans = build_plans(bundle, backend, folder=engines, report=tell) if compiles else []
@@ -72,7 +114,7 @@ def check(bundle: Bundle, backend: str, engines: Path, batches: int) -> dict:
     options = BackendOptions(engines=engines)
     request, start = compare_requests(bundle, backend, options)  # first: nothing is warm yet
     checks: dict[str, dict] = {"graphs": compare_graphs(bundle, backend, options), "request": request}
-    checks["capture"] = {"passed": captured(bundle, backend, options)}
+    checks["capture"] = captured(bundle, backend, options)
     if compiles:
         checks["refit"] = refit(bundle, backend, engines.with_name("refit"))
     report = {
@@ -173,8 +215,15 @@ def limit(bundle: Bundle, dtype: str) -> float:
 
 
 def compare_requests(bundle: Bundle, backend: str, options: BackendOptions) -> tuple[dict, dict]:
-    """The same request on both backends; and how long the GPU's first image takes, cold and warm."""
-    expected = Pipeline(bundle, "cpu")(PROMPT, seed=7, compare=True)
+    """The same request on both backends; and how long the GPU's first image takes, cold and warm.
+
+    Every stage is judged by what it was given. The images of each have to reach ``PSNR``. n* has to be what the cpu
+    backend makes of the GPU's own DNS image, word by word, in fp16 too; and the DNP images of both backends are drawn
+    for the GPU's n*. So a stage that is wrong fails alone: the n* that the cpu finds for its own DNS image, which is
+    told as well, may be another one where the DNS images differ, and the DNP images are compared all the same.
+    """
+    with Pipeline(bundle, "cpu") as pipeline:
+        dns = pipeline.dns(PROMPT, seed=7)
     start = {}
     for name in ("cold", "warm"):  # the second start finds the driver's work done and its files in the cache
         started = time.perf_counter()
@@ -185,11 +234,28 @@ def compare_requests(bundle: Bundle, backend: str, options: BackendOptions) -> t
             first = time.perf_counter()
             pipeline(PROMPT, seed=8)
             start[name] = {"open_s": opened - started, "first_s": first - opened, "next_s": time.perf_counter() - first}
-    found = {"n*": [result.negatives[0], expected.negatives[0]], "runs_on": result.runs_on}
-    for name in ("plain_arrays", "dns_arrays", "arrays"):
-        found[f"psnr_{name}"] = psnr(getattr(result, name), getattr(expected, name))
-    found["passed"] = found["psnr_plain_arrays"] >= PSNR[bundle.precision]
-    return found, start
+    with Pipeline(bundle, "cpu") as pipeline:
+        caption = pipeline.caption(result.dns_images)[0]
+        expected = pipeline(PROMPT, seed=7, compare=True, negative=result.negatives[0])
+    found = {
+        "plain": compare_images(bundle, result.plain_arrays, expected.plain_arrays),
+        "dns": compare_images(bundle, result.dns_arrays, dns.arrays),
+        "n*": {
+            "found": result.negatives[0],
+            "cpu_of_the_same_image": caption,
+            "cpu_of_its_own_image": dns.negatives[0],
+            "passed": result.negatives[0] == caption,
+        },
+        "dnp": compare_images(bundle, result.arrays, expected.arrays),
+    }
+    good = all(stage["passed"] for stage in found.values())
+    return {"passed": good, "runs_on": result.runs_on, "stages": found}, start
+
+
+def compare_images(bundle: Bundle, found: np.ndarray, expected: np.ndarray) -> dict:
+    """Two batches of images, uint8 ``[B, H, W, 3]``, and how far apart they may be."""
+    reached, bound = psnr(found, expected), PSNR[bundle.precision]
+    return {"psnr": reached, "bound": bound, "passed": reached >= bound}
 
 
 def psnr(one: np.ndarray, two: np.ndarray) -> float:
@@ -198,17 +264,25 @@ def psnr(one: np.ndarray, two: np.ndarray) -> float:
     return min(99.0, 10 * float(np.log10(255**2 / error))) if error else 99.0
 
 
-def captured(bundle: Bundle, backend: str, options: BackendOptions) -> bool:
-    """Whether the step was recorded, and gives the bits of an eager run."""
+def captured(bundle: Bundle, backend: str, options: BackendOptions) -> dict:
+    """Whether the steps of both loops are recorded unless run eagerly, and whether that leaves every bit as it is."""
     results = []
+    recorded: dict[str, list[bool]] = {name: [] for name in LOOPS}
     for eager in (False, True):
         with Pipeline(bundle, backend, BackendOptions(engines=options.engines, eager=eager)) as pipeline:
-            results.append(pipeline(PROMPT, seed=3, steps=5, dns_steps=5).arrays)
-            session = pipeline._graphs.denoise
-            recorded = bool(getattr(session, "_prepared", None) or getattr(session, "_numbers", None))
-        if recorded == eager:
-            return False
-    return bool(np.array_equal(*results))
+            results.append(pipeline(PROMPT, seed=3, steps=5, dns_steps=5))
+            for name in LOOPS:
+                session = pipeline._graphs._sessions[name]
+                runs = getattr(session, "_prepared", None) or getattr(session, "_numbers", None)
+                recorded[name].append(bool(runs))
+    found: dict[str, dict] = {
+        name: {"recorded": usual, "recorded_when_eager": eager, "passed": usual and not eager}
+        for name, (usual, eager) in recorded.items()
+    }
+    one, two = results
+    same = np.array_equal(one.dns_arrays, two.dns_arrays) and np.array_equal(one.arrays, two.arrays)
+    found["bits"] = {"passed": same and one.negatives == two.negatives}
+    return {"passed": all(entry["passed"] for entry in found.values()), **found}
 
 
 def refit(bundle: Bundle, backend: str, engines: Path) -> dict:
@@ -330,14 +404,19 @@ def table(report: dict) -> str:
         if name != "passed":
             errors = ", ".join(f"{t} {e:.1e} ({entry['bounds'][t]:g})" for t, e in entry["errors"].items())
             lines.append(f"{name:<16}{seconds.get(name, '-'):>8}  {errors}  {passed(entry)}")
-    request = checks["request"]
-    lines += [
-        "",
-        f"whole request: plain image {request['psnr_plain_arrays']:.1f} dB, DNS {request['psnr_dns_arrays']:.1f} dB, "
-        f"DNP {request['psnr_arrays']:.1f} dB against cpu; n* {request['n*'][0]!r} / {request['n*'][1]!r}  "
-        f"{passed(request)}",
-        f"recorded as CUDA graphs, bits of eager runs: {passed(checks['capture'])}",
-    ]
+    lines += ["", "whole request, stage by stage against cpu (bound)"]
+    for name, stage in checks["request"]["stages"].items():
+        if name == "n*":
+            told = repr(stage["found"])
+            for image in ("the_same_image", "its_own_image"):
+                if (caption := stage[f"cpu_of_{image}"]) != stage["found"]:
+                    told += f"; cpu of {image.replace('_', ' ')}: {caption!r}"
+        else:
+            told = f"{stage['psnr']:.1f} dB ({stage['bound']:g})"
+        lines.append(f"{name:<8}{told}  {passed(stage)}")
+    capture = checks["capture"]
+    recorded = ", ".join(f"{name} {passed(capture[name])}" for name in LOOPS)
+    lines += ["", f"recorded as CUDA graphs: {recorded}; bits of eager runs: {passed(capture['bits'])}"]
     if "refit" in checks:
         lines.append(f"refit A, B, A: {passed(checks['refit'])} {checks['refit'].get('error', '')}")
     for name, times in report["start"].items():

@@ -1,38 +1,30 @@
-"""From a graph to a plan: parse, profile, compile. One module for both flavours of TensorRT.
+"""Which plans TensorRT is asked for: for what GPUs, sizes and settings, and what opening a session looks for.
 
-Networks are strongly typed: the arithmetic is what the ONNX file says, there is no precision flag. Weights are read
-by the parser from the path, so graphs beyond 2 GB of weights are nothing special.
+``compiler.py`` makes them. One module for both flavours.
 """
 
 from __future__ import annotations
 
-import logging
-import time
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 from dnp.engine import cuda
-from dnp.engine.background import in_background
 from dnp.engine.bundle import Bundle
-from dnp.engine.errors import BackendError, BundleError, Cancelled, DnpError, OutputError, SettingsError
-from dnp.engine.files import write_together
-from dnp.engine.flavour import Flavour, flavour_of, listening, logger
+from dnp.engine.compiler import REVISION, compile_plan
+from dnp.engine.errors import BackendError, SettingsError
+from dnp.engine.flavour import FLAVOURS, Flavour, flavour_of
 from dnp.engine.manifest import GraphSpec
-from dnp.engine.plan import FOLDER, BuildProgress, Plan, PlanSpec, Progress, Report, cost, tell
+from dnp.engine.plan import FOLDER, Plan, PlanSpec, Progress, Report
 from dnp.engine.processor import free_memory
 from dnp.engine.profile import Profile, Range, buffer_bytes, default_profile, from_dict, to_dict
-from dnp.engine.schema import REMEDY, shown
+from dnp.engine.schema import shown
 from dnp.engine.store import PlanStore
 
-_log = logging.getLogger("dnp.engine")
-_FACTS: Final = {
-    "activation_bytes": "Total Activation Memory:",
-    "weights_bytes": "Total Weights Memory:",
-    "scratch_bytes": "Max Scratch Memory:",
-}
+_MOST_WORKSPACE: Final = 10**12  # bytes; TensorRT fails in ways of its own on more
 _MEMORY_PER_WEIGHT: Final = 3.6  # bytes a build takes for each byte of weights, and what it takes without any
 _MEMORY_BESIDE: Final = 500 << 20
 
@@ -45,7 +37,8 @@ class BuildSettings:
         sm: the architectures to compile for, as 89 for SM 8.9; the present GPU's when empty.
         optimization_level: 0 (fast build) to 5 (fast plan); the compiler's own choice when ``None``.
         workspace: bytes of scratch memory that a kernel may use; no limit when ``None``.
-        weight_streaming: let weights stay in host memory where the GPU's does not hold them all.
+        weight_streaming: let weights stay in host memory where the GPU's does not hold them all. TensorRT for RTX then
+            allocates memory at run time, so its runs cannot be recorded.
         refit: let weights be exchanged without a build. It costs fusions, and needs a GPU to build.
     """
 
@@ -57,10 +50,17 @@ class BuildSettings:
 
     def __post_init__(self) -> None:
         level, workspace = self.optimization_level, self.workspace
+        if not isinstance(self.sm, tuple) or not all(type(number) is int for number in self.sm):
+            raise SettingsError(f"architectures are a tuple of whole numbers such as (89, 120), not {shown(self.sm)}")
+        for name in ("weight_streaming", "refit"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingsError(f"{name} must be True or False, not {shown(getattr(self, name))}")
         if level is not None and level not in range(6):
             raise SettingsError(f"the optimisation level must be a whole number from 0 to 5, not {shown(level)}")
-        if workspace is not None and not (isinstance(workspace, int) and workspace > 0):
-            raise SettingsError(f"the workspace limit must be a number of bytes, not {shown(workspace)}")
+        if workspace is not None and not (type(workspace) is int and 0 < workspace <= _MOST_WORKSPACE):
+            raise SettingsError(
+                f"the workspace limit must be a number of bytes from 1 to {_MOST_WORKSPACE}, not {shown(workspace)}"
+            )
         if len(set(self.sm)) != len(self.sm):
             raise SettingsError(f"an architecture is named twice: {', '.join(map(str, self.sm))}")
 
@@ -95,11 +95,8 @@ def target(flavour: Flavour, sm: Sequence[int] = (), device: int = 0) -> Target:
             if number not in flavour.architectures:
                 raise BackendError(f"{flavour.title} does not compile for SM {number}; {_known(flavour)}")
         return Target(flavour, module.__version__, tuple(sm), ",".join(f"sm{number}" for number in sorted(sm)))
-    try:
-        gpu = cuda.open_cuda(device).properties(device)
-    except BackendError as error:
-        other = "; name the architectures to compile for, e.g. --sm 89,120" if flavour.portable else ""
-        raise BackendError(f"{flavour.title} compiles for the GPU that is present, but {error}{other}") from error
+    other = "; name the architectures to compile for, e.g. --sm 89,120" if flavour.portable else ""
+    gpu = _require_gpu(device, f"{flavour.title} compiles for the GPU that is present", other)
     gpu.check_age()
     if flavour.portable and gpu.sm not in flavour.architectures:
         raise BackendError(
@@ -108,6 +105,14 @@ def target(flavour: Flavour, sm: Sequence[int] = (), device: int = 0) -> Target:
         )
     architecture = f"sm{gpu.sm}" if flavour.portable else f"sm{gpu.sm} {gpu.name}"
     return Target(flavour, module.__version__, (gpu.sm,) if flavour.portable else (), architecture, device)
+
+
+def _require_gpu(device: int, why: str, otherwise: str = "") -> cuda.GpuProperties:
+    """The GPU. Raises BackendError when there is none, with what it is for."""
+    try:
+        return cuda.open_cuda(device).properties(device)
+    except BackendError as error:
+        raise BackendError(f"{why}, but {error}{otherwise}") from error
 
 
 def build_plans(
@@ -140,31 +145,34 @@ def build_plans(
     """
     wanted = settings or BuildSettings()
     goal = target(flavour_of(flavour), wanted.sm, device)
+    if wanted.refit:
+        _require_gpu(device, "plans that can be refitted are built where the GPU is")
     store = PlanStore(folder or bundle.path / FOLDER)
     chosen = [bundle.graph(name) for name in graphs] or list(bundle.graphs.values())
-    kept = store.settings(flavour)
+    kept, changed = store.settings(flavour), {}
     profiles = []
     for graph in chosen:
-        before, _ = _asked(store, kept, graph, flavour)
+        before, _, _ = _asked(bundle, store, kept, graph, flavour)
         asked = {**before, **(ranges or {})}  # sizes that were asked for before stay, unless others are asked for
         profiles.append(default_profile(bundle, graph, asked))
-        kept[graph.name] = {"ranges": to_dict(asked), "settings": asdict(wanted)}
+        changed[graph.name] = {"ranges": to_dict(asked), "settings": asdict(wanted)}
     plans = [
         obtain(bundle, graph, profile, wanted, goal, store, force=force, report=report, progress=progress)
         for graph, profile in zip(chosen, profiles, strict=True)
     ]
-    store.keep_settings(flavour, kept)
+    store.keep_settings(flavour, changed)
     return plans
 
 
 def _asked(
-    store: PlanStore, kept: Mapping[str, Any], graph: GraphSpec, flavour: str
-) -> tuple[dict[str, Range], BuildSettings]:
-    """What ``dnp build`` was asked for, for one graph. Raises BackendError when it cannot be read."""
+    bundle: Bundle, store: PlanStore, kept: Mapping[str, Any], graph: GraphSpec, flavour: str
+) -> tuple[dict[str, Range], Profile, BuildSettings]:
+    """What ``dnp build`` was asked for, for one graph. Raises BackendError when it cannot be read, or not be had."""
     entry = kept.get(graph.name, {})
     try:
-        settings = entry.get("settings", {})
-        return from_dict(entry.get("ranges", {})), BuildSettings(**{**settings, "sm": tuple(settings.get("sm", ()))})
+        settings, ranges = entry.get("settings", {}), from_dict(entry.get("ranges", {}))
+        asked = BuildSettings(**{**settings, "sm": tuple(settings.get("sm", ()))})
+        return ranges, default_profile(bundle, graph, ranges), asked
     except (TypeError, AttributeError, SettingsError) as error:
         raise store.damaged(flavour, error) from error
 
@@ -172,19 +180,57 @@ def _asked(
 def wanted_plan(
     bundle: Bundle, graph: GraphSpec, flavour: Flavour, store: PlanStore, device: int = 0
 ) -> tuple[Profile, BuildSettings, Target]:
-    """What ``dnp build`` was last asked for, as far as it fits the present GPU; the defaults otherwise.
+    """What ``dnp build`` was last asked for, if that was for the present GPU; what was asked for before, if there is a
+    plan for it that was; the defaults otherwise.
 
     Raises what ``target`` raises, and BackendError when what was asked for cannot be read.
     """
-    ranges, settings = _asked(store, store.settings(flavour.name), graph, flavour.name)
-    try:
-        profile = default_profile(bundle, graph, ranges)
-    except SettingsError as error:
-        raise store.damaged(flavour.name, error) from error
+    _, profile, settings = _asked(bundle, store, store.settings(flavour.name), graph, flavour.name)
     here = target(flavour, (), device)
-    if flavour.portable and set(here.sm) <= set(settings.sm):
-        return profile, settings, target(flavour, settings.sm, device)
-    return profile, replace(settings, sm=here.sm), here
+    if not flavour.portable:
+        return profile, settings, here
+    if not set(here.sm) <= set(settings.sm):
+        earlier = _earlier(bundle, graph, flavour, store, here.sm)
+        if earlier is None:
+            return profile, replace(settings, sm=here.sm), here
+        profile, settings = earlier
+    return profile, settings, target(flavour, settings.sm, device)
+
+
+def _earlier(
+    bundle: Bundle, graph: GraphSpec, flavour: Flavour, store: PlanStore, sm: tuple[int, ...]
+) -> tuple[Profile, BuildSettings] | None:
+    """What the newest plan of this very graph was built with, of those for these architectures."""
+    plans = [plan for plan in store.plans() if (plan.spec.graph, plan.spec.flavour) == (graph.name, flavour.name)]
+    for plan in sorted(plans, key=lambda plan: str(plan.facts.get("built")), reverse=True):
+        spec = plan.spec
+        try:
+            settings = settings_of(spec)
+            profile = from_dict(spec.profile)
+        except (ValueError, TypeError):  # SettingsError is one
+            continue
+        if set(sm) <= set(settings.sm) and spec.graph_sha256 == bundle.graph_sha256(graph.name):
+            return profile, settings
+    return None
+
+
+def settings_of(spec: PlanSpec) -> BuildSettings:
+    """What a plan of TensorRT was built with. Raises SettingsError, ValueError or TypeError for other plans."""
+    sm = spec.architecture.split(",") if FLAVOURS[spec.flavour].portable else ()
+    flags = {name: value for name, value in spec.flags.items() if name != "revision"}
+    return BuildSettings(sm=tuple(int(name.removeprefix("sm")) for name in sm), **flags)
+
+
+def build_command(bundle: Bundle, spec: PlanSpec, engines: Path | None) -> str:
+    """The ``dnp build`` that a plan of TensorRT came from, up to its sizes, which are kept from build to build."""
+    settings = settings_of(spec)
+    words = ["dnp", "build", str(bundle.path), "--backend", spec.flavour]
+    words += ["--engines", str(engines.absolute())] if engines else []
+    words += ["--sm", ",".join(map(str, settings.sm))] if settings.sm else []
+    words += [] if settings.optimization_level is None else ["--optimization-level", str(settings.optimization_level)]
+    words += [] if settings.workspace is None else ["--workspace", str(math.ceil(settings.workspace / 1e6))]
+    words += ["--weight-streaming"] * settings.weight_streaming + ["--refit"] * settings.refit
+    return shlex.join(words)
 
 
 def obtain(
@@ -208,7 +254,7 @@ def obtain(
         architecture=goal.architecture,
         precision=bundle.precision,
         profile=to_dict(profile),
-        flags=settings.flags,
+        flags={**settings.flags, "revision": REVISION},
     )
 
     def make() -> Plan:
@@ -232,175 +278,6 @@ def memory_needed(graph: GraphSpec, profile: Profile) -> str:
         f"compiling {weights / 1e6:.0f} MB of weights, about {need / 1e9:.1f} GB of memory{warning}; "
         f"the GPU will hold the weights, {buffers / 1e6:.1f} MB of buffers, and activations, known when it is built"
     )
-
-
-def compile_plan(
-    graph: GraphSpec,
-    profile: Profile,
-    settings: BuildSettings,
-    goal: Target,
-    *,
-    timings: Path | None = None,
-    progress: Progress | None = None,
-) -> tuple[Any, dict[str, Any]]:
-    """The plan as a buffer, and the facts: bytes of weights, activations, scratch and, at the largest sizes, buffers;
-    layers, seconds, peak memory.
-
-    The compiler runs in a thread of its own, so that this one can tell how it goes and answer a Ctrl-C.
-    Raises as ``build_plans``.
-    """
-    build = _Build(graph, profile, settings, goal, timings)
-
-    def tick() -> None:
-        tell(progress, build.state())
-
-    return in_background(build.compile, name=f"build-{graph.name}", tick=tick, cancel=build.cancel)
-
-
-class _Build:
-    """One run of the compiler, for a thread of its own."""
-
-    def __init__(
-        self, graph: GraphSpec, profile: Profile, settings: BuildSettings, goal: Target, timings: Path | None
-    ) -> None:
-        self.graph, self.profile, self.settings, self.goal, self.timings = graph, profile, settings, goal, timings
-        self.cancelled = False
-        self.phases: dict[str, tuple[int, int]] = {}  # steps done, steps in all; innermost last
-        self._started = time.perf_counter()
-
-    def state(self) -> BuildProgress:
-        """Where it is: the outermost phase that has steps."""
-        name, (done, total) = next(iter([*self.phases.items()]), ("parsing", (0, 1)))
-        return BuildProgress(self.graph.name, name, done, total, time.perf_counter() - self._started)
-
-    def cancel(self) -> None:
-        """Let TensorRT stop at its next step."""
-        self.cancelled = True
-
-    def compile(self) -> tuple[Any, dict[str, Any]]:
-        """See ``compile_plan``."""
-        try:
-            return self._compile()
-        except DnpError:
-            raise
-        except Exception as error:
-            raise BackendError(f"compiling {self.graph.name!r} failed: {error}") from error
-
-    def _compile(self) -> tuple[Any, dict[str, Any]]:
-        trt = self.goal.flavour.load()
-        if not self.goal.flavour.portable:
-            cuda.open_cuda(self.goal.device).activate()  # each thread has a device of its own
-        with listening(trt) as log:
-            builder = trt.Builder(logger(trt))
-            network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-            parser = trt.OnnxParser(network, logger(trt))
-            if not parser.parse_from_file(str(self.graph.path)):
-                raise self._parse_error(parser)
-            config = self._config(trt, builder)
-            data = builder.build_serialized_network(network, config)
-            if data is None:
-                raise self._build_error(log.errors())
-            if self.timings is not None:
-                self._keep_timings(self.timings, config.get_timing_cache())
-            return data, {
-                **_facts(log.messages()),
-                "buffer_bytes": buffer_bytes(self.graph, self.profile),
-                "layers": network.num_layers,
-                **cost(self._started),
-            }
-
-    def _config(self, trt: Any, builder: Any) -> Any:
-        settings, flavour = self.settings, self.goal.flavour
-        config = builder.create_builder_config()
-        if settings.optimization_level is not None:
-            config.builder_optimization_level = settings.optimization_level
-        if settings.workspace is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
-        if settings.weight_streaming:
-            config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-        if settings.refit:
-            config.set_flag(trt.BuilderFlag.REFIT)
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names for `dnp inspect --layers`
-        if flavour.portable:
-            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # stream capture wants it
-            config.num_compute_capabilities = len(self.goal.sm)
-            for index, number in enumerate(self.goal.sm):
-                config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
-        config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
-        if self.timings is not None:
-            blob = self.timings.read_bytes() if self.timings.exists() else b""
-            cache = config.create_timing_cache(blob)
-            if cache is None or not config.set_timing_cache(cache, False):  # damaged, or of another driver
-                config.set_timing_cache(config.create_timing_cache(b""), False)
-        config.progress_monitor = _monitor_class(trt)(self)
-        profile = builder.create_optimization_profile()
-        for name, tensor in self.graph.inputs.items():
-            if tensor.symbols:
-                sizes = [{s: getattr(r, which) for s, r in self.profile.items()} for which in ("low", "best", "high")]
-                profile.set_shape(name, *(tensor.resolve(dims) for dims in sizes))
-        config.add_optimization_profile(profile)
-        return config
-
-    def _keep_timings(self, path: Path, cache: Any) -> None:
-        """For the next build; that it cannot be kept is no reason to lose this one."""
-        if cache is None:
-            return
-        try:
-            write_together({path: cache.serialize()})
-        except OutputError as error:
-            _log.warning("the timing cache is not kept: %s", error)
-
-    def _parse_error(self, parser: Any) -> BundleError:
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        said = "; ".join(f"{e.node_operator() or 'the file'}: {e.code().name} {e.desc()}" for e in errors[:3])
-        return BundleError(
-            f"{self.graph.path}: {self.goal.flavour.title} cannot read it: {said or 'no reason given'}; {REMEDY}"
-        )
-
-    def _build_error(self, said: str) -> Exception:
-        if self.cancelled:
-            return Cancelled(f"the build of {self.graph.name!r} was stopped")
-        hints = ""
-        if self.settings.refit and self.goal.flavour.portable:
-            hints = "; a plan that can be refitted needs a GPU to build: leave --refit out"
-        elif "OutOfMemory" in said or "out of memory" in said.lower():
-            hints = "; lower the largest sizes of the profile (--batch, --height, --width), or raise --workspace"
-        return BackendError(
-            f"{self.goal.flavour.title} {self.goal.version} cannot compile {self.graph.name!r} "
-            f"for {self.goal.architecture}: {said}{hints}"
-        )
-
-
-@cache
-def _monitor_class(trt: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """TensorRT calls it from threads of its own; an answer of False ends the build."""
-
-        def __init__(self, build: _Build) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self._build = build
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._build.phases[phase_name] = 0, num_steps
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            self._build.phases[phase_name] = step + 1, self._build.phases.get(phase_name, (0, step + 1))[1]
-            return not self._build.cancelled
-
-        def phase_finish(self, phase_name: str) -> None:
-            self._build.phases.pop(phase_name, None)
-
-    return Monitor
-
-
-def _facts(messages: Any) -> dict[str, int]:
-    found = {}
-    for message in messages:
-        for name, opening in _FACTS.items():
-            number = message.removeprefix(opening).split()
-            if message.startswith(opening) and number and number[0].isdigit():
-                found[name] = int(number[0])
-    return found
 
 
 def _known(flavour: Flavour) -> str:

@@ -5,7 +5,6 @@ Every call whose error code is not 0 is a ``BackendError`` that names the call. 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,9 +12,8 @@ from typing import Any, Final
 from dnp.engine.errors import BackendError
 from dnp.engine.extras import load
 
-_current = threading.local()  # the device of each thread, as far as it was set from here
 OLDEST: Final = 75  # SM 7.5, Turing: CUDA 13, TensorRT from 10.5 on and TensorRT for RTX have no code for older GPUs
-_NO_DRIVER: Final = "there is no NVIDIA driver here, or one too old for CUDA {version}: install one, then `dnp doctor`"
+LEAST_DRIVER: Final = 13_000  # CUDA 13.0, as the driver tells it: what the libraries of this package are made for
 
 
 class OutOfMemoryError(BackendError):
@@ -44,16 +42,19 @@ class Cuda:
 
     def __init__(self, device: int = 0) -> None:
         self._rt = load(
-            "cuda.bindings.runtime", package="cuda-python", extra="tensorrt-rtx", purpose="running on a GPU"
+            "cuda.bindings.runtime", package="cuda-python>=13", purpose="running on a GPU", has="cudaMalloc"
         )
+        if not 0 <= device < 1 << 16:
+            raise BackendError(_no_such_gpu(device))
         self._device = device
         self.activate()
 
     def activate(self) -> None:
-        """Make the device this thread's own, as each thread has to that works with it."""
-        if getattr(_current, "device", None) != self._device:
-            self._call(self._rt.cudaSetDevice, self._device)
-            _current.device = self._device
+        """Make the device this thread's own, as each thread has to that works with it.
+
+        Whether it still is, is not remembered: other libraries in the process choose devices too.
+        """
+        self._call(self._rt.cudaSetDevice, self._device)
 
     def properties(self, device: int = 0) -> GpuProperties:
         """What the device is."""
@@ -171,11 +172,23 @@ class Cuda:
 
     def _no_device(self, error: Any, arguments: tuple[Any, ...]) -> str:
         if error == self._rt.cudaError_t.cudaErrorInvalidDevice:
-            return f"there is no GPU number {arguments[0] if arguments else '?'} here; `nvidia-smi` lists them"
+            return _no_such_gpu(arguments[0] if arguments else "?")
         if error == self._rt.cudaError_t.cudaErrorNoDevice:
             return "there is no NVIDIA GPU here; use the backend 'cpu' or 'openvino'"
-        _, version = self._rt.cudaRuntimeGetVersion()
-        return _NO_DRIVER.format(version=f"{version // 1000}.{version % 1000 // 10}")
+        _, version = self._rt.cudaDriverGetVersion()  # 0 without a driver
+        if not version:
+            found = "there is no NVIDIA driver here"
+        else:
+            found = f"the NVIDIA driver here is for CUDA {_cuda(version)}, which is too old"
+        return f"{found}: install one for CUDA {_cuda(LEAST_DRIVER)} or newer, then `dnp doctor`"
+
+
+def _cuda(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _no_such_gpu(number: object) -> str:
+    return f"there is no GPU number {number} here; `nvidia-smi` lists them"
 
 
 def open_cuda(device: int = 0) -> Cuda:

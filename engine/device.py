@@ -71,6 +71,13 @@ class Device:
             self.cuda.clear(address, size, self.stream)
         return address
 
+    def pin(self, size: int, what: str) -> int:
+        """Pinned host memory. Raises BackendError when there is not enough."""
+        try:
+            return self.cuda.malloc_host(size)
+        except OutOfMemoryError as error:
+            raise BackendError(f"no pinned memory on the host for {what}: {size / 1e6:.1f} MB are wanted") from error
+
     def free(self, address: int) -> None:
         """Give back what ``allocate`` gave."""
         del self._sizes[address]
@@ -120,8 +127,8 @@ class Device:
 
     def close(self) -> None:
         """Free everything."""
-        self.cuda.activate()
         with suppress(BackendError):  # after an error that lasts, every call fails; what can be freed is
+            self.cuda.activate()
             self.cuda.synchronize(self.stream)
         for address in [*self._sizes]:
             with suppress(BackendError):
@@ -159,17 +166,24 @@ class DeviceBuffer(StoredBuffer):
         return self._shape
 
     def reserve(self, shape: tuple[int, ...]) -> None:
-        """Make room for ``shape``, which loses the contents when there was too little. Raises BackendError."""
+        """Make room for ``shape``, which loses the contents when there was too little.
+
+        Raises BackendError, with the buffer as it was.
+        """
         size = math.prod(shape) * self.dtype.itemsize
         if size > self._capacity:
+            address = self._device.allocate(size, f"{self.name!r} {list(shape)} of {self._graph!r}")
             self.free()
-            self.address = self._device.allocate(size, f"{self.name!r} {list(shape)} of {self._graph!r}")
-            self._capacity = size
+            self.address, self._capacity = address, size
 
     def shape_to(self, shape: tuple[int, ...]) -> None:
         """Take on a shape that ``reserve`` made room for."""
         assert math.prod(shape) * self.dtype.itemsize <= self._capacity
         self._shape = shape
+
+    def on(self, device: Device) -> bool:
+        """Whether it is this very device's: another one's, of the same number, has another stream."""
+        return self._device is device
 
     @property
     def nbytes(self) -> int:
@@ -190,6 +204,8 @@ class DeviceBuffer(StoredBuffer):
 
     def read(self) -> Array:
         """See ``Buffer.read``."""
+        if not self.address:  # never sized, or closed
+            return np.empty(self._shape, self.dtype)
         self._device.cuda.activate()
         host = self._host()
         self._device.cuda.to_host(self._pinned, self.address, self.nbytes, self._device.stream)
@@ -201,7 +217,7 @@ class DeviceBuffer(StoredBuffer):
         """See ``Buffer.copy``."""
         self._check(other.shape, other.dtype, f"{other.name!r} holds")
         self._device.cuda.activate()
-        if isinstance(other, DeviceBuffer) and other._device is self._device:
+        if isinstance(other, DeviceBuffer) and other.on(self._device):
             self._device.cuda.on_device(self.address, other.address, self.nbytes, self._device.stream)
         else:
             self.write(other.read())
@@ -210,7 +226,7 @@ class DeviceBuffer(StoredBuffer):
         """Give the memory back."""
         if self.address:
             self._device.free(self.address)
-            self._capacity, self.address = 0, 0
+            self._capacity, self.address, self._shape = 0, 0, (0,)
         if self._pinned:
             self._device.cuda.free_host(self._pinned)
             self._pinned = 0
@@ -220,7 +236,7 @@ class DeviceBuffer(StoredBuffer):
 
     def _host(self) -> Array:
         if not self._pinned:
-            self._pinned = self._device.cuda.malloc_host(max(self._capacity, 1))
+            self._pinned = self._device.pin(max(self._capacity, 1), f"{self.name!r} of {self._graph!r}")
         memory = (ctypes.c_uint8 * self.nbytes).from_address(self._pinned)
         array: Array = np.ctypeslib.as_array(memory).view(self.dtype).reshape(self._shape)
         return array
@@ -240,7 +256,7 @@ class DeviceSession(StoredSession[DeviceBuffer]):
         return DeviceBuffer(name, dtype, self._device, self.graph.name)
 
     def _reach(self, buffer: Buffer) -> DeviceBuffer | None:
-        return buffer if isinstance(buffer, DeviceBuffer) and buffer.device == self._device.name else None
+        return buffer if isinstance(buffer, DeviceBuffer) and buffer.on(self._device) else None
 
     @abstractmethod
     def _forget(self) -> None:
@@ -252,38 +268,45 @@ class DeviceSession(StoredSession[DeviceBuffer]):
         dims = self._checked(dims)
         self.admit(**dims)
         self._cuda.activate()
-        for buffer, shape in self._own(dims):
+        shapes = self._own(dims)
+        for buffer, shape in shapes:
             buffer.reserve(shape)
+        for buffer, shape in shapes:
             buffer.shape_to(shape)
         self._dims = dims
 
     def link(self, name: str, buffer: Buffer) -> None:
         """See ``Session.link``."""
         super().link(name, buffer)
-        self._forget()
+        self._drop()
 
     def carry(self, into: str, output: str) -> None:
         """See ``Session.carry``."""
         before = dict(self._carried)
         super().carry(into, output)
         if self._carried != before:
-            self._forget()
+            self._drop()
 
     def close(self) -> None:
         """See ``Session.close``."""
         if self._closed:
             return
-        self._cuda.activate()
         with suppress(BackendError):  # after an error that lasts, every call fails; what can be freed is
-            self._cuda.synchronize(self._device.stream)
-        with suppress(BackendError):
-            self._forget()
+            self._drop()
         super().close()
+
+    def _drop(self) -> None:
+        """``_forget`` when the device is done with it."""
+        self._cuda.activate()
+        try:
+            self._cuda.synchronize(self._device.stream)
+        finally:
+            self._forget()
 
     def _run_eagerly(self, reason: object) -> None:
         """Record nothing in this session from now on; its backend says so once."""
         self._eager = True
-        self._backend.warn_once(f"{self._where}: runs without CUDA graphs from now on: {reason}")
+        self._backend.warn_about("recording", f"{self._where}: runs without CUDA graphs from now on: {reason}")
 
     def _check_inputs(self, dims: Mapping[str, int]) -> None:
         """Raises SettingsError when a linked buffer has another shape than this session is about to read."""
@@ -317,7 +340,7 @@ class DeviceBackend(Backend):
         self.module = self._load()
         number = self.options.device
         self.device = Device(cuda.open_cuda(number), number, self.options.memory_limit, self.remedy)
-        self._warned = False
+        self._warned: set[str] = set()
 
     @abstractmethod
     def _load(self) -> Any:
@@ -328,10 +351,10 @@ class DeviceBackend(Backend):
         """See ``Backend.batches``. From the largest, so that what grows has grown before anything is recorded."""
         return () if self.options.eager else range(BATCH, 0, -1)
 
-    def warn_once(self, message: str) -> None:
-        """Log it unless something was."""
-        if not self._warned:
-            self._warned = True
+    def warn_about(self, topic: str, message: str) -> None:
+        """Log it unless something was about the same."""
+        if topic not in self._warned:
+            self._warned.add(topic)
             _log.warning("%s", message)
 
     def close(self) -> None:

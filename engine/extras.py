@@ -9,12 +9,14 @@ from dnp.engine.errors import BackendError, missing_extra
 from dnp.engine.interrupts import uninterrupted
 
 
-def load(module: str, *others: str, package: str, extra: str, purpose: str) -> Any:
-    """Import ``module``, which is returned, and ``others``; they come with ``package``, which ``extra`` installs.
+def load(module: str, *others: str, package: str, purpose: str, extra: str = "", has: str = "") -> Any:
+    """Import ``module``, which is returned, and ``others``; they come with ``package``, which ``extra`` installs
+    if there is one.
 
-    Raises BackendError with the line that installs it for ``purpose``, or that repairs it.
+    ``has`` is a name that the module has unless it is the empty shell that stays when one of two packages that share it
+    is uninstalled. Raises BackendError with the line that installs it for ``purpose``, or that repairs it.
     """
-    repair = f"repair it: pip install --force-reinstall 'dnp-engine[{extra}]'"
+    repair = f"repair it: pip install --force-reinstall '{package}'"
     parts = module.split(".")
     own = {".".join(parts[: n + 1]) for n in range(len(parts))}
     try:
@@ -26,6 +28,8 @@ def load(module: str, *others: str, package: str, extra: str, purpose: str) -> A
         if error.name in own or str(error.name).startswith(f"{parts[0]}_"):  # tensorrt_libs is a part of tensorrt
             raise missing_extra(package, extra, purpose) from error
         raise BackendError(f"{package} is installed but lacks {error.name}; {repair}") from error
-    except (ImportError, OSError, RuntimeError) as error:  # the last two from loaders of shared libraries
+    except Exception as error:  # whatever a broken installation may raise, loaders of shared libraries among them
         raise BackendError(f"{package} is installed but does not load ({error}); {repair}") from error
+    if has and not hasattr(found, has):
+        raise BackendError(f"{package} is installed but empty; {repair}")
     return found

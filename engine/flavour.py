@@ -24,6 +24,7 @@ class Flavour:
 
     Attributes:
         name: of the backend, and of the extra that installs it.
+        package: what it is installed from.
         module: what is imported.
         title: as people call it.
         portable: whether it compiles for other architectures than the present GPU's; then the driver finishes the
@@ -32,6 +33,7 @@ class Flavour:
     """
 
     name: str
+    package: str
     module: str
     title: str
     portable: bool
@@ -39,12 +41,18 @@ class Flavour:
 
     def load(self) -> Any:
         """The module. Raises BackendError with the line that installs it, or that repairs it."""
-        return load(self.module, package=self.title, extra=self.name, purpose=f"the backend {self.name!r}")
+        purpose = f"the backend {self.name!r}"
+        return load(self.module, package=self.package, extra=self.name, purpose=purpose, has="Builder")
 
 
-TENSORRT: Final = Flavour("tensorrt", "tensorrt", "TensorRT", portable=False, architectures=())
+TENSORRT: Final = Flavour("tensorrt", "tensorrt", "tensorrt", "TensorRT", portable=False, architectures=())
 TENSORRT_RTX: Final = Flavour(
-    "tensorrt-rtx", "tensorrt_rtx", "TensorRT for RTX", portable=True, architectures=(75, 80, 86, 89, 120, 121)
+    "tensorrt-rtx",
+    "tensorrt-rtx-cu13",
+    "tensorrt_rtx",
+    "TensorRT for RTX",
+    portable=True,
+    architectures=(75, 80, 86, 89, 120, 121),
 )
 FLAVOURS: Final = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)}
 

@@ -25,12 +25,8 @@ _DTYPES: Final = {"tensor(float)": "float32"}  # the others have numpy's names
 def import_onnxruntime(extra: str = "cpu") -> Any:
     """The onnxruntime module. Raises BackendError with the line that installs it, or that repairs it."""
     purpose = "the backend 'cpu'" if extra == "cpu" else "the backend 'cuda'"
-    module = load("onnxruntime", package="onnxruntime", extra=extra, purpose=purpose)
-    if not hasattr(module, "InferenceSession"):  # what stays when one of its two packages is uninstalled
-        raise BackendError(
-            f"onnxruntime is installed but empty; repair it: pip install --force-reinstall 'dnp-engine[{extra}]'"
-        )
-    return module
+    package = "onnxruntime" if extra == "cpu" else "onnxruntime-gpu"
+    return load("onnxruntime", package=package, extra=extra, purpose=purpose, has="InferenceSession")
 
 
 class OrtSession(HostSession):

@@ -61,17 +61,28 @@ class CudaSession(DeviceSession):
 
     def _open(self, ort: Any, graph: GraphSpec, options: Any, settings: dict[str, str]) -> None:
         self._refusal: str | None = None
-        try:
+
+        def attempt() -> None:
             self._session = ort.InferenceSession(str(graph.path), options, providers=[(PROVIDER, settings)])
-        except Exception as refused:
-            self._refusal = first_line(refused)
-            try:  # it opens no session that records when a node has to run on the processor
+
+        try:
+            try:
+                attempt()
+            except Exception as refused:
+                if _is_about_memory(refused):
+                    raise
+                self._refusal = first_line(refused)
                 settings["enable_cuda_graph"] = "0"
-                self._session = ort.InferenceSession(str(graph.path), options, providers=[(PROVIDER, settings)])
-            except Exception as error:
-                raise BundleError(
-                    f"{graph.path}: no graph that ONNX Runtime can load on CUDA: {first_line(error)}; {REMEDY}"
+                attempt()  # no session that records opens when a node has to run on the processor
+        except Exception as error:
+            if _is_about_memory(error):
+                raise BackendError(
+                    f"no memory on the GPU for the weights of {graph.name!r}: {first_line(error)}; raise "
+                    "--memory-limit, or free what else is there"
                 ) from error
+            raise BundleError(
+                f"{graph.path}: no graph that ONNX Runtime can load on CUDA: {first_line(error)}; {REMEDY}"
+            ) from error
         running = self._session.get_providers()
         if running[:1] != [PROVIDER]:
             raise BackendError(
@@ -106,7 +117,9 @@ class CudaSession(DeviceSession):
         try:
             self._session.run_with_iobinding(self._binding, how)
         except Exception as error:
-            raise BackendError(f"{self._where} failed on {self.backend} with {dims}: {first_line(error)}") from error
+            remedy = f"; {self._backend.remedy}" if _is_about_memory(error) else ""
+            told = f"{self._where} failed on {self.backend} with {dims}: {first_line(error)}{remedy}"
+            raise BackendError(told) from error
         self._start_carrying()
 
     def _bind(self) -> None:
@@ -128,6 +141,12 @@ class CudaSession(DeviceSession):
     def _release(self) -> None:
         self._device.release(self.graph.nbytes)
         del self._binding, self._session
+
+
+def _is_about_memory(error: Exception) -> bool:
+    """Whether ONNX Runtime, or CUDA below it, found too little memory."""
+    said = str(error).lower()
+    return any(words in said for words in ("failed to allocate memory", "out of memory", "available memory"))
 
 
 class CudaBackend(DeviceBackend):

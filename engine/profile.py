@@ -12,7 +12,7 @@ import numpy as np
 
 from dnp.engine.errors import SettingsError
 from dnp.engine.manifest import GraphSpec
-from dnp.engine.schema import shown
+from dnp.engine.schema import nearest, shown
 
 if TYPE_CHECKING:
     from dnp.engine.bundle import Bundle
@@ -96,7 +96,9 @@ def default_profile(bundle: Bundle, graph: GraphSpec, ranges: Mapping[str, Range
     ``image_height`` and ``image_width`` in pixels. Raises SettingsError when one of them cannot be had.
     """
     ranges = dict(ranges or {})
-    for name in ranges:
+    for name, asked in ranges.items():
+        if not isinstance(asked, Range):
+            raise SettingsError(f"the sizes of {name!r} are a Range(smallest, best, largest), not {shown(asked)}")
         if name not in ("batch", "rows", "height", "width", "image_height", "image_width"):
             raise SettingsError(f"a profile has no {name!r}; batch, rows, height, width, image_height, image_width")
     latents = bundle.latents
@@ -137,26 +139,33 @@ class Limits:
 
     def check(self, graph: str, dims: Mapping[str, int]) -> None:
         """Raises SettingsError for a size that the plan has no code for: its range, and the command that widens it."""
-        for symbol, size in dims.items():
-            range_ = self.profile[symbol]
-            if size in range_:
-                continue
-            option, unit = _OPTIONS.get(symbol), self.units.get(symbol, Fraction(1))
-            wider = [int(range_.low * unit), int(range_.best * unit), math.ceil(range_.high * unit)]
-            asked = math.ceil(size * unit)
-            wider[0], wider[2] = max(1, min(wider[0], asked)), max(wider[2], asked)
-            wider[1] = max(wider[1], wider[0])
-            remedy = f"; build a wider one: {self.command} {option} {':'.join(map(str, wider))}" if option else ""
-            raise SettingsError(f"graph {graph!r}: the plan was compiled for {symbol} {range_}, not for {size}{remedy}")
+        if unknown := [symbol for symbol in dims if symbol not in self.profile]:
+            raise SettingsError(f"graph {graph!r}: unknown size {unknown[0]!r}, {nearest(unknown[0], self.profile)}")
+        beyond = {symbol: size for symbol, size in dims.items() if size not in self.profile[symbol]}
+        if not beyond:
+            return
+        options = dict(self._wider(symbol, size) for symbol, size in beyond.items() if symbol in _OPTIONS)
+        wider = " ".join(f"{option} {sizes}" for option, sizes in options.items())
+        remedy = f"; build a wider one: {self.command} {wider}" if wider else ""
+        told = " and ".join(f"{symbol} {self.profile[symbol]}, not for {size}" for symbol, size in beyond.items())
+        raise SettingsError(f"graph {graph!r}: the plan was compiled for {told}{remedy}")
+
+    def _wider(self, symbol: str, size: int) -> tuple[str, str]:
+        """The option of ``dnp build`` that is about ``symbol``, and its value for a plan that takes ``size`` too."""
+        range_, unit = self.profile[symbol], self.units.get(symbol, Fraction(1))
+        asked = math.ceil(size * unit)
+        low = max(1, min(int(range_.low * unit), asked))
+        high = max(math.ceil(range_.high * unit), asked)
+        return _OPTIONS[symbol], f"{low}:{max(int(range_.best * unit), low)}:{high}"
 
 
-def limits_of(bundle: Bundle, graph: GraphSpec, profile: Profile, backend: str) -> Limits:
-    """The limits of one of the bundle's plans."""
+def limits_of(bundle: Bundle, graph: GraphSpec, profile: Profile, command: str) -> Limits:
+    """The limits of one of the bundle's plans, which ``command`` builds."""
     pixels = Fraction(bundle.latents.pixels)
     units = {"height": pixels, "width": pixels}
     if graph.name == "caption_step":
         units["batch"] = Fraction(1, BEAMS)
-    return Limits(profile, units, f"dnp build {bundle.path} --backend {backend}")
+    return Limits(profile, units, command)
 
 
 def largest(profile: Profile) -> dict[str, int]:

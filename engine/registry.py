@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from dnp.engine.bundle import Bundle
-from dnp.engine.errors import BackendError
+from dnp.engine.errors import BackendError, SettingsError, install_line
 from dnp.engine.manifest import GraphSpec, TensorSpec
 from dnp.engine.processor import core_count, processor_name
 from dnp.engine.schema import nearest
@@ -49,7 +49,14 @@ def open_backend(name: str = "cpu", options: BackendOptions | None = None) -> Ba
     if not isinstance(name, str) or name not in _BACKENDS:
         raise BackendError(f"unknown backend {name!r}, {nearest(str(name), _BACKENDS)}")
     kind = _BACKENDS[name]
-    backend: Backend = getattr(import_module(f"dnp.engine.{kind.home}"), kind.backend)(options or BackendOptions())
+    options = options or BackendOptions()
+    if not kind.on_gpu:
+        for option in ("device", "eager", "memory_limit"):
+            if getattr(options, option):
+                raise SettingsError(
+                    f"{option} is for a backend on a GPU, and {name!r} runs on the processor; leave it out"
+                )
+    backend: Backend = getattr(import_module(f"dnp.engine.{kind.home}"), kind.backend)(options)
     return backend
 
 
@@ -114,9 +121,9 @@ def _examine(name: str, kind: _Kind, graph: GraphSpec) -> BackendReport:
     works = not why_not
     installed = _installed(kind.package)
     if why_not and not installed:
-        why_not, remedy = f"{kind.package} is not installed", f"pip install 'dnp-engine[{kind.extra}]'"
+        why_not, remedy = f"{kind.package} is not installed", install_line(kind.extra)
     elif why_not and not kind.on_gpu:
-        remedy = f"pip install --force-reinstall 'dnp-engine[{kind.extra}]'"
+        remedy = f"pip install --force-reinstall {kind.package}"
     if kind.package == "onnxruntime":
         gpu = _installed("onnxruntime-gpu")
         if installed and gpu:
@@ -140,7 +147,7 @@ def _gpu() -> str:
 
     try:
         gpu = open_cuda().properties()
-    except BackendError:
+    except Exception:  # whatever a broken installation may raise
         return "no GPU"
     return f"{gpu.name}, SM {gpu.sm}, {gpu.memory / 1e9:.0f} GB"
 

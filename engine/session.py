@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -130,8 +130,8 @@ class Session(ABC):
     def reshape(self, **dims: int) -> None:
         """Give every symbol of the graph a size. Memory is allocated only for what has never been as large.
 
-        Raises SettingsError for unknown, missing or impossible sizes, and for memory that is not there; all
-        buffers are then as they were.
+        Raises SettingsError for unknown, missing or impossible sizes, and for memory that is not there, on a device
+        BackendError; all shapes are then as they were.
         """
 
     @abstractmethod
@@ -326,10 +326,11 @@ class StoredSession(Session, Generic[B]):
         if self._closed:
             return
         self._closed = True
-        self._release()
-        self._free_buffers()
-        if self.owned is not None:
-            self.owned.close()
+        with ExitStack() as ending:  # whatever fails, the rest is done too
+            if self.owned is not None:
+                ending.callback(self.owned.close)
+            ending.callback(self._free_buffers)
+            ending.callback(self._release)
 
     def _own(self, dims: Mapping[str, int]) -> list[tuple[B, tuple[int, ...]]]:
         """The buffers that are not another session's, and their shapes at these sizes."""

@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 WEIGHTS: Final = ".weights"
 _BLOCK: Final = 64 << 20
+_MOST_BYTES: Final = 1 << 20  # of a sidecar; a real one has some hundreds
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class PlanStore:
                 return plan
             if report is not None:
                 if reason:
-                    report(f"{spec.graph}: building anew: {reason}")
+                    report(f"{spec.graph}: building, since {reason}")
                 report(f"{spec.graph}: {needs()}")
             return make()
 
@@ -182,34 +183,58 @@ class PlanStore:
         ``stop`` is asked twice a second while waiting. Raises OutputError when the folder cannot be written, Cancelled
         when ``stop`` said so.
         """
+        with self._locked(self._path(spec).stem, stop):
+            self._tidy(spec)
+            yield
+
+    @contextmanager
+    def _locked(self, name: str, stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
         from filelock import Timeout
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = self._lock(self._path(spec).stem)
+            lock = self._lock(name)
             while not lock.is_locked:
                 try:
                     lock.acquire(timeout=0.5)
                 except Timeout:
                     if stop():
-                        raise Cancelled(f"waiting for the plan of {spec.graph!r} was stopped") from None
-        except OSError as error:
+                        raise Cancelled(f"waiting for another process that holds {name!r} was stopped") from None
+        except (OSError, ValueError) as error:  # the latter for a name that no file can have
             raise self._unwritable(error) from error
         try:
-            self._tidy(spec)
             yield
         finally:
             lock.release()
 
     def plans(self) -> list[Plan]:
-        """Every plan that has a readable sidecar; not verified. What cannot be read is left out."""
+        """Every plan that has a readable sidecar and the name that it says; not verified. All others are left out."""
         found = []
         with suppress(OSError):
             for path in sorted(self.folder.glob("*.plan")):
                 with suppress(OSError, ValueError):
                     sidecar = self._read(path)
-                    found.append(Plan(path, sidecar.size, sidecar.spec, sidecar.facts))
+                    if path == self._path(sidecar.spec):
+                        found.append(Plan(path, sidecar.size, sidecar.spec, sidecar.facts))
         return found
+
+    def prune(self, keep: Sequence[Plan]) -> list[Path]:
+        """Remove the other plans of the graphs and the flavour of ``keep``, with all that lies beside them.
+
+        Returns the plans that were removed. Raises OutputError.
+        """
+        kinds = {(plan.spec.graph, plan.spec.flavour) for plan in keep}
+        kept = {plan.path for plan in keep}
+        gone = [p.path for p in self.plans() if (p.spec.graph, p.spec.flavour) in kinds and p.path not in kept]
+        for path in gone:
+            try:
+                with self._locked(path.stem):
+                    for part in [path, *self.folder.glob(f"{path.stem}.*")]:
+                        part.unlink(missing_ok=True)
+                (self.folder / f".{path.stem}.lock").unlink(missing_ok=True)
+            except OSError as error:
+                raise self._unwritable(error) from error
+        return gone
 
     def settings(self, flavour: str) -> dict[str, Any]:
         """What ``dnp build`` was asked for, by graph: what opening a session looks for. Empty when it never was.
@@ -222,13 +247,19 @@ class PlanStore:
                 raise ValueError("no object of objects")
         except (FileNotFoundError, NotADirectoryError):  # a folder that cannot be one is told when it is written to
             return {}
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise BackendError(f"{self._settings_file(flavour)} cannot be read: {error}") from error
+        except (ValueError, RecursionError) as error:
             raise self.damaged(flavour, error) from error
         return found
 
     def keep_settings(self, flavour: str, settings: Mapping[str, Any]) -> None:
-        """Write what ``settings`` reads. Raises OutputError."""
-        write_together({self._settings_file(flavour): _json(settings)})
+        """Have ``settings`` of these graphs read from now on; what was kept of others stays. Raises OutputError."""
+        settings, before = json.loads(json.dumps(settings)), self.settings(flavour)
+        if {**before, **settings} == before:  # the folder may be one that can only be read
+            return
+        with self._locked(flavour):
+            write_together({self._settings_file(flavour): _json({**self.settings(flavour), **settings})})
 
     def damaged(self, flavour: str, error: Exception) -> BackendError:
         """The error for settings that cannot be used."""
@@ -246,7 +277,7 @@ class PlanStore:
 
         return FileLock(self.folder / f".{stem}.lock")
 
-    def _unwritable(self, error: OSError) -> OutputError:
+    def _unwritable(self, error: Exception) -> OutputError:
         return OutputError(f"plans cannot be written to {self.folder}: {error}; name another folder")
 
     def _tidy(self, spec: PlanSpec) -> None:
@@ -276,6 +307,8 @@ class PlanStore:
     def _read(self, path: Path) -> _Sidecar:
         """The sidecar of a plan. Raises OSError, and ValueError for one that is not as it was written."""
         told = path.with_suffix(".json")
+        if (not told.is_file() and told.exists()) or told.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"{told.name}: no file, or too large for one")
         try:
             sidecar = record(_Sidecar, json.loads(told.read_text(encoding="utf-8")), told.name)
         except RecursionError:
@@ -283,7 +316,7 @@ class PlanStore:
         except BundleError as error:
             raise ValueError(str(error).removesuffix(f"; {REMEDY}")) from None
         for name, value in sidecar.facts.items():
-            if name.endswith("_bytes") and (type(value) is not int or value < 0):
+            if name.endswith("_bytes") and (type(value) is not int or not 0 <= value < 1 << 63):
                 raise ValueError(f"{told.name}: facts: {name}: must be a number of bytes, not {shown(value)}")
         if sidecar.weights is not None and Path(sidecar.weights.file).name != sidecar.weights.file:
             raise ValueError(f"{told.name}: weights: file: must be a file's name, not {shown(sidecar.weights.file)}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import mmap
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dnp.engine.build import BuildSettings, compile_plan, obtain, target, wanted_plan
+from dnp.engine.build import BuildSettings, build_command, obtain, target, wanted_plan
+from dnp.engine.compiler import compile_plan
 from dnp.engine.device import DeviceBackend, DeviceSession
 from dnp.engine.errors import BackendError, OutputError
 from dnp.engine.files import write_together
@@ -59,6 +60,7 @@ class TrtSession(DeviceSession):
         self._flavour, self._trt, self._cache_file = backend.flavour, backend.module, cache
         self._loose: _Run | None = None
         self._prepared: dict[tuple[int, ...], _Run] = {}
+        self._saved = b""  # the runtime cache as it lies beside the plan
         self._device.hold(weights, f"the weights of {graph.name!r}", _STREAM)
         self._held = weights
         try:
@@ -82,7 +84,7 @@ class TrtSession(DeviceSession):
         if engine is None:
             raise BackendError(
                 f"{self._where}: {self._flavour.title} cannot load the plan on {self._device.properties.name}: "
-                f"{log.errors()}; {self._remedy(log, 'build it again: dnp build --force')}"
+                f"{log.errors()}; {self._remedy(log, f'build it again: {self._limits.command} --force')}"
             )
         self._engine = engine
         self._check_engine()
@@ -120,6 +122,7 @@ class TrtSession(DeviceSession):
         key = tuple(self._require_dims().values())
         if key in self._prepared or self._eager:
             return
+        self._cuda.activate()
         try:
             run = _Run(self._context(), {})
             self._enqueue(run)  # what TensorRT does only once must not be recorded
@@ -129,7 +132,7 @@ class TrtSession(DeviceSession):
             self._cuda.begin_capture(self._device.stream)
             try:
                 self._enqueue(run)
-            except BackendError:
+            except BaseException:  # a Ctrl-C must not leave a stream that records instead of computing
                 with suppress(BackendError):  # what it says of the end is less than what went wrong
                     self._cuda.free_graph(self._cuda.end_capture(self._device.stream))
                 raise
@@ -138,6 +141,7 @@ class TrtSession(DeviceSession):
             self._run_eagerly(error)
             return
         self._prepared[key] = run
+        self._save_cache()  # not only when it is closed: a process that is killed keeps it too
 
     def run(self) -> None:
         """See ``Session.run``. Starts the work and does not wait for it."""
@@ -176,7 +180,8 @@ class TrtSession(DeviceSession):
     def layers(self) -> str:
         """What the engine inspector says of each layer, as JSON."""
         self._require_open()
-        told: str = self._engine.create_engine_inspector().get_engine_information(self._trt.LayerInformationFormat.JSON)
+        inspector = self._given(self._engine.create_engine_inspector(), "engine inspector")
+        told: str = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
         return told
 
     def _enqueue(self, run: _Run) -> None:
@@ -214,26 +219,39 @@ class TrtSession(DeviceSession):
 
     def _runtime_config(self) -> Any:
         trt = self._trt
-        config = self._engine.create_runtime_config()
+        config = self._given(self._engine.create_runtime_config(), "runtime configuration")
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._flavour.portable:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # we record ourselves, with what is carried
             # A recorded graph keeps the kernels that it was recorded with: they must be the best ones by then.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            self._cache = config.create_runtime_cache()
-            if self._cache_file is not None and self._cache_file.exists():
-                self._cache.deserialize(self._cache_file.read_bytes())  # False: of another GPU or version, and unused
+            self._cache = self._given(config.create_runtime_cache(), "runtime cache")
+            with suppress(OSError):  # none yet, or none that can be read
+                if self._cache_file is not None:
+                    self._saved = self._cache_file.read_bytes()
+                    self._cache.deserialize(self._saved)  # False: of another GPU or version, and unused
             config.set_runtime_cache(self._cache)
         return config
+
+    def _given(self, thing: Any, what: str) -> Any:
+        """What TensorRT made. Raises BackendError when it made none."""
+        if thing is None:
+            raise BackendError(f"{self._where}: {self._flavour.title} made no {what}; see `dnp doctor`")
+        return thing
 
     def _save_cache(self) -> None:
         """Keep the kernels that the driver finished, for the next start."""
         if self._cache_file is None or not self._flavour.portable:
             return
+        data = self._cache.serialize()
+        if data is None or bytes(data) == self._saved:
+            return
         try:
-            write_together({self._cache_file: self._cache.serialize()})
+            write_together({self._cache_file: data})
+            self._saved = bytes(data)
         except OutputError as error:
-            _log.warning("%s: the runtime cache is not kept: %s", self._where, error)
+            self._cache_file = None
+            self._backend.warn_about("cache", f"{self._where}: the runtime cache is not kept: {error}")
 
     def _check_engine(self) -> None:
         """Hold what the plan says of its border against the manifest."""
@@ -255,16 +273,18 @@ class TrtSession(DeviceSession):
         return f"its weights take {wanted:.1f} MB, {free:.1f} MB is free: {_STREAM}, or with smaller largest sizes"
 
     def _forget(self) -> None:
-        for run in self._prepared.values():
-            self._cuda.free_graph(run.recorded)
-        self._prepared.clear()
-        self._loose = None
+        runs, self._prepared, self._loose = [*self._prepared.values()], {}, None
+        for run in runs:
+            with suppress(BackendError):  # after an error that lasts; what can be freed is
+                self._cuda.free_graph(run.recorded)
 
     def _release(self) -> None:
-        self._save_cache()
         self._device.release(self._held)
         self._device.want_share(-self._streamable)
-        del self._config, self._engine, self._runtime
+        try:
+            self._save_cache()
+        finally:
+            del self._config, self._engine, self._runtime
 
 
 class TrtBackend(DeviceBackend):
@@ -286,8 +306,9 @@ class TrtBackend(DeviceBackend):
         store = PlanStore(self.options.engines or bundle.path / FOLDER)
         wanted = wanted_plan(bundle, graph, self.flavour, store, self.options.device)
         plan = obtain(bundle, graph, *wanted, store, report=_log.warning)
-        limits = limits_of(bundle, graph, from_dict(plan.spec.profile), self.name)
-        return self._open(graph, plan, limits, plan.path.with_suffix(".cache"))
+        command = build_command(bundle, plan.spec, self.options.engines)
+        limits = limits_of(bundle, graph, from_dict(plan.spec.profile), command)
+        return self._open(graph, plan, limits, plan.path.with_suffix(f".sm{self.device.properties.sm}.cache"))
 
     def layers(self, graph: GraphSpec, plan: Plan) -> str:
         """What the engine inspector says of a plan's layers, as JSON. Raises BackendError when it cannot be loaded."""
@@ -296,7 +317,12 @@ class TrtBackend(DeviceBackend):
 
     def _open(self, graph: GraphSpec, plan: Plan, limits: Limits, cache: Path | None) -> TrtSession:
         streamed = plan.spec.flags.get("weight_streaming", False)
-        with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with ExitStack() as opened:
+            try:
+                file = opened.enter_context(plan.path.open("rb"))
+                data = opened.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            except (OSError, ValueError) as error:  # it was there a moment ago
+                raise BackendError(f"{plan.path} cannot be read any more ({error}); open it again") from error
             weights = 0 if streamed else int(plan.facts.get("weights_bytes", len(data)))
             return TrtSession(graph, data, limits, self, cache, weights)
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dnp.engine.bundle import Bundle
-from dnp.engine.errors import SettingsError
+from dnp.engine.errors import DnpError, SettingsError
 from dnp.engine.schema import shown
 from dnp.engine.session import Buffer, Session
 from dnp.runtime.resize import resize_matrices
@@ -59,6 +59,18 @@ class Captioner:
     def admit(self, height: int, width: int) -> None:
         """Raises SettingsError when images of this size cannot be captioned here."""
         self._encode.admit(image_height=height, image_width=width)
+
+    def takes(self, batch: int) -> bool:
+        """Whether so many images can be captioned greedily at once."""
+        sizes = ((self._encode, "batch"), (self._step, "batch"), (self._step, "images"))
+        return all(session.least.get(s, 1) <= batch <= session.most.get(s, batch) for session, s in sizes)
+
+    def admit_images(self, count: int, beams: int) -> None:
+        """Raises SettingsError when some batch of ``count`` images, in parts of ``most``, cannot be captioned here."""
+        most = min(count, self.most(beams))
+        for batch in {most, count % most or most}:
+            self._encode.admit(batch=batch)
+            self._step.admit(batch=batch * beams, images=batch)
 
     def most(self, beams: int) -> int:
         """The most images to caption at once with so many beams each."""
@@ -168,6 +180,11 @@ class Captioner:
             step.inputs["parent"].write(parent)
             step.inputs["position"].write(np.full(rows, length - 1, np.int64))
             step.run()
+            if length == 1 and not np.isfinite(step.outputs["logits"].read()).all():
+                raise DnpError(
+                    "what the captioner computes of the image are no longer finite numbers; use a bundle of higher "
+                    "precision, or export it with --check-ranges"
+                )
             if length < len(prompt):
                 token = np.full(rows, prompt[length], np.int64)
             else:

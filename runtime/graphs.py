@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cached_property
+from typing import Final
 
 from dnp.engine.bundle import Bundle
 from dnp.engine.errors import DnpError
@@ -15,6 +17,14 @@ from dnp.runtime.denoise import Sample, load_samples
 from dnp.runtime.request import Request
 from dnp.runtime.samplers import sampler_table
 from dnp.runtime.schedule import NoiseSchedule
+
+_OPENERS: Final = {  # what opens a graph, with what it stands on
+    "encode_text": "encode_text",
+    "denoise": "denoise",
+    "decode_latents": "decode",
+    "encode_image": "captioner",
+    "caption_step": "captioner",
+}
 
 
 class Graphs:
@@ -61,17 +71,32 @@ class Graphs:
     @property
     def batch(self) -> int:
         """The most images sampled at once."""
-        return min(BATCH, self.denoise.most.get("batch", BATCH))
+        return min(BATCH, *(session.most.get("batch", BATCH) for session in self._sampling))
+
+    @property
+    def _sampling(self) -> tuple[Session, Session, Session]:
+        return self.encode_text, self.denoise, self.decode
 
     def _session(self, graph: str) -> Session:
         self.require_open()
+        if graph in self._sessions:  # and what was to be opened with it failed
+            return self._sessions[graph]
         started = time.perf_counter()
         session = self.backend.session(self._plans.graph(graph), self._plans)
+        try:
+            if graph in self._plans.unlike(self.bundle):
+                session.refit(self.bundle.graph(graph).path)
+        except BaseException:
+            session.close()
+            raise
         self._sessions[graph] = session
-        if graph in self._plans.unlike(self.bundle):
-            session.refit(self.bundle.graph(graph).path)
         self.opening += time.perf_counter() - started
         return session
+
+    def _open(self, graph: str) -> Session:
+        """The session of a graph, opened if it is not."""
+        getattr(self, _OPENERS[graph])
+        return self._sessions[graph]
 
     def warm_up(self, *, captioner: bool, sizes: Sequence[tuple[int, int]] = ()) -> None:
         """Open the graphs and prepare them for every batch size and image size; see ``Pipeline.warm_up``."""
@@ -83,17 +108,24 @@ class Graphs:
         for height, width in new:
             Request("a size", height=height, width=width).resolve(self.bundle)
             self.admit(height, width, captioner=captioner)
+        before = self._sizes, self._prepared
         if new:
             captioner = captioner or "captions" in self._prepared
-            self._sizes += new
-            self._prepared.clear()
-        least = self.denoise.least.get("batch", 1)
+            self._sizes, self._prepared = [*self._sizes, *new], set()
+        try:
+            self._prepare(captioner=captioner)
+        except BaseException:
+            self._sizes, self._prepared = before  # a size that cannot be had is not tried again with each request
+            raise
+
+    def _prepare(self, *, captioner: bool) -> None:
+        least = max(session.least.get("batch", 1) for session in self._sampling)
         batches = [batch for batch in self.backend.batches if least <= batch <= self.batch]
         if "sampling" not in self._prepared:
             self._prepare_sampling(batches)
             self._prepared.add("sampling")
         if captioner and "captions" not in self._prepared:
-            self.captioner.prepare(batches, self._sizes)
+            self.captioner.prepare([batch for batch in batches if self.captioner.takes(batch)], self._sizes)
             self._prepared.add("captions")
 
     def _prepare_sampling(self, batches: Sequence[int]) -> None:
@@ -126,6 +158,15 @@ class Graphs:
                 decode.reshape(batch=batch, height=shape[1], width=shape[2])
                 decode.prepare()
 
+    def admit_images(self, count: int, *, captioner: bool, beams: int) -> None:
+        """Raises SettingsError when the graphs are compiled for other batches than those of so many images."""
+        most = self.batch
+        for batch in {min(count, most), count % most or most}:
+            for session in self._sampling:
+                session.admit(batch=batch)
+        if captioner:
+            self.captioner.admit_images(min(count, most), beams)
+
     def admit(self, height: int, width: int, *, captioner: bool) -> None:
         """Raises SettingsError when the graphs are compiled for other image sizes than this one, in pixels."""
         pixels = self.bundle.latents.pixels
@@ -137,7 +178,10 @@ class Graphs:
     def refit(self, other: Bundle) -> None:
         """Take over the weights of ``other``; see ``Pipeline.refit``."""
         self.bundle.check_same_model(other)
-        changed = [session for graph, session in self._sessions.items() if graph in self.bundle.unlike(other)]
+        unlike = self.bundle.unlike(other)
+        for session in [self._sessions[graph] for graph in unlike if graph in self._sessions]:
+            session.check_refit()  # before others are opened, which may take long
+        changed = [self._open(graph) for graph in unlike]
         for session in changed:
             session.check_refit()
         try:
@@ -159,7 +203,8 @@ class Graphs:
 
     def close(self) -> None:
         """Free the graphs and their buffers."""
-        for session in self._sessions.values():
-            session.close()
-        self.backend.close()
         self.closed = True
+        with ExitStack() as ending:  # whatever fails, the rest is done too
+            ending.callback(self.backend.close)
+            for session in self._sessions.values():
+                ending.callback(session.close)

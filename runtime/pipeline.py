@@ -104,10 +104,7 @@ class Pipeline:
         graphs.opening = 0.0  # told now
         for table in tables:
             graphs.denoise.bucket("rows", len(table.rows))
-        last = request.images % graphs.batch or graphs.batch
-        for batch in {min(request.images, graphs.batch), last}:
-            graphs.denoise.admit(batch=batch)
-            graphs.decode.admit(batch=batch)
+        graphs.admit_images(request.images, captioner=request.runs_dns, beams=request.beams)
         assert request.height is not None and request.width is not None
         graphs.admit(request.height, request.width, captioner=request.runs_dns)
         return clock
@@ -266,6 +263,7 @@ class Pipeline:
         seeds = [request.seed + i for i in range(len(prompts))]
         table = request.final_table(self._schedule)
         with self._exclusive():
+            self._graphs.warm_up(captioner=False)
             return (yield from self._sample("final", prompts, negatives, table, seeds, request, Clock()))
 
     def _dns_steps(self, request: Request) -> Generator[Step, None, Result]:

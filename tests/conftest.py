@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share: tiny models of random weights, in the folders that exports start from."""
+"""Fixtures that several test modules share: tiny models of random weights, and pipelines on a stand-in for a GPU."""
 
 import json
 from pathlib import Path
@@ -128,3 +128,48 @@ def default_fp16(model_folder, tmp_path_factory):
 def model_folder():
     """The weights that the default bundle was exported from, in the folders of diffusers and transformers."""
     return Path(__file__).parent.parent / "models" / "tiny"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A fake device, and fakes of both flavours of TensorRT and of ONNX Runtime on it."""
+    import fake_gpu
+
+    from dnp.engine import cuda as cuda_module
+    from dnp.engine import ort_cuda
+    from dnp.engine.flavour import Flavour
+
+    cuda = fake_gpu.FakeCuda()
+    cuda.trt = fake_gpu.FakeTensorRt(cuda)
+    monkeypatch.setattr(cuda_module, "open_cuda", lambda device=0: cuda.activate() or cuda)
+    monkeypatch.setattr(Flavour, "load", lambda self: cuda.trt)
+    cuda.ort = fake_gpu.FakeOnnxRuntime(cuda)
+    monkeypatch.setattr(ort_cuda, "import_onnxruntime", lambda extra: cuda.ort)
+    return cuda
+
+
+@pytest.fixture
+def open_pipeline(gpu, tmp_path, default_bundle, monkeypatch):
+    import dnp
+    from dnp.engine import device
+    from dnp.engine.registry import open_backend
+    from dnp.engine.session import BackendOptions
+    from dnp.engine.store import PlanStore
+
+    opened = []
+
+    def open_one(flavour="tensorrt-rtx", largest=2, **options):
+        """A pipeline on plans for batches up to ``largest``: every size is warmed up, on a processor here."""
+        options = {"engines": tmp_path / "engines", **options}
+        if flavour == "cuda":  # which has no plans to say it
+            monkeypatch.setattr(device, "BATCH", largest)
+        store = PlanStore(options["engines"])
+        if not (store.folder / f"{flavour}.json").exists():
+            asked = {"ranges": {"batch": [1, 1, largest]}, "settings": {}}
+            store.keep_settings(flavour, dict.fromkeys(default_bundle.graphs, asked))
+        opened.append(dnp.Pipeline(default_bundle, open_backend(flavour, BackendOptions(**options))))
+        return opened[-1]
+
+    yield open_one
+    for pipeline in opened:
+        pipeline.close()

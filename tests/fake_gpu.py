@@ -208,6 +208,9 @@ class FakeTensorRt:
                 if "build" in module.fail:
                     module.say("the fake was told to fail\nat length")
                     return None
+                if {module.BuilderFlag.WEIGHT_STREAMING, module.BuilderFlag.REQUIRE_USER_ALLOCATION} <= config.flags:
+                    module.say("kREQUIRE_USER_ALLOCATION is not compatible with BuilderFlag::kWEIGHT_STREAMING")
+                    return None
                 module.log.log(3, "Total Activation Memory: 1000 bytes")
                 module.log.log(3, "Total Weights Memory: 2000 bytes")
                 return MARK + json.dumps({"path": network.path, "flags": sorted(config.flags)}).encode()
@@ -229,7 +232,7 @@ class FakeTensorRt:
                 pass
 
             def add_optimization_profile(self, profile):
-                pass
+                return 0
 
             def create_timing_cache(self, blob):
                 return bytes(blob)
@@ -314,6 +317,7 @@ class FakeEngine:
         self.module, self.contexts, self.budget = module, 0, None
         self.refittable = module.BuilderFlag.REFIT in flags
         self.streamable_weights_size = 2000 if module.BuilderFlag.WEIGHT_STREAMING in flags else 0
+        self.capturable = module.BuilderFlag.REQUIRE_USER_ALLOCATION in flags
         module.engines.append(self)
         self.session = open_on_cpu(path)
         self.values = {v.name: v for v in [*self.session.get_inputs(), *self.session.get_outputs()]}
@@ -382,7 +386,7 @@ class FakeContext:
         return True
 
     def is_stream_capturable(self, stream):
-        return "capturable" not in self.module.fail
+        return self.engine.capturable and "capturable" not in self.module.fail
 
     def execute_async_v3(self, stream):
         if "execute" in self.module.fail:

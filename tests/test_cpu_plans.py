@@ -163,7 +163,7 @@ def test_a_plan_in_doubt_is_named_and_not_used(bundle, engines, caplog, ending, 
     assert re.fullmatch(told, record.message)
     said = []
     build_cpu_plans(bundle, graphs=["encode_text"], folder=engines, report=said.append)
-    assert re.search(rf"building anew: .*{reason}", said[0])
+    assert re.search(rf"building, since .*{reason}", said[0])
     with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
         assert session.backend.endswith(", plan)")
 

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import tracemalloc
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -20,12 +21,14 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import dnp.engine
-from dnp.engine import processor, registry
+from dnp.engine import errors, processor, registry
 from dnp.engine.errors import BackendError, BundleError, SettingsError
 from dnp.engine.host import HostBuffer
 from dnp.engine.manifest import GraphSpec, TensorSpec
 from dnp.engine.registry import backend_names, doctor, open_graph, open_session
 from dnp.engine.session import BackendOptions, Buffer
+
+DNP = str(Path(sys.executable).with_name("dnp"))
 
 ONNX_TYPES = {
     "float32": TensorProto.FLOAT,
@@ -538,11 +541,51 @@ def test_doctor_says_what_is_missing_and_how_to_add_it(monkeypatch):
         raise PackageNotFoundError(package)
 
     monkeypatch.setattr(registry, "version", absent)
+    monkeypatch.setattr(errors, "distribution", absent)
     for report in doctor():
         assert not report.works
         assert report.version == ""
         assert "not installed" in report.why_not
         assert report.remedy == f"pip install 'dnp-engine[{'gpu' if report.name == 'cuda' else report.name}]'"
+
+
+def test_doctor_does_not_advise_what_breaks_the_other_package():
+    report = next(report for report in doctor() if report.name == "cuda")
+    assert report.remedy == "pip uninstall --yes onnxruntime; then pip install 'dnp-engine[gpu]'"
+
+
+@pytest.mark.parametrize("source", ["", "raise ValueError('half a package')", "import nothing_of_this_name"])
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "openvino", "cpu"])
+def test_a_broken_package_is_a_sentence_with_the_line_that_repairs_it(tmp_path, backend, source):
+    module, package = {
+        "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13"),
+        "openvino": ("openvino", "openvino"),
+        "cpu": ("onnxruntime", "onnxruntime"),
+    }[backend]
+    (tmp_path / f"{module}.py").write_text(source)
+    command = [DNP, "generate", "a red circle", "--backend", backend, "--out", str(tmp_path / "out")]
+    told = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert told.returncode == 4, told.stderr
+    assert "Traceback" not in told.stderr
+    assert re.search(rf"pip install (--force-reinstall '{package}'|'dnp-engine\[{backend}\]')", told.stderr)
+
+
+def test_doctor_survives_bindings_of_cuda_that_are_broken(tmp_path):
+    (tmp_path / "cuda" / "bindings").mkdir(parents=True)
+    for file in ("__init__.py", "bindings/__init__.py", "bindings/runtime.py"):
+        (tmp_path / "cuda" / file).write_text("")
+    told = subprocess.run(
+        [DNP, "doctor"], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "cuda-python>=13 is installed but empty" in told.stdout
+
+
+@pytest.mark.parametrize("option", [{"device": 1}, {"eager": True}, {"memory_limit": 10}])
+@pytest.mark.parametrize("backend", ["cpu", "openvino"])
+def test_options_of_a_gpu_are_refused_where_there_is_none(step, backend, option):
+    with pytest.raises(SettingsError, match=f"{next(iter(option))} is for a backend on a GPU, and '{backend}' runs on"):
+        open_graph(step, backend, BackendOptions(**option))
 
 
 def test_a_missing_package_is_named_with_its_pip_line(step, backend, monkeypatch):
@@ -627,8 +670,8 @@ def test_running_a_session_imports_no_training_library_and_opens_no_socket(step,
     sys.addaudithook(lambda event, _: opened.append(event) if event.startswith("socket.") else None)
     import dnp.engine
     assert not set(sys.modules) & {{"numpy", "onnxruntime", "openvino"}}
-    from pathlib import Path
     import numpy as np
+    from pathlib import Path
     from dnp.engine import GraphSpec, TensorSpec, open_graph
     assert not set(sys.modules) & {{"onnxruntime", "openvino"}}
     state, index = TensorSpec(("batch", 4, "width")), TensorSpec(("batch",), "int64")

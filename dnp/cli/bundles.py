@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dnp.cli.options import json_option, say
+from dnp.cli.options import PATH, json_option, say
 from dnp.cli.plans import plan_layers, plan_table, plans_of
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--captioner", required=True, type=click.Path(path_type=Path), help="A BLIP folder (transformers).")
+@click.argument("source", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--captioner", required=True, type=PATH, help="A BLIP folder (transformers).")
 @click.option("--precision", default="fp32", show_default=True, help="Arithmetic of the graphs: fp32 or fp16.")
 @click.option("--name", help="Name of the bundle; that of the folder OUT when left out.")
 @click.option(
@@ -122,10 +122,8 @@ def export(
 
 
 @click.command()
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--engines", type=click.Path(path_type=Path), help="Folder with the plans; engines/ in BUNDLE by default."
-)
+@click.argument("bundle", required=False, type=PATH)
+@click.option("--engines", type=PATH, help="Folder with the plans; engines/ in BUNDLE by default.")
 @click.option("--layers", is_flag=True, help="Also list the layers of TensorRT's plans, which takes a GPU.")
 @json_option
 def inspect(bundle: Path | None, engines: Path | None, layers: bool, as_json: bool) -> None:
@@ -140,7 +138,7 @@ def inspect(bundle: Path | None, engines: Path | None, layers: bool, as_json: bo
         for plan in plans:
             if plan["spec"]["flavour"] in FLAVOURS:
                 plan["layers"] = plan_layers(opened, plan)
-    page = _bundle_page(opened) + ("\n\nplans\n" + plan_table(plans) if plans else "")
+    page = _bundle_page(opened) + "\n\nplans\n" + plan_table(plans)
     page += "".join(f"\n\nlayers of {plan['file']}\n{plan['layers']}" for plan in plans if "layers" in plan)
     say({**_described(opened), "plans": plans}, as_json, page)
 

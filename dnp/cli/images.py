@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dnp.cli.options import (
+    PATH,
     Engine,
     Progress,
     caption_options,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 @click.option("--images", type=int, default=1, show_default=True, help="How many, with seeds counted up.")
 @click.option(
     "--from-image",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Reproduce a picture that dnp made, with its request, from the settings inside it; no others are taken.",
 )
 @image_options
@@ -169,7 +170,7 @@ def explore(
 
 
 @click.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=PATH)
 @caption_options
 @engine_options
 @json_option

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from dnp.runtime.request import Step
 
 F = TypeVar("F", bound=Callable[..., Any])
+MB: Final = 1_000_000  # bytes, as everywhere in what is printed
+
+
+class _PathType(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":  # of a shell variable that is not set; as a path it would be the working folder
+            self.fail("the path is empty; name one, or leave it out", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH: Final = _PathType(path_type=Path)
 
 
 def _stacked(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -54,7 +65,7 @@ class Engine:
             threads=self.threads,
             device=self.device or 0,
             eager=self.eager,
-            memory_limit=None if self.memory_limit is None else self.memory_limit << 20,
+            memory_limit=None if self.memory_limit is None else self.memory_limit * MB,
             engines=self.engines,
         )
         return click.get_current_context().with_resource(pipeline)
@@ -69,16 +80,14 @@ def engine_options(function: F) -> F:
         return function(*arguments, engine=engine, **settings)
 
     return _stacked(
-        click.option(
-            "--bundle", type=click.Path(path_type=Path), help="A bundle folder; the shipped default when left out."
-        ),
+        click.option("--bundle", type=PATH, help="A bundle folder; the shipped default when left out."),
         click.option("--backend", help="What runs the graphs, cpu when left out; `dnp doctor` lists them."),
         click.option("--precision", help="Arithmetic of the openvino backend: f32 (its default) or bf16."),
         click.option("--threads", type=int, help="Threads of the backend; all cores when left out."),
         click.option("--device", type=int, help="Number of the GPU, where the backend runs on one; 0 when left out."),
         click.option("--eager", is_flag=True, help="Run without recorded CUDA graphs, where the backend has them."),
         click.option("--memory-limit", type=int, metavar="MB", help="Most GPU memory to use."),
-        click.option("--engines", type=click.Path(path_type=Path), help="Folder of compiled plans, see `dnp build`."),
+        click.option("--engines", type=PATH, help="Folder of compiled plans, see `dnp build`."),
     )(packed)  # type: ignore[return-value]
 
 
@@ -91,7 +100,7 @@ def out_option(function: F) -> F:
     """Where the pictures go."""
     return click.option(
         "--out",
-        type=click.Path(path_type=Path),
+        type=PATH,
         default=Path("out"),
         show_default=True,
         help="Folder for the pictures.",

@@ -6,11 +6,13 @@ import sys
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from dnp.cli.options import json_option, say
+from dnp.cli.options import MB, PATH, json_option, say
+
+_PARTS: Final = ("weights_bytes", "buffer_bytes", "activation_bytes")  # of what a plan takes on a GPU
 
 if TYPE_CHECKING:
     from dnp.engine.bundle import Bundle
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.argument("bundle", required=False, type=PATH)
 @click.option("--backend", default="tensorrt-rtx", show_default=True, help="tensorrt-rtx, tensorrt or cpu.")
 @click.option("--sm", help="Architectures to compile for (tensorrt-rtx), e.g. 89,120; that of the GPU when left out.")
 @click.option("--batch", help="Images at once, as largest, smallest:largest or smallest:best:largest. [default: 1:8]")
@@ -33,9 +35,10 @@ if TYPE_CHECKING:
 @click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory where the GPU's is too small.")
 @click.option("--refit", is_flag=True, help="Let weights be exchanged later; slower plans, and needs a GPU to build.")
 @click.option("--graph", "graphs", multiple=True, help="Only this graph; may be given several times.")
-@click.option("--device", type=int, default=0, help="Number of the GPU to build for. [default: 0]")
-@click.option("--engines", type=click.Path(path_type=Path), help="Folder for the plans; engines/ in BUNDLE by default.")
+@click.option("--device", type=click.IntRange(0), default=0, help="Number of the GPU to build for. [default: 0]")
+@click.option("--engines", type=PATH, help="Folder for the plans; engines/ in BUNDLE by default.")
 @click.option("--force", is_flag=True, help="Build also where there is a plan.")
+@click.option("--prune", is_flag=True, help="Afterwards remove all other plans of the same graphs and backend.")
 @json_option
 def build(
     bundle: Path | None,
@@ -45,6 +48,7 @@ def build(
     device: int,
     engines: Path | None,
     force: bool,
+    prune: bool,
     as_json: bool,
     optimization_level: int | None,
     workspace: int | None,
@@ -66,29 +70,34 @@ def build(
     from dnp.engine.build import BuildSettings, build_plans
     from dnp.engine.bundle import Bundle
     from dnp.engine.cpu import NAME, build_cpu_plans
+    from dnp.engine.flavour import FLAVOURS
+    from dnp.engine.profile import BATCH
 
     opened = Bundle.default() if bundle is None else Bundle.open(bundle)
     if backend == NAME:
         _refuse_compiler_options()
         with closing(_Bar()) as bar:
             plans = build_cpu_plans(opened, graphs=graphs, folder=engines, force=force, report=bar.say, progress=bar)
-        _tell(plans, as_json)
+        _tell(plans, prune, as_json)
         return
     settings = BuildSettings(
         sm=_architectures(sm),
         optimization_level=optimization_level,
-        workspace=None if workspace is None else workspace << 20,
+        workspace=None if workspace is None else workspace * MB,
         weight_streaming=weight_streaming,
         refit=refit,
     )
-    if opened.precision == "fp32":
+    if opened.precision == "fp32" and backend in FLAVOURS:
         click.echo(f"dnp: {opened.name} computes in fp32; an export with --precision fp16 is faster on a GPU", err=True)
+    ranges = {name: _range(name, text) for name, text in sizes.items() if text is not None}
+    if "batch" in ranges and ranges["batch"].high > BATCH:
+        click.echo(f"dnp: a pipeline takes {BATCH} images at once at most: larger batches only cost memory", err=True)
     with closing(_Bar()) as bar:
         plans = build_plans(
             opened,
             backend,
             graphs=graphs,
-            ranges={name: _range(name, text) for name, text in sizes.items() if text is not None},
+            ranges=ranges,
             settings=settings,
             folder=engines,
             force=force,
@@ -96,7 +105,7 @@ def build(
             report=bar.say,
             progress=bar,
         )
-    _tell(plans, as_json)
+    _tell(plans, prune, as_json)
 
 
 def _refuse_compiler_options() -> None:
@@ -105,11 +114,16 @@ def _refuse_compiler_options() -> None:
     for option in context.command.params:
         name = option.name or ""
         given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if given and name not in ("bundle", "backend", "graphs", "engines", "force", "as_json"):
+        if given and name not in ("bundle", "backend", "graphs", "engines", "force", "prune", "as_json"):
             raise click.UsageError(f"{option.opts[0]} is for TensorRT; plans of the backend 'cpu' take every size")
 
 
-def _tell(plans: list[Plan], as_json: bool) -> None:
+def _tell(plans: list[Plan], prune: bool, as_json: bool) -> None:
+    from dnp.engine.store import PlanStore
+
+    if prune:
+        for path in PlanStore(plans[0].path.parent).prune(plans):
+            click.echo(f"dnp: removed {path.name}", err=True)
     listed = [_entry(plan) for plan in plans]
     say({"plans": listed}, as_json, plan_table(listed))
 
@@ -134,7 +148,7 @@ def plan_layers(bundle: Bundle, plan: dict[str, Any]) -> str:
     spec = PlanSpec(**plan["spec"])
     found, reason = PlanStore(Path(plan["path"]).parent).find(spec)
     if found is None:
-        raise BackendError(f"{reason}; build it again: dnp build")
+        raise BackendError(f"{reason or 'it is gone'}; build it again: dnp build")
     backend: Any = open_backend(flavour_of(spec.flavour).name, BackendOptions(eager=True))
     with closing(backend):
         layers: str = backend.layers(bundle.graph(spec.graph), found)
@@ -149,7 +163,7 @@ def plan_table(plans: list[dict[str, Any]]) -> str:
     for plan in plans:
         spec, facts = plan["spec"], plan["facts"]
         sizes = ", ".join(f"{s} {':'.join(map(str, dict.fromkeys(r)))}" for s, r in spec["profile"].items())
-        flags = ", ".join(f"{name}={value}" for name, value in spec["flags"].items() if value)
+        flags = ", ".join(f"{n}={value}" for n, value in spec["flags"].items() if value and n != "revision")
         memory = f"plan {_mb(plan['bytes'])}"
         if spec["flavour"] in FLAVOURS:
             memory += (
@@ -166,7 +180,23 @@ def plan_table(plans: list[dict[str, Any]]) -> str:
             f"{'':<15}memory    {memory}",
             f"{'':<15}built     in {facts.get('seconds')} s, {facts.get('built')}, {plan['file']}",
         ]
-    return "\n".join(lines) or "no plans; make them with: dnp build"
+    gpu = [plan for plan in plans if plan["spec"]["flavour"] in FLAVOURS]
+    if len(gpu) > 1 and len({plan["spec"]["graph"] for plan in gpu}) == len(gpu):
+        lines.append(_together([plan["facts"] for plan in gpu]))
+    text = "\n".join(lines) or "no plans; make them with: dnp build"
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)  # sidecars can be edited
+
+
+def _together(facts: list[dict[str, Any]]) -> str:
+    """What all plans of a pipeline take on the GPU: activations share one piece of memory."""
+    if any(name not in of_plan for of_plan in facts for name in _PARTS):
+        return ""
+    weights, buffers, activations = ([int(of_plan[name]) for of_plan in facts] for name in _PARTS)
+    total = sum(weights) + sum(buffers) + max(activations)
+    return (
+        f"{'together':<15}on the GPU {_mb(total)} at most at the largest sizes: weights {_mb(sum(weights))}, buffers "
+        f"{_mb(sum(buffers))}, one piece of {_mb(max(activations))} for the activations of all; CUDA's own comes on top"
+    )
 
 
 def _entry(plan: Plan) -> dict[str, Any]:
@@ -196,7 +226,7 @@ def _architectures(text: str | None) -> tuple[int, ...]:
 
 def _most(facts: dict[str, Any]) -> int | None:
     """Bytes on a GPU while the plan runs at its largest sizes; None where a part of it is not known."""
-    parts = [facts.get(name) for name in ("weights_bytes", "activation_bytes", "buffer_bytes")]
+    parts = [facts.get(name) for name in _PARTS]
     return None if None in parts else sum(part for part in parts if part is not None)
 
 

@@ -1,0 +1,444 @@
+"""What goes wrong on a GPU, on the stand-in for one: no figure or result here is a GPU's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+
+import fake_gpu
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import pytest
+from cuda.bindings import runtime as cuda_runtime
+
+import dnp
+from dnp.engine import Bundle, cuda, open_session, seal
+from dnp.engine.build import BuildSettings, build_plans
+from dnp.engine.errors import BackendError, DnpError, SettingsError
+from dnp.engine.profile import Range
+from dnp.engine.session import BackendOptions
+from dnp.engine.store import PlanStore
+
+PROMPT = "a large red circle left of a small blue square on a plain yellow background"
+QUICK = {"steps": 2, "dns_steps": 2}
+
+
+def asked(default_bundle, folder, largest=2, flavour="tensorrt-rtx", **settings):
+    """As if ``dnp build`` had been asked for this, with nothing built yet."""
+    entry = {"ranges": {"batch": [1, 1, largest]}, "settings": settings}
+    PlanStore(folder).keep_settings(flavour, dict.fromkeys(default_bundle.graphs, entry))
+
+
+def sessions_of(pipeline):
+    return pipeline._graphs._sessions
+
+
+def failing(message):
+    """A call that fails."""
+
+    def fail(*_, **__):
+        raise BackendError(message)
+
+    return fail
+
+
+@pytest.fixture(scope="module")
+def other_weights(tmp_path_factory, default_bundle):
+    """The default bundle with another first bias in the denoiser."""
+    folder = tmp_path_factory.mktemp("other") / "bundle"
+    shutil.copytree(default_bundle.path, folder, ignore=shutil.ignore_patterns("engines"))
+    path = folder / "graphs/denoise.onnx"
+    model = onnx.load(path)
+    tensor = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 1)
+    array = onnx.numpy_helper.to_array(tensor) + np.float32(0.5)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, path)
+    manifest = json.loads((folder / "bundle.json").read_text())
+    seal(folder, {key: value for key, value in manifest.items() if key not in ("files", "sha256")})
+    return Bundle.open(folder)
+
+
+class TestBatches:
+    def test_a_plan_for_fewer_images_than_the_others_limits_the_pipeline(self, open_pipeline, default_bundle, tmp_path):
+        engines = tmp_path / "engines"
+        asked(default_bundle, engines, 2)
+        build_plans(default_bundle, graphs=["decode_latents"], ranges={"batch": Range(1, 1, 1)}, folder=engines)
+        result = open_pipeline()(PROMPT, images=2, **QUICK)
+        assert len(result.images) == 2
+
+    def test_captions_are_found_in_parts_where_the_image_encoder_takes_fewer(
+        self, open_pipeline, default_bundle, tmp_path
+    ):
+        engines = tmp_path / "engines"
+        asked(default_bundle, engines, 2)
+        build_plans(default_bundle, graphs=["encode_image"], ranges={"batch": Range(1, 1, 1)}, folder=engines)
+        assert len(open_pipeline()(PROMPT, images=2, **QUICK).negatives) == 2
+
+    @pytest.mark.parametrize("graph", ["encode_text", "encode_image", "caption_step"])
+    def test_what_cannot_be_had_is_refused_before_any_work(self, open_pipeline, gpu, default_bundle, tmp_path, graph):
+        engines = tmp_path / "engines"
+        asked(default_bundle, engines, 2)
+        build_plans(default_bundle, graphs=[graph], ranges={"batch": Range(2, 2, 2)}, folder=engines)
+        pipeline = open_pipeline()
+        pipeline.warm_up()
+        since = len(gpu.calls)
+        with pytest.raises(SettingsError, match=rf"graph '{graph}': the plan was compiled for .*--batch 1:"):
+            pipeline(PROMPT, images=1, **QUICK)
+        assert not gpu.counted(since)["launch"]
+
+
+class TestRefit:
+    def test_what_is_not_open_yet_is_checked_too(self, default_bundle, other_weights):
+        with dnp.Pipeline(default_bundle) as pipeline:
+            before = pipeline(PROMPT, **QUICK)
+        with dnp.Pipeline(default_bundle) as pipeline:
+            with pytest.raises(BackendError, match="cannot exchange weights"):
+                pipeline.refit(other_weights)
+            assert pipeline.bundle is default_bundle
+            assert np.array_equal(pipeline(PROMPT, **QUICK).arrays, before.arrays)
+
+    def test_a_session_that_cannot_take_the_weights_is_not_left_behind(
+        self, open_pipeline, gpu, default_bundle, other_weights, tmp_path
+    ):
+        asked(default_bundle, tmp_path / "engines", 1, refit=True)
+        pipeline = open_pipeline()
+        pipeline.refit(other_weights)
+        pipeline._graphs.close()
+        pipeline = open_pipeline()
+        gpu.trt.fail.add("refit")
+        with pytest.raises(BackendError):
+            pipeline.refit(other_weights)
+        assert not gpu.device
+
+
+class TestInterruptions:
+    def test_a_ctrl_c_while_a_run_is_recorded_ends_the_recording(self, open_pipeline, gpu, monkeypatch):
+        pipeline = open_pipeline()
+        execute, interrupted = fake_gpu.FakeContext.execute_async_v3, []
+
+        def interrupt(self, stream):
+            if gpu.recording is not None and not interrupted:
+                interrupted.append(True)
+                raise KeyboardInterrupt
+            return execute(self, stream)
+
+        monkeypatch.setattr(fake_gpu.FakeContext, "execute_async_v3", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.warm_up()
+        assert interrupted
+        assert gpu.recording is None
+        assert len(pipeline(PROMPT, **QUICK).images) == 1
+        pipeline.close()
+        assert not gpu.device
+
+    def test_a_failure_while_a_run_is_recorded_leaves_the_session_without_recorded_runs(
+        self, open_pipeline, gpu, monkeypatch, caplog
+    ):
+        execute = fake_gpu.FakeContext.execute_async_v3
+        monkeypatch.setattr(
+            fake_gpu.FakeContext,
+            "execute_async_v3",
+            lambda self, stream: gpu.recording is None and execute(self, stream),
+        )
+        result = open_pipeline()(PROMPT, **QUICK)
+        assert len(result.images) == 1
+        assert gpu.recording is None
+        (told,) = [record.message for record in caplog.records if "runs without CUDA graphs" in record.message]
+        assert "failed" in told
+
+
+class TestBuffers:
+    def test_a_closed_session_s_buffers_take_nothing(self, gpu, default_bundle, tmp_path):
+        session = open_session(
+            default_bundle, "decode_latents", "tensorrt-rtx", BackendOptions(engines=tmp_path / "engines")
+        )
+        session.reshape(batch=1, height=16, width=16)
+        buffer = session.inputs["latents"]
+        session.close()
+        with pytest.raises(SettingsError, match="'latents' holds float32"):
+            buffer.write(np.zeros((1, 4, 16, 16), np.float32))
+        assert buffer.read().size == 0
+
+    def test_a_size_that_the_memory_does_not_hold_leaves_all_as_it_was(self, gpu, default_bundle):
+        session = open_session(default_bundle, "encode_text", "cuda")
+        with session:
+            session.reshape(batch=1)
+            session.inputs["ids"].write(np.full(session.inputs["ids"].shape, 1, np.int64))
+            session.run()
+            before = session.outputs["context"].read()
+            gpu.memory = sum(block.nbytes for block in gpu.device.values()) + 100_000
+            with pytest.raises(BackendError, match="no memory on cuda:0"):
+                session.reshape(batch=1000)
+            assert session.inputs["ids"].shape == (1, 32)
+            session.inputs["ids"].write(np.full(session.inputs["ids"].shape, 1, np.int64))
+            session.run()
+            np.testing.assert_array_equal(session.outputs["context"].read(), before)
+
+    def test_a_buffer_on_another_stream_is_out_of_reach(self, gpu, default_bundle, tmp_path):
+        options = BackendOptions(engines=tmp_path / "engines")
+        with (
+            open_session(default_bundle, "denoise", "tensorrt-rtx", options) as denoise,
+            open_session(default_bundle, "decode_latents", "tensorrt-rtx", options) as decode,
+            pytest.raises(BackendError, match="out of reach here; copy it instead"),
+        ):
+            decode.link("latents", denoise.outputs["latents"])
+
+    def test_pinned_memory_that_is_not_there_says_so(self, open_pipeline, gpu):
+        gpu.fail["malloc_host"] = cuda.OutOfMemoryError("cudaMallocHost found no memory")
+        with pytest.raises(BackendError, match=r"no pinned memory on the host for '\w+' of '\w+': .* MB are wanted"):
+            open_pipeline()(PROMPT, **QUICK)
+        gpu.fail.clear()
+
+    def test_a_size_to_warm_up_that_fails_is_not_tried_again(self, open_pipeline, gpu, default_bundle, tmp_path):
+        entry = {"ranges": {"batch": [1, 1, 1], "height": [64, 64, 96], "width": [64, 64, 96]}, "settings": {}}
+        PlanStore(tmp_path / "engines").keep_settings("tensorrt-rtx", dict.fromkeys(default_bundle.graphs, entry))
+        pipeline = open_pipeline()
+        expected = pipeline(PROMPT, **QUICK)
+        gpu.fail["to_device"] = fake_gpu.broken("cuda call to_device failed")
+        with pytest.raises(BackendError):
+            pipeline.warm_up(sizes=[(96, 96)])
+        gpu.fail.clear()
+        gpu.pending.clear()
+        since = len(gpu.calls)
+        assert np.array_equal(pipeline(PROMPT, **QUICK).arrays, expected.arrays)
+        assert not gpu.counted(since)["begin_capture"]
+
+    def test_sessions_are_prepared_from_any_thread(self, gpu, default_bundle, tmp_path):
+        options = BackendOptions(engines=tmp_path / "engines")
+        with open_session(default_bundle, "decode_latents", "tensorrt-rtx", options) as session:
+            session.reshape(batch=1, height=16, width=16)
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(session.prepare).result()
+            assert gpu.counted()["begin_capture"] == 1
+
+
+class TestClosing:
+    def test_whatever_fails_the_rest_is_closed(self, open_pipeline, gpu, monkeypatch):
+        pipeline = open_pipeline()
+        pipeline.warm_up()
+        monkeypatch.setattr(fake_gpu.FakeCuda, "activate", failing("the driver is gone"))
+        with suppress(BackendError):
+            pipeline.close()
+        assert pipeline._graphs.closed
+        assert not gpu.device
+        pipeline.close()
+
+    def test_a_runtime_cache_that_tensorrt_does_not_give_is_none(self, open_pipeline, gpu, monkeypatch, tmp_path):
+        config = fake_gpu.FakeEngine.create_runtime_config
+
+        def without(self):
+            made = config(self)
+            cache = made.create_runtime_cache()
+            cache.serialize = lambda: None
+            return made
+
+        monkeypatch.setattr(fake_gpu.FakeEngine, "create_runtime_config", without)
+        pipeline = open_pipeline()
+        pipeline.warm_up()
+        pipeline.close()
+        assert not gpu.device
+        assert not list((tmp_path / "engines").glob("*.sm*.cache"))
+
+
+class TestPlans:
+    def test_a_build_for_other_cards_leaves_the_plans_for_this_one(self, open_pipeline, gpu, default_bundle, tmp_path):
+        engines = tmp_path / "engines"
+        ranges = {"batch": Range(1, 1, 1)}
+        asked(default_bundle, engines, 1)
+        settings = BuildSettings(sm=(89, 120), optimization_level=5)
+        build_plans(default_bundle, ranges=ranges, settings=settings, folder=engines)
+        build_plans(default_bundle, ranges=ranges, settings=BuildSettings(sm=(86,)), folder=engines)
+        built = gpu.trt.built
+        open_pipeline().warm_up()
+        assert gpu.trt.built == built
+
+    def test_two_builds_of_different_graphs_keep_both_settings(self, gpu, default_bundle, tmp_path, monkeypatch):
+        store = PlanStore(tmp_path)
+        keep = PlanStore.keep_settings
+
+        def keep_late(self, flavour, settings):
+            if self is not store:
+                keep(store, flavour, {"denoise": {"ranges": {}, "settings": {}}})  # another process ended meanwhile
+            keep(self, flavour, settings)
+
+        monkeypatch.setattr(PlanStore, "keep_settings", keep_late)
+        build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)
+        assert set(store.settings("tensorrt-rtx")) == {"denoise", "encode_text"}
+
+    def test_a_plan_that_is_there_needs_no_folder_that_can_be_written(self, gpu, default_bundle, tmp_path, monkeypatch):
+        build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)
+        monkeypatch.setattr("dnp.engine.store.write_together", failing("read-only"))
+        monkeypatch.setattr(PlanStore, "_locked", failing("read-only"))
+        build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)
+
+    def test_other_plans_are_removed_when_asked(self, gpu, default_bundle, tmp_path):
+        plans = [
+            build_plans(default_bundle, graphs=["encode_text"], ranges={"batch": Range(1, 1, n)}, folder=tmp_path)
+            for n in (1, 2)
+        ]
+        (others,) = build_plans(default_bundle, graphs=["decode_latents"], folder=tmp_path)
+        (tmp_path / f"{plans[0][0].path.stem}.sm89.cache").write_bytes(b"kernels")
+        assert PlanStore(tmp_path).prune(plans[1]) == [plans[0][0].path]
+        assert sorted(path.name for path in tmp_path.glob("*.plan")) == sorted(
+            plan.path.name for plan in (others, *plans[1])
+        )
+        assert not list(tmp_path.glob(f"*{plans[0][0].path.stem}*"))
+
+    def test_the_runtime_cache_is_kept_at_warm_up_and_read_at_the_next_start(
+        self, open_pipeline, gpu, tmp_path, monkeypatch
+    ):
+        read = []
+        config = fake_gpu.FakeEngine.create_runtime_config
+
+        def noted(self):
+            made = config(self)
+            made.create_runtime_cache().deserialize = lambda blob: read.append(blob) or True
+            return made
+
+        monkeypatch.setattr(fake_gpu.FakeEngine, "create_runtime_config", noted)
+        open_pipeline().warm_up()
+        assert read == []
+        assert len(list((tmp_path / "engines").glob("*.sm89.cache"))) == 5  # although nothing was closed
+        open_pipeline().warm_up()
+        assert read == [b"kernels"] * 5
+
+    def test_a_runtime_cache_that_cannot_be_read_is_none(self, open_pipeline, tmp_path, caplog):
+        pipeline = open_pipeline()
+        pipeline.warm_up()
+        pipeline.close()
+        for path in (tmp_path / "engines").glob("*.sm89.cache"):
+            path.unlink()
+            path.mkdir()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            open_pipeline().warm_up()
+        assert len([record for record in caplog.records if "runtime cache is not kept" in record.message]) == 1
+
+    def test_a_plan_that_is_gone_when_it_is_opened(self, open_pipeline, monkeypatch):
+        open_pipeline().warm_up()
+        find = PlanStore.find
+
+        def gone(self, spec):
+            plan, reason = find(self, spec)
+            return plan and replace(plan, path=plan.path.with_name("gone.plan")), reason
+
+        monkeypatch.setattr(PlanStore, "find", gone)
+        with pytest.raises(BackendError, match=r"gone\.plan cannot be read any more"):
+            open_pipeline().warm_up()
+
+    def test_kept_sizes_that_cannot_be_had_name_the_file_they_come_from(self, gpu, default_bundle, tmp_path):
+        for ranges in ({"foo": [1, 1, 1]}, {"height": [65, 65, 65]}):
+            PlanStore(tmp_path).keep_settings("tensorrt-rtx", {"encode_text": {"ranges": ranges, "settings": {}}})
+            with pytest.raises(BackendError, match=r"tensorrt-rtx\.json is damaged .*remove it"):
+                build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)
+
+    @pytest.mark.parametrize(
+        "changes", [{"sm": 89}, {"sm": ("89",)}, {"weight_streaming": "no"}, {"workspace": 10**13}]
+    )
+    def test_settings_of_wrong_kinds(self, changes):
+        with pytest.raises(SettingsError):
+            BuildSettings(**changes)
+
+    def test_ranges_of_wrong_kinds(self, gpu, default_bundle, tmp_path):
+        with pytest.raises(SettingsError, match=r"the sizes of 'batch' are a Range"):
+            build_plans(default_bundle, ranges={"batch": (1, 1, 2)}, folder=tmp_path)
+
+
+class TestNumbers:
+    def test_vision_features_that_are_no_numbers_are_a_named_error(self, open_pipeline, monkeypatch):
+        pipeline = open_pipeline()
+        pipeline.warm_up()
+        step = sessions_of(pipeline)["caption_step"]
+        logits = step.outputs["logits"]
+        read = type(logits).read
+
+        def spoiled(self):
+            found = read(self)
+            return np.full_like(found, np.nan) if self is logits else found
+
+        monkeypatch.setattr(type(logits), "read", spoiled)
+        with pytest.raises(DnpError, match="no longer finite numbers"):
+            pipeline(PROMPT, **QUICK)
+
+
+class TestOnnxRuntime:
+    def test_too_little_memory_is_no_fault_of_the_bundle(self, gpu, default_bundle, monkeypatch):
+        def full(*arguments, **options):
+            raise RuntimeError("bfc_arena.cc:376: Failed to allocate memory for requested buffer of size 4096")
+
+        monkeypatch.setattr(gpu.ort, "InferenceSession", full, raising=False)
+        with pytest.raises(
+            BackendError, match=r"no memory on the GPU for the weights of 'encode_text'.*--memory-limit"
+        ):
+            open_session(default_bundle, "encode_text", "cuda")
+        assert not gpu.device
+
+    def test_a_graph_that_it_cannot_load(self, gpu, default_bundle, monkeypatch):
+        monkeypatch.setattr(gpu.ort, "InferenceSession", failing("not a graph"), raising=False)
+        with pytest.raises(DnpError, match="no graph that ONNX Runtime can load on CUDA"):
+            open_session(default_bundle, "encode_text", "cuda")
+
+    def test_a_fall_back_to_the_processor_is_an_error(self, gpu, default_bundle):
+        gpu.ort.providers = ["CPUExecutionProvider"]
+        with pytest.raises(BackendError):
+            open_session(default_bundle, "encode_text", "cuda")
+
+    def test_a_run_that_fails_names_the_sizes(self, gpu, default_bundle, monkeypatch):
+        with open_session(default_bundle, "encode_text", "cuda") as session:
+            session.reshape(batch=1)
+            monkeypatch.setattr(session._session, "run_with_iobinding", failing("out of memory"), raising=False)
+            with pytest.raises(BackendError, match=r"failed on cuda .*'batch': 1.*ask for fewer images at once"):
+                session.run()
+
+
+class TestCalls:
+    """The class of CUDA calls itself, on the real bindings, whose functions are told what to answer."""
+
+    @pytest.fixture
+    def answered(self, monkeypatch):
+        error = cuda_runtime.cudaError_t
+
+        def answer(**results):
+            for name, result in {"cudaSetDevice": (error.cudaSuccess,), **results}.items():
+                function = lambda *_, result=result: result  # noqa: E731
+                function.__name__ = name
+                monkeypatch.setattr(cuda_runtime, name, function)
+            return cuda.Cuda()
+
+        return answer
+
+    def test_out_of_memory(self, answered):
+        opened = answered(cudaMalloc=(cuda_runtime.cudaError_t.cudaErrorMemoryAllocation, None))
+        with pytest.raises(cuda.OutOfMemoryError, match="cudaMalloc found no memory"):
+            opened.malloc(10)
+
+    def test_any_other_error_names_the_call(self, answered):
+        opened = answered(cudaGraphLaunch=(cuda_runtime.cudaError_t.cudaErrorLaunchFailure,))
+        with pytest.raises(BackendError, match=r"cudaGraphLaunch failed: .* \(cudaErrorLaunchFailure\)"):
+            opened.launch(0, 0)
+
+    @pytest.mark.parametrize(
+        ("error", "driver", "told"),
+        [
+            ("cudaErrorNoDevice", 13000, "there is no NVIDIA GPU here"),
+            ("cudaErrorInvalidDevice", 13000, "there is no GPU number 0 here"),
+            ("cudaErrorInsufficientDriver", 0, "there is no NVIDIA driver here: install one for CUDA 13.0 or newer"),
+            ("cudaErrorInsufficientDriver", 12040, "the NVIDIA driver here is for CUDA 12.4, which is too old"),
+        ],
+    )
+    def test_no_device(self, answered, error, driver, told):
+        with pytest.raises(BackendError, match=told):
+            answered(
+                cudaSetDevice=(getattr(cuda_runtime.cudaError_t, error),),
+                cudaDriverGetVersion=(cuda_runtime.cudaError_t.cudaSuccess, driver),
+            )
+
+    def test_a_device_of_an_impossible_number(self):
+        for number in (-1, 99999999999):
+            with pytest.raises(BackendError, match=f"there is no GPU number {number} here"):
+                cuda.Cuda(number)
