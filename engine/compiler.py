@@ -74,10 +74,10 @@ class _Build:
         self._started = time.perf_counter()
 
     def state(self) -> BuildProgress:
-        """Where it is: the innermost phase that has steps. TensorRT stops only between two of them."""
-        name, (done, total) = next(reversed([*self.phases.items()]), ("parsing", (0, 1)))
+        """Where it is: the outermost phase that has steps. TensorRT stops only between two steps of any phase."""
+        name, (done, total) = next(iter([*self.phases.items()]), ("parsing", (0, 1)))
         if self.cancelled:
-            name = f"stopping after this step of {name}"
+            name = f"stopping at the compiler's next step; {name}"
         return BuildProgress(self.graph.name, name, done, total, time.perf_counter() - self._started)
 
     def compile(self) -> tuple[Any, dict[str, Any]]:

@@ -8,6 +8,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import fake_gpu
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from cuda.bindings import runtime as cuda_runtime
 
 import dnp
+from dnp.cli import run
 from dnp.engine import Bundle, cuda, open_session, seal
 from dnp.engine.build import BuildSettings, build_plans
 from dnp.engine.errors import BackendError, DnpError, SettingsError
@@ -347,6 +349,44 @@ class TestPlans:
     def test_ranges_of_wrong_kinds(self, gpu, default_bundle, tmp_path):
         with pytest.raises(SettingsError, match=r"the sizes of 'batch' are a Range"):
             build_plans(default_bundle, ranges={"batch": (1, 1, 2)}, folder=tmp_path)
+
+
+class TestTensorRt:
+    def test_an_address_that_it_does_not_take(self, open_pipeline, monkeypatch):
+        monkeypatch.setattr(fake_gpu.FakeContext, "set_tensor_address", lambda *_: False)
+        with pytest.raises(BackendError, match="TensorRT takes no address for 'ids'"):
+            open_pipeline(eager=True)(PROMPT, **QUICK)
+
+    def test_too_little_memory_for_its_weights(self, open_pipeline, gpu, monkeypatch):
+        def full(self, config):
+            self.module.say(
+                "[defaultAllocator.cpp] Requested amount of GPU memory could not be allocated: out of memory"
+            )
+
+        monkeypatch.setattr(fake_gpu.FakeEngine, "create_execution_context", full)
+        with pytest.raises(
+            BackendError, match=r"its weights take .* MB is free: build the plan with --weight-streaming"
+        ):
+            open_pipeline()(PROMPT, **QUICK)
+
+    @pytest.mark.parametrize("made", ["create_runtime_config", "create_engine_inspector"])
+    def test_what_it_does_not_make(self, open_pipeline, gpu, default_bundle, monkeypatch, made):
+        monkeypatch.setattr(fake_gpu.FakeEngine, made, lambda self: None, raising=False)
+        with pytest.raises(BackendError, match=r"TensorRT for RTX made no \w+ \w+; see `dnp doctor`"):
+            pipeline = open_pipeline()
+            pipeline.warm_up()
+            sessions_of(pipeline)["denoise"].layers()
+
+    def test_layers(self, gpu, default_bundle, tmp_path, capsys, monkeypatch):
+        told = SimpleNamespace(get_engine_information=lambda form: '{"Layers": ["a fused kernel"]}')
+        monkeypatch.setattr(fake_gpu.FakeEngine, "create_engine_inspector", lambda self: told, raising=False)
+        build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)
+        assert run(["inspect", "--engines", str(tmp_path), "--layers"]) == 0
+        assert "a fused kernel" in capsys.readouterr().out
+
+    def test_it_compiles_for_no_other_gpu(self, gpu, default_bundle, tmp_path):
+        with pytest.raises(BackendError, match="compiles for the GPU that is present; --sm is for tensorrt-rtx"):
+            build_plans(default_bundle, "tensorrt", settings=BuildSettings(sm=(89,)), folder=tmp_path)
 
 
 class TestNumbers:

@@ -284,12 +284,10 @@ def test_calls_that_fail_without_an_exception_are_noticed(open_pipeline, gpu, ca
     gpu.trt.fail.clear()
 
 
-@pytest.mark.parametrize("call", ["launch", "synchronize", "to_host", "to_device", "malloc_host"])
+@pytest.mark.parametrize("call", ["launch", "synchronize", "to_host", "to_device", "on_device"])
 def test_a_cuda_call_that_fails_is_an_error_and_the_pipeline_lives_on(open_pipeline, gpu, call):
     pipeline = open_pipeline()
     first = pipeline(PROMPT, **QUICK)
-    if call == "malloc_host":
-        call = "on_device"  # pinned memory is there by now
     gpu.fail[call] = fake_gpu.broken(f"cuda call {call} failed: unspecified launch failure")
     with pytest.raises(BackendError, match=f"{call} failed"):
         pipeline(PROMPT, **QUICK)
