@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -329,6 +330,7 @@ def test_what_killed_builds_left_is_removed_and_what_others_are_building_is_not(
         {"spec": {"flags": []}},
         {"facts": {"weights_bytes": "many"}},
         {"facts": {"weights_bytes": True}},
+        {"facts": {"weights_bytes": 10**400}},
         {"weights": {"file": "../elsewhere.weights"}},
         {"weights": {"size": -1}},
         {"more": 1},
@@ -351,6 +353,52 @@ def test_sidecars_that_are_not_as_they_were_written(bundle, engines, caplog, cap
     (record,) = caplog.records
     assert "has no sidecar that can be read" in record.message
     assert "export" not in record.message
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no such files")
+@pytest.mark.parametrize("spoil", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+def test_sidecars_that_are_no_files_are_not_read(bundle, engines, capsys, spoil):
+    (path,) = engines.glob("*.json")
+    path.unlink()
+    spoil(path)
+    assert run(["inspect", str(bundle.path), "--engines", str(engines)]) == 0
+    assert "no plans" in capsys.readouterr().out
+    with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
+        assert "plan" not in session.backend
+
+
+def test_what_a_sidecar_says_cannot_write_to_the_terminal(bundle, engines, capsys):
+    (path,) = engines.glob("*.json")
+    sidecar = json.loads(path.read_text())
+    sidecar["facts"]["built"] = "\x1b[2Jnever\nmore"
+    path.write_text(json.dumps(sidecar))
+    assert run(["inspect", str(bundle.path), "--engines", str(engines)]) == 0
+    assert "?[2Jnever?more" in capsys.readouterr().out.replace("\n", "?")
+
+
+def test_a_plan_under_another_name_is_none(bundle, engines, capsys):
+    for path in engines.glob("encode_text-*"):
+        path.rename(path.with_name(path.name.replace("encode_text-", "foo-")))
+    assert run(["inspect", str(bundle.path), "--engines", str(engines)]) == 0
+    assert "no plans" in capsys.readouterr().out
+
+
+def test_an_empty_folder_name_is_refused(bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["build", str(bundle.path), "--backend", "cpu", "--engines", ""]) == 2
+    assert "the path is empty; name one, or leave it out" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_plans_of_other_versions_are_removed_when_asked(bundle, tmp_path, monkeypatch, capsys):
+    command = ["build", str(bundle.path), "--backend", "cpu", "--engines", str(tmp_path), "--graph", "encode_text"]
+    assert run(command) == 0
+    before = {path.name for path in tmp_path.iterdir()}
+    monkeypatch.setattr("dnp.engine.cpu.processor_name", lambda: "another processor")
+    assert run([*command, "--prune"]) == 0
+    assert not before & {path.name for path in tmp_path.iterdir()}
+    assert re.search(r"dnp: removed encode_text-\w+\.plan", capsys.readouterr().err)
+    assert len([*tmp_path.glob("*.plan")]) == len([*tmp_path.glob("*.weights")]) == 1
 
 
 def test_two_processes_that_want_the_same_plans_build_them_once(bundle, tmp_path):
@@ -379,6 +427,13 @@ def test_a_disk_that_is_full(bundle, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=f"{told}name another folder"):  # there is room, it was something else
         build_cpu_plans(bundle, folder=tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(100, 95, 5_000_000))
+
+    def full_of_weights(graph, options, plan=None, settings=None):
+        error = "Failed to write pre-packed blobs"  # it does not always name the file
+        raise BundleError(f"{graph.path}: {error}; export it again") from RuntimeError(error)
+
+    monkeypatch.setattr("dnp.engine.cpu.OrtSession", full_of_weights)
+    told = rf"the plan of 'encode_text' cannot be kept in {tmp_path}: Failed to write pre-packed blobs; "
     with pytest.raises(OutputError, match=f"{told}its disk has 5 MB left: make room, or name another folder"):
         build_cpu_plans(bundle, folder=tmp_path)
     assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
