@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Final
@@ -16,6 +17,8 @@ from dnp.engine.schema import REMEDY
 from dnp.engine.session import Array, Buffer, StoredBuffer, StoredSession
 
 _ALIGNMENT: Final = 64  # bytes: a cache line, and the widest vector
+# ONNX Runtime begins with a code, at times twice, and a place in its own source.
+_ORT_PLACES: Final = re.compile(r".*\[ONNXRuntimeError\] : \d+ : \w+ : (?:\S+\.cc:\d+ \w+ )?")
 
 
 class HostBuffer(StoredBuffer):
@@ -175,4 +178,4 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # OpenVINO begins with places in its own source; what happened comes after them.
     told = [line for line in lines if not line.startswith("Exception from ")] or lines
-    return told[0] if told else type(error).__name__
+    return _ORT_PLACES.sub("", told[0]) if told else type(error).__name__
