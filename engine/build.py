@@ -152,10 +152,14 @@ def build_plans(
     kept, changed = store.settings(flavour), {}
     profiles = []
     for graph in chosen:
-        before, _, _ = _asked(bundle, store, kept, graph, flavour)
+        before, _ = _asked(store, kept, graph, flavour)
         asked = {**before, **(ranges or {})}  # sizes that were asked for before stay, unless others are asked for
-        profiles.append(default_profile(bundle, graph, asked))
-        changed[graph.name] = {"ranges": to_dict(asked), "settings": asdict(wanted)}
+        try:
+            profiles.append(default_profile(bundle, graph, asked))
+        except SettingsError as error:
+            default_profile(bundle, graph, ranges)  # the fault may be in those asked for now
+            raise store.damaged(flavour, error) from error
+        changed[graph.name] = {"ranges": to_dict(asked), "settings": asdict(replace(wanted, sm=goal.sm))}
     plans = [
         obtain(bundle, graph, profile, wanted, goal, store, force=force, report=report, progress=progress)
         for graph, profile in zip(chosen, profiles, strict=True)
@@ -165,14 +169,14 @@ def build_plans(
 
 
 def _asked(
-    bundle: Bundle, store: PlanStore, kept: Mapping[str, Any], graph: GraphSpec, flavour: str
-) -> tuple[dict[str, Range], Profile, BuildSettings]:
-    """What ``dnp build`` was asked for, for one graph. Raises BackendError when it cannot be read, or not be had."""
+    store: PlanStore, kept: Mapping[str, Any], graph: GraphSpec, flavour: str
+) -> tuple[dict[str, Range], BuildSettings]:
+    """What ``dnp build`` was asked for, for one graph. Raises BackendError when it cannot be read."""
     entry = kept.get(graph.name, {})
     try:
         settings, ranges = entry.get("settings", {}), from_dict(entry.get("ranges", {}))
         asked = BuildSettings(**{**settings, "sm": tuple(settings.get("sm", ()))})
-        return ranges, default_profile(bundle, graph, ranges), asked
+        return ranges, asked
     except (TypeError, AttributeError, SettingsError) as error:
         raise store.damaged(flavour, error) from error
 
@@ -185,7 +189,11 @@ def wanted_plan(
 
     Raises what ``target`` raises, and BackendError when what was asked for cannot be read.
     """
-    _, profile, settings = _asked(bundle, store, store.settings(flavour.name), graph, flavour.name)
+    ranges, settings = _asked(store, store.settings(flavour.name), graph, flavour.name)
+    try:
+        profile: Profile = default_profile(bundle, graph, ranges)
+    except SettingsError as error:
+        raise store.damaged(flavour.name, error) from error
     here = target(flavour, (), device)
     if not flavour.portable:
         return profile, settings, here
@@ -221,11 +229,15 @@ def settings_of(spec: PlanSpec) -> BuildSettings:
     return BuildSettings(sm=tuple(int(name.removeprefix("sm")) for name in sm), **flags)
 
 
-def build_command(bundle: Bundle, spec: PlanSpec, engines: Path | None) -> str:
-    """The ``dnp build`` that a plan of TensorRT came from, up to its sizes, which are kept from build to build."""
+def build_command(bundle: Bundle, spec: PlanSpec, engines: Path | None, device: int = 0) -> str:
+    """The ``dnp build`` that a plan of TensorRT came from, up to its sizes, which are kept from build to build.
+
+    ``engines`` is the folder of the plans where it is not the bundle's own.
+    """
     settings = settings_of(spec)
     words = ["dnp", "build", str(bundle.path), "--backend", spec.flavour]
-    words += ["--engines", str(engines.absolute())] if engines else []
+    words += ["--engines", str(engines)] if engines else []
+    words += ["--device", str(device)] if device else []
     words += ["--sm", ",".join(map(str, settings.sm))] if settings.sm else []
     words += [] if settings.optimization_level is None else ["--optimization-level", str(settings.optimization_level)]
     words += [] if settings.workspace is None else ["--workspace", str(math.ceil(settings.workspace / 1e6))]

@@ -166,15 +166,16 @@ class DeviceBuffer(StoredBuffer):
         return self._shape
 
     def reserve(self, shape: tuple[int, ...]) -> None:
-        """Make room for ``shape``, which loses the contents when there was too little.
+        """Make room for ``shape``, which loses the contents when there was too little; takes old and new for a moment.
 
         Raises BackendError, with the buffer as it was.
         """
         size = math.prod(shape) * self.dtype.itemsize
         if size > self._capacity:
             address = self._device.allocate(size, f"{self.name!r} {list(shape)} of {self._graph!r}")
+            present = self._shape
             self.free()
-            self.address, self._capacity = address, size
+            self.address, self._capacity, self._shape = address, size, present
 
     def shape_to(self, shape: tuple[int, ...]) -> None:
         """Take on a shape that ``reserve`` made room for."""

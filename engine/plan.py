@@ -53,8 +53,8 @@ class PlanSpec:
             if mine == its:
                 continue
             if isinstance(mine, dict) and isinstance(its, dict):
-                inner = next(key for key in {**mine, **its} if mine.get(key) != its.get(key))
-                return f"{field.name}.{inner} is {its.get(inner)}, wanted is {mine.get(inner)}"
+                inner = next(key for key in {**mine, **its} if mine.get(key, its) != its.get(key, its))
+                return f"{field.name}.{_short(inner)} is {_short(its.get(inner))}, wanted is {_short(mine.get(inner))}"
             return f"{field.name} is {_short(its)}, wanted is {_short(mine)}"
         return ""
 
@@ -112,5 +112,5 @@ class Plan:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = "".join(c if c.isprintable() else "?" for c in str(value))  # sidecars can be edited
     return text if len(text) <= 40 else f"{text[:12]}..."

@@ -78,6 +78,10 @@ class Range:
             raise SettingsError(f"{name} {self} has sizes that are no multiples of {divisor} pixels")
         return Range(*(size // divisor for size in sizes))
 
+    def with_(self, other: Range) -> Range:
+        """The sizes of both, best where this one is."""
+        return Range(min(self.low, other.low), self.best, max(self.high, other.high))
+
     def __contains__(self, size: int) -> bool:
         return self.low <= size <= self.high
 
@@ -144,19 +148,23 @@ class Limits:
         beyond = {symbol: size for symbol, size in dims.items() if size not in self.profile[symbol]}
         if not beyond:
             return
-        options = dict(self._wider(symbol, size) for symbol, size in beyond.items() if symbol in _OPTIONS)
-        wider = " ".join(f"{option} {sizes}" for option, sizes in options.items())
+        options: dict[str, Range] = {}
+        for symbol in beyond:
+            if option := _OPTIONS.get(symbol):
+                sizes = self._wider(symbol, beyond[symbol])
+                options[option] = sizes.with_(options[option]) if option in options else sizes
+        wider = " ".join(f"{option} {sizes.low}:{sizes.best}:{sizes.high}" for option, sizes in options.items())
         remedy = f"; build a wider one: {self.command} {wider}" if wider else ""
         told = " and ".join(f"{symbol} {self.profile[symbol]}, not for {size}" for symbol, size in beyond.items())
         raise SettingsError(f"graph {graph!r}: the plan was compiled for {told}{remedy}")
 
-    def _wider(self, symbol: str, size: int) -> tuple[str, str]:
-        """The option of ``dnp build`` that is about ``symbol``, and its value for a plan that takes ``size`` too."""
+    def _wider(self, symbol: str, size: int) -> Range:
+        """What to ask ``dnp build`` for, for a plan that takes ``size`` too."""
         range_, unit = self.profile[symbol], self.units.get(symbol, Fraction(1))
         asked = math.ceil(size * unit)
         low = max(1, min(int(range_.low * unit), asked))
         high = max(math.ceil(range_.high * unit), asked)
-        return _OPTIONS[symbol], f"{low}:{max(int(range_.best * unit), low)}:{high}"
+        return Range(low, max(int(range_.best * unit), low), high)
 
 
 def limits_of(bundle: Bundle, graph: GraphSpec, profile: Profile, command: str) -> Limits:

@@ -45,7 +45,11 @@ def backend_names() -> tuple[str, ...]:
 
 
 def open_backend(name: str = "cpu", options: BackendOptions | None = None) -> Backend:
-    """The backend called ``name``. Raises BackendError when it is unknown, not installed, or cannot run here."""
+    """The backend called ``name``.
+
+    Raises BackendError when it is unknown, not installed, or cannot run here, SettingsError for options of a GPU where
+    it runs on none.
+    """
     if not isinstance(name, str) or name not in _BACKENDS:
         raise BackendError(f"unknown backend {name!r}, {nearest(str(name), _BACKENDS)}")
     kind = _BACKENDS[name]

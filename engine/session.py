@@ -196,6 +196,9 @@ class Session(ABC):
         Raises what ``run`` raises.
         """
 
+    def prepared(self) -> None:  # noqa: B027  there is nothing to keep in ordinary memory
+        """Keep what preparing found out, for the next start. Called when the last size is prepared. Raises nothing."""
+
     def check_refit(self) -> None:
         """Raises BackendError when the weights cannot be exchanged."""
         raise BackendError(

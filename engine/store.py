@@ -212,7 +212,7 @@ class PlanStore:
         found = []
         with suppress(OSError):
             for path in sorted(self.folder.glob("*.plan")):
-                with suppress(OSError, ValueError):
+                with suppress(OSError, ValueError, RecursionError):
                     sidecar = self._read(path)
                     if path == self._path(sidecar.spec):
                         found.append(Plan(path, sidecar.size, sidecar.spec, sidecar.facts))
@@ -231,7 +231,6 @@ class PlanStore:
                 with self._locked(path.stem):
                     for part in [path, *self.folder.glob(f"{path.stem}.*")]:
                         part.unlink(missing_ok=True)
-                (self.folder / f".{path.stem}.lock").unlink(missing_ok=True)
             except OSError as error:
                 raise self._unwritable(error) from error
         return gone
@@ -287,13 +286,15 @@ class PlanStore:
         own = self._path(spec)
         with suppress(OSError):
             for left in self.folder.glob(f"{TEMPORARY}{spec.graph}-*"):
+                if ".cache." in left.name:  # a session's, which holds no lock
+                    continue
                 stem = left.name.removeprefix(TEMPORARY).split(".")[0]
                 held = stem == own.stem
                 with suppress(OSError, Timeout), nullcontext() if held else self._lock(stem).acquire(timeout=0):
                     shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
             try:
                 weights = self._read(own).weights
-            except ValueError:  # no plan, then no weights either
+            except (FileNotFoundError, ValueError):  # no plan, then no weights either
                 weights = None
             self._forget_weights(own, weights.file if weights else "")
 

@@ -141,7 +141,10 @@ class TrtSession(DeviceSession):
             self._run_eagerly(error)
             return
         self._prepared[key] = run
-        self._save_cache()  # not only when it is closed: a process that is killed keeps it too
+
+    def prepared(self) -> None:
+        """See ``Session.prepared``. Saved not only when it is closed: a process that is killed keeps it too."""
+        self._save_cache()
 
     def run(self) -> None:
         """See ``Session.run``. Starts the work and does not wait for it."""
@@ -306,7 +309,8 @@ class TrtBackend(DeviceBackend):
         store = PlanStore(self.options.engines or bundle.path / FOLDER)
         wanted = wanted_plan(bundle, graph, self.flavour, store, self.options.device)
         plan = obtain(bundle, graph, *wanted, store, report=_log.warning)
-        command = build_command(bundle, plan.spec, self.options.engines)
+        folder = store.folder if self.options.engines else None
+        command = build_command(bundle, plan.spec, folder, self.options.device)
         limits = limits_of(bundle, graph, from_dict(plan.spec.profile), command)
         return self._open(graph, plan, limits, plan.path.with_suffix(f".sm{self.device.properties.sm}.cache"))
 

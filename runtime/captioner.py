@@ -65,10 +65,9 @@ class Captioner:
         sizes = ((self._encode, "batch"), (self._step, "batch"), (self._step, "images"))
         return all(session.least.get(s, 1) <= batch <= session.most.get(s, batch) for session, s in sizes)
 
-    def admit_images(self, count: int, beams: int) -> None:
-        """Raises SettingsError when some batch of ``count`` images, in parts of ``most``, cannot be captioned here."""
-        most = min(count, self.most(beams))
-        for batch in {most, count % most or most}:
+    def admit_images(self, count: int, most: int, beams: int) -> None:
+        """Raises SettingsError when some part of ``count`` images, ``most`` at a time, cannot be captioned here."""
+        for batch in {min(count, most), count % most or most}:
             self._encode.admit(batch=batch)
             self._step.admit(batch=batch * beams, images=batch)
 

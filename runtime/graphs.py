@@ -28,7 +28,7 @@ _OPENERS: Final = {  # what opens a graph, with what it stands on
 
 
 class Graphs:
-    """Plain guidance never opens the captioner. The backend is closed with the graphs.
+    """Plain guidance never opens the captioner; ``refit`` opens what it changes. The backend is closed with the graphs.
 
     Attributes:
         bundle: whose weights run.
@@ -83,12 +83,6 @@ class Graphs:
             return self._sessions[graph]
         started = time.perf_counter()
         session = self.backend.session(self._plans.graph(graph), self._plans)
-        try:
-            if graph in self._plans.unlike(self.bundle):
-                session.refit(self.bundle.graph(graph).path)
-        except BaseException:
-            session.close()
-            raise
         self._sessions[graph] = session
         self.opening += time.perf_counter() - started
         return session
@@ -127,6 +121,8 @@ class Graphs:
         if captioner and "captions" not in self._prepared:
             self.captioner.prepare([batch for batch in batches if self.captioner.takes(batch)], self._sizes)
             self._prepared.add("captions")
+        for session in self._sessions.values():
+            session.prepared()
 
     def _prepare_sampling(self, batches: Sequence[int]) -> None:
         """Prepare the three sessions for ``batches``, the largest first, and every size or the nearest that they have.
@@ -165,7 +161,11 @@ class Graphs:
             for session in self._sampling:
                 session.admit(batch=batch)
         if captioner:
-            self.captioner.admit_images(min(count, most), beams)
+            self.captioner.admit_images(count, self.captioned(beams), beams)
+
+    def captioned(self, beams: int) -> int:
+        """The most images captioned at once with so many beams each."""
+        return min(self.batch, self.captioner.most(beams))
 
     def admit(self, height: int, width: int, *, captioner: bool) -> None:
         """Raises SettingsError when the graphs are compiled for other image sizes than this one, in pixels."""

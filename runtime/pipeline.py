@@ -63,7 +63,8 @@ class Pipeline:
     ) -> Pipeline:
         """Open a bundle, the shipped default one when none is named. The options are those of ``BackendOptions``.
 
-        Raises BundleError when it is missing or damaged, BackendError when ``backend`` cannot run here.
+        Raises BundleError when it is missing or damaged, BackendError when ``backend`` cannot run here, SettingsError
+        for options that it does not have.
         """
         started = time.perf_counter()
         opened = Bundle.default() if bundle is None else Bundle.open(Path(bundle))
@@ -281,7 +282,7 @@ class Pipeline:
         prompts, empty = [request.prompt] * request.images, [""] * request.images
         images = yield from self._sample("dns", prompts, empty, table, seeds, request, clock)
         negatives: list[str] = []
-        most = min(self._graphs.batch, self._graphs.captioner.most(request.beams))
+        most = self._graphs.captioned(request.beams)
         for start in range(0, request.images, most):
             part = images[start : start + most]
             # The only batch of them is still where it was decoded.

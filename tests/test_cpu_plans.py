@@ -321,6 +321,25 @@ def test_what_killed_builds_left_is_removed_and_what_others_are_building_is_not(
     assert (orphan.exists(), busy.exists()) == (False, False)
 
 
+def nested(depth):
+    return {"x": nested(depth - 1)} if depth else {}
+
+
+@pytest.mark.parametrize("flags", [{"x": None}, {"x\x1b[2J\n": "y" * 1000}, nested(900)])
+def test_flags_that_were_edited_are_told_in_a_line(bundle, engines, caplog, flags):
+    (path,) = engines.glob("*.json")
+    sidecar = json.loads(path.read_text())
+    sidecar["spec"]["flags"] = flags
+    path.write_text(json.dumps(sidecar))
+    assert run(["inspect", str(bundle.path), "--engines", str(engines)]) == 0
+    with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
+        assert "plan" not in session.backend
+    (record,) = caplog.records
+    assert "flags.x" in record.message
+    assert record.message.isprintable()
+    assert len(record.message) < 700
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -393,7 +412,7 @@ def test_an_empty_folder_name_is_refused(bundle, tmp_path, monkeypatch, capsys):
 def test_plans_of_other_versions_are_removed_when_asked(bundle, tmp_path, monkeypatch, capsys):
     command = ["build", str(bundle.path), "--backend", "cpu", "--engines", str(tmp_path), "--graph", "encode_text"]
     assert run(command) == 0
-    before = {path.name for path in tmp_path.iterdir()}
+    before = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")}
     monkeypatch.setattr("dnp.engine.cpu.processor_name", lambda: "another processor")
     assert run([*command, "--prune"]) == 0
     assert not before & {path.name for path in tmp_path.iterdir()}

@@ -8,6 +8,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from fractions import Fraction
 from types import SimpleNamespace
 
 import fake_gpu
@@ -22,7 +23,7 @@ from dnp.cli import run
 from dnp.engine import Bundle, cuda, open_session, seal
 from dnp.engine.build import BuildSettings, build_plans
 from dnp.engine.errors import BackendError, DnpError, SettingsError
-from dnp.engine.profile import Range
+from dnp.engine.profile import Limits, Range
 from dnp.engine.session import BackendOptions
 from dnp.engine.store import PlanStore
 
@@ -93,6 +94,24 @@ class TestBatches:
             pipeline(PROMPT, images=1, **QUICK)
         assert not gpu.counted(since)["launch"]
 
+    @pytest.mark.parametrize(("images", "beams", "fits"), [(15, 5, True), (13, 5, False), (15, 1, True)])
+    def test_captions_are_found_in_the_parts_that_were_admitted(
+        self, open_pipeline, default_bundle, gpu, tmp_path, images, beams, fits
+    ):
+        """15 images by 5 beams are captioned 6, 6 and 3 at a time, 13 of them 6, 6 and 1."""
+        entry = {"ranges": {"batch": [3, 4, 8]}, "settings": {}}
+        store = PlanStore(tmp_path / "engines")
+        store.keep_settings("tensorrt-rtx", dict.fromkeys(("encode_image", "caption_step"), entry))
+        sampling = {"ranges": {"batch": [1, 1, 8]}, "settings": {}}
+        store.keep_settings("tensorrt-rtx", dict.fromkeys(("encode_text", "denoise", "decode_latents"), sampling))
+        pipeline = open_pipeline(eager=True)
+        request = pipeline.resolve(dnp.Request(PROMPT, images=images, beams=beams, **QUICK))
+        if fits:
+            assert next(pipeline.steps(request)).phase == "dns"
+        else:
+            with pytest.raises(SettingsError, match="compiled for batch 3:4:8, not for 1"):
+                next(pipeline.steps(request))
+
 
 class TestRefit:
     def test_what_is_not_open_yet_is_checked_too(self, default_bundle, other_weights):
@@ -108,9 +127,6 @@ class TestRefit:
         self, open_pipeline, gpu, default_bundle, other_weights, tmp_path
     ):
         asked(default_bundle, tmp_path / "engines", 1, refit=True)
-        pipeline = open_pipeline()
-        pipeline.refit(other_weights)
-        pipeline._graphs.close()
         pipeline = open_pipeline()
         gpu.trt.fail.add("refit")
         with pytest.raises(BackendError):
@@ -173,7 +189,7 @@ class TestBuffers:
             session.inputs["ids"].write(np.full(session.inputs["ids"].shape, 1, np.int64))
             session.run()
             before = session.outputs["context"].read()
-            gpu.memory = sum(block.nbytes for block in gpu.device.values()) + 100_000
+            gpu.memory = sum(block.nbytes for block in gpu.device.values()) + 300_000  # one buffer, and no more
             with pytest.raises(BackendError, match="no memory on cuda:0"):
                 session.reshape(batch=1000)
             assert session.inputs["ids"].shape == (1, 32)
@@ -259,6 +275,36 @@ class TestPlans:
         open_pipeline().warm_up()
         assert gpu.trt.built == built
 
+    def test_what_was_asked_for_last_is_opened_and_not_what_was_built_last(self, gpu, default_bundle, tmp_path):
+        for largest in (8, 2, 8):  # the last one is there already
+            ranges = {"batch": Range(1, 1, largest)}
+            build_plans(default_bundle, graphs=["encode_text"], ranges=ranges, folder=tmp_path)
+        options = BackendOptions(engines=str(tmp_path), device=0)
+        with open_session(default_bundle, "encode_text", "tensorrt-rtx", options) as session:
+            assert session.most["batch"] == 8
+            with pytest.raises(
+                SettingsError, match=rf"dnp build \S+ --backend tensorrt-rtx --engines {tmp_path} --sm 89"
+            ):
+                session.admit(batch=9)
+
+    def test_sizes_asked_for_now_stand_in_for_those_that_cannot_be_had(self, gpu, default_bundle, tmp_path):
+        entry = {"ranges": {"height": [1024, 1024, 1024]}, "settings": {}}
+        PlanStore(tmp_path).keep_settings("tensorrt-rtx", {"denoise": entry})  # of a larger bundle
+        build_plans(default_bundle, graphs=["denoise"], ranges={"height": Range(128, 128, 128)}, folder=tmp_path)
+        with pytest.raises(SettingsError, match="height 100 has sizes"):
+            build_plans(default_bundle, graphs=["denoise"], ranges={"height": Range(100, 100, 100)}, folder=tmp_path)
+
+    def test_a_remedy_widens_all_that_is_too_narrow(self):
+        limits = Limits({"batch": Range(1, 1, 8), "images": Range(1, 1, 2)}, {"batch": Fraction(1, 4)}, "build")
+        with pytest.raises(SettingsError, match=r"; build a wider one: build --batch 1:1:12$"):
+            limits.check("caption_step", {"batch": 45, "images": 3})
+
+    def test_a_session_s_files_are_no_leftovers(self, gpu, default_bundle, tmp_path):
+        writing = tmp_path / ".dnp.encode_text-0123456789abcdef.sm89.cache.x"
+        writing.write_bytes(b"half")
+        build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)
+        assert writing.exists()
+
     def test_two_builds_of_different_graphs_keep_both_settings(self, gpu, default_bundle, tmp_path, monkeypatch):
         store = PlanStore(tmp_path)
         keep = PlanStore.keep_settings
@@ -289,7 +335,7 @@ class TestPlans:
         assert sorted(path.name for path in tmp_path.glob("*.plan")) == sorted(
             plan.path.name for plan in (others, *plans[1])
         )
-        assert not list(tmp_path.glob(f"*{plans[0][0].path.stem}*"))
+        assert not list(tmp_path.glob(f"{plans[0][0].path.stem}*"))
 
     def test_the_runtime_cache_is_kept_at_warm_up_and_read_at_the_next_start(
         self, open_pipeline, gpu, tmp_path, monkeypatch

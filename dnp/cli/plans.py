@@ -91,7 +91,10 @@ def build(
         click.echo(f"dnp: {opened.name} computes in fp32; an export with --precision fp16 is faster on a GPU", err=True)
     ranges = {name: _range(name, text) for name, text in sizes.items() if text is not None}
     if "batch" in ranges and ranges["batch"].high > BATCH:
-        click.echo(f"dnp: a pipeline takes {BATCH} images at once at most: larger batches only cost memory", err=True)
+        click.echo(
+            f"dnp: a pipeline samples {BATCH} images at once at most; larger batches only serve captions by many beams",
+            err=True,
+        )
     with closing(_Bar()) as bar:
         plans = build_plans(
             opened,
@@ -182,21 +185,21 @@ def plan_table(plans: list[dict[str, Any]]) -> str:
         ]
     gpu = [plan for plan in plans if plan["spec"]["flavour"] in FLAVOURS]
     if len(gpu) > 1 and len({plan["spec"]["graph"] for plan in gpu}) == len(gpu):
-        lines.append(_together([plan["facts"] for plan in gpu]))
+        lines += _together([plan["facts"] for plan in gpu])
     text = "\n".join(lines) or "no plans; make them with: dnp build"
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)  # sidecars can be edited
 
 
-def _together(facts: list[dict[str, Any]]) -> str:
+def _together(facts: list[dict[str, Any]]) -> list[str]:
     """What all plans of a pipeline take on the GPU: activations share one piece of memory."""
     if any(name not in of_plan for of_plan in facts for name in _PARTS):
-        return ""
+        return []
     weights, buffers, activations = ([int(of_plan[name]) for of_plan in facts] for name in _PARTS)
     total = sum(weights) + sum(buffers) + max(activations)
-    return (
+    return [
         f"{'together':<15}on the GPU {_mb(total)} at most at the largest sizes: weights {_mb(sum(weights))}, buffers "
         f"{_mb(sum(buffers))}, one piece of {_mb(max(activations))} for the activations of all; CUDA's own comes on top"
-    )
+    ]
 
 
 def _entry(plan: Plan) -> dict[str, Any]:
