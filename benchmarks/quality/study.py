@@ -38,7 +38,7 @@ class Setting:
 class Grid:
     """What settings are chosen from."""
 
-    w: tuple[float, ...] = (1.5, 2.5, 4.0, 6.0, 9.0)
+    w: tuple[float, ...] = (1.5, 2.5, 4.0, 6.0, 9.0, 13.0, 18.0)
     s: tuple[float, ...] = (1.0, 2.0)
     samplers: tuple[str, ...] = ("ddim", "dpmpp_2m")
     steps: tuple[int, ...] = (12, 6)
