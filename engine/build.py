@@ -148,7 +148,8 @@ def build_plans(
     if wanted.refit:
         _require_gpu(device, "plans that can be refitted are built where the GPU is")
     store = PlanStore(folder or bundle.path / FOLDER)
-    chosen = [bundle.graph(name) for name in graphs] or list(bundle.graphs.values())
+    named = [graphs] if isinstance(graphs, str) else graphs
+    chosen = [bundle.graph(name) for name in named] or list(bundle.graphs.values())
     kept, changed = store.settings(flavour), {}
     profiles = []
     for graph in chosen:

@@ -115,7 +115,8 @@ def build_cpu_plans(
             progress=progress,
         )
 
-    return [obtain(graph) for graph in [bundle.graph(name) for name in graphs] or bundle.graphs.values()]
+    named = [graphs] if isinstance(graphs, str) else graphs
+    return [obtain(graph) for graph in [bundle.graph(name) for name in named] or bundle.graphs.values()]
 
 
 def _build(graph: GraphSpec, spec: PlanSpec, store: PlanStore, progress: Progress | None) -> Plan:

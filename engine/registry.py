@@ -51,7 +51,9 @@ def open_backend(name: str = "cpu", options: BackendOptions | None = None) -> Ba
     it runs on none.
     """
     if not isinstance(name, str) or name not in _BACKENDS:
-        raise BackendError(f"unknown backend {name!r}, {nearest(str(name), _BACKENDS)}")
+        of_extra = [backend for backend, kind in _BACKENDS.items() if kind.extra == name]
+        hint = f"did you mean {of_extra[0]!r}?" if of_extra else nearest(str(name), _BACKENDS)
+        raise BackendError(f"unknown backend {name!r}, {hint}")
     kind = _BACKENDS[name]
     options = options or BackendOptions()
     if not kind.on_gpu:

@@ -392,6 +392,11 @@ class TestPlans:
         with pytest.raises(SettingsError):
             BuildSettings(**changes)
 
+    def test_one_graph_may_be_named_without_a_list(self, gpu, default_bundle, tmp_path):
+        assert [plan.spec.graph for plan in build_plans(default_bundle, graphs="denoise", folder=tmp_path)] == [
+            "denoise"
+        ]
+
     def test_ranges_of_wrong_kinds(self, gpu, default_bundle, tmp_path):
         with pytest.raises(SettingsError, match=r"the sizes of 'batch' are a Range"):
             build_plans(default_bundle, ranges={"batch": (1, 1, 2)}, folder=tmp_path)

@@ -549,6 +549,11 @@ def test_doctor_says_what_is_missing_and_how_to_add_it(monkeypatch):
         assert report.remedy == f"pip install 'dnp-engine[{'gpu' if report.name == 'cuda' else report.name}]'"
 
 
+def test_the_extra_s_name_finds_the_backend():
+    with pytest.raises(BackendError, match="unknown backend 'gpu', did you mean 'cuda'?"):
+        registry.open_backend("gpu")
+
+
 def test_doctor_does_not_advise_what_breaks_the_other_package():
     report = next(report for report in doctor() if report.name == "cuda")
     assert report.remedy == "pip uninstall --yes onnxruntime; then pip install 'dnp-engine[gpu]'"
