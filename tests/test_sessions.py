@@ -550,7 +550,7 @@ def test_doctor_says_what_is_missing_and_how_to_add_it(monkeypatch):
 
 
 def test_the_extra_s_name_finds_the_backend():
-    with pytest.raises(BackendError, match="unknown backend 'gpu', did you mean 'cuda'?"):
+    with pytest.raises(BackendError, match=r"unknown backend 'gpu', did you mean 'cuda'\?"):
         registry.open_backend("gpu")
 
 
