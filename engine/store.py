@@ -150,8 +150,8 @@ class PlanStore:
     def take(self, spec: PlanSpec, plan: Path, weights: Path, facts: Mapping[str, Any]) -> Plan:
         """Move a plan, and its weights where there are any, from their ``room`` to their place.
 
-        A plan that was there before stays as good as it was unless all of the new one is there. Raises OutputError when
-        the folder cannot be written.
+        A plan that was there before stays as good as it was until all of the new one is on the disk. Raises OutputError
+        when the folder cannot be written.
         """
         path = self._path(spec)
         told = plan.with_suffix(".json")
@@ -171,7 +171,8 @@ class PlanStore:
                 for source, target in moved.items():
                     source.replace(target)
         except OSError as error:
-            (self.folder / weights.name).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.folder / weights.name).unlink()
             raise OutputError(f"cannot write {path}: {error.strerror or error}; name another folder") from error
         self._forget_weights(path, weights.name)
         return Plan(path, own.size, spec, dict(facts))
