@@ -8,9 +8,7 @@ be. What cannot be done is said first: options that cannot be honoured (2), no G
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -28,7 +26,7 @@ from dnp.engine import Bundle, cuda, open_backend, open_session
 from dnp.engine.build import BuildSettings, build_plans
 from dnp.engine.cuda import GpuProperties
 from dnp.engine.errors import DnpError, OutputError, SettingsError
-from dnp.engine.files import write_together
+from dnp.engine.files import refuse_folder, write_together
 from dnp.engine.flavour import FLAVOURS
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.plan import FOLDER
@@ -89,8 +87,7 @@ def check_options(backend: str, batches: int) -> None:
 def check_file(path: Path) -> None:
     """Raises OutputError when ``path``, in a folder that can be written to, can be no file."""
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        refuse_folder(path)
     except OSError as error:  # also a name that is too long
         raise OutputError(f"cannot write {path}: {error.strerror}; name another file with --out") from error
 

@@ -148,8 +148,7 @@ def build_plans(
     if wanted.refit:
         _require_gpu(device, "plans that can be refitted are built where the GPU is")
     store = PlanStore(folder or bundle.path / FOLDER)
-    named = [graphs] if isinstance(graphs, str) else graphs
-    chosen = [bundle.graph(name) for name in named] or list(bundle.graphs.values())
+    chosen = bundle.chosen(graphs)
     kept, changed = store.settings(flavour), {}
     profiles = []
     for graph in chosen:

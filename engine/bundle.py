@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files as package_files
@@ -134,6 +134,11 @@ class Bundle(Manifest):
         if name not in self.graphs:
             raise BundleError(f"{self.path}: no graph {name!r}, {nearest(name, self.graphs)}")
         return self.graphs[name]
+
+    def chosen(self, names: str | Sequence[str]) -> list[GraphSpec]:
+        """The graph or graphs of these names, all when there is none. Raises BundleError as ``graph``."""
+        names = [names] if isinstance(names, str) else names
+        return [self.graph(name) for name in names] or list(self.graphs.values())
 
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -115,8 +115,7 @@ def build_cpu_plans(
             progress=progress,
         )
 
-    named = [graphs] if isinstance(graphs, str) else graphs
-    return [obtain(graph) for graph in [bundle.graph(name) for name in named] or bundle.graphs.values()]
+    return [obtain(graph) for graph in bundle.chosen(graphs)]
 
 
 def _build(graph: GraphSpec, spec: PlanSpec, store: PlanStore, progress: Progress | None) -> Plan:

@@ -13,8 +13,6 @@ The number is the exit code of the ``dnp`` command.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, distribution
-
 
 class DnpError(Exception):
     """Base of every error this package raises on purpose."""
@@ -56,24 +54,3 @@ class Cancelled(DnpError):  # noqa: N818  an outcome, not a fault
     """The work was stopped by the user or by a callback; nothing is half-written."""
 
     exit_code = 130
-
-
-def missing_extra(package: str, extra: str, purpose: str) -> BackendError:
-    """The error for an optional dependency that is not installed, with the line that installs it."""
-    line = install_line(extra) if extra else f"pip install '{package}'"
-    return BackendError(f"{purpose} needs {package}, which is not installed: {line}")
-
-
-def install_line(extra: str) -> str:
-    """What installs an extra. The packages of `cpu` and `gpu` share their files, so the other one goes first."""
-    other = {"gpu": "onnxruntime", "cpu": "onnxruntime-gpu"}.get(extra)
-    line = f"pip install 'dnp-engine[{extra}]'"
-    return f"pip uninstall --yes {other}; then {line}" if other and _is_installed(other) else line
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        distribution(package)
-    except PackageNotFoundError:
-        return False
-    return True

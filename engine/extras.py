@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dnp.engine.errors import BackendError, missing_extra
+from dnp.engine.errors import BackendError
 from dnp.engine.interrupts import uninterrupted
 
 
@@ -33,3 +34,24 @@ def load(module: str, *others: str, package: str, purpose: str, extra: str = "",
     if has and not hasattr(found, has):
         raise BackendError(f"{package} is installed but empty; {repair}")
     return found
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> BackendError:
+    """The error for an optional dependency that is not installed, with the line that installs it."""
+    line = install_line(extra) if extra else f"pip install '{package}'"
+    return BackendError(f"{purpose} needs {package}, which is not installed: {line}")
+
+
+def install_line(extra: str) -> str:
+    """What installs an extra. The packages of `cpu` and `gpu` share their files, so the other one goes first."""
+    other = {"gpu": "onnxruntime", "cpu": "onnxruntime-gpu"}.get(extra)
+    line = f"pip install 'dnp-engine[{extra}]'"
+    return f"pip uninstall --yes {other}; then {line}" if other and installed(other) else line
+
+
+def installed(package: str) -> str:
+    """The package and its version, as ``onnxruntime 1.32.0``; empty when it is not there."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return ""

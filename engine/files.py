@@ -27,8 +27,7 @@ def write_together(files: Mapping[Path, Any]) -> None:
     try:
         for path, data in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)  # another process may have tidied it away
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            refuse_folder(path)
             prefix = f"{TEMPORARY}{path.name[:40]}."
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, delete=False) as file:
                 temporary = Path(file.name)
@@ -46,6 +45,12 @@ def write_together(files: Mapping[Path, Any]) -> None:
     finally:
         for temporary in ready:
             temporary.unlink(missing_ok=True)
+
+
+def refuse_folder(path: Path) -> None:
+    """Raises IsADirectoryError when a folder is where a file shall be, and OSError when nothing can be there."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
 @contextmanager

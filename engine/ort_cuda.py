@@ -7,7 +7,8 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from dnp.engine.device import DeviceBackend, DeviceSession
-from dnp.engine.errors import BackendError, BundleError, missing_extra
+from dnp.engine.errors import BackendError, BundleError
+from dnp.engine.extras import missing_extra
 from dnp.engine.host import first_line
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.ort import FATAL, check_session, import_onnxruntime

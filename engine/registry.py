@@ -6,14 +6,14 @@ import base64
 import tempfile
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from dnp.engine.bundle import Bundle
-from dnp.engine.errors import BackendError, SettingsError, install_line
+from dnp.engine.errors import BackendError, SettingsError
+from dnp.engine.extras import install_line, installed
 from dnp.engine.manifest import GraphSpec, TensorSpec
 from dnp.engine.processor import core_count, processor_name
 from dnp.engine.schema import nearest
@@ -125,21 +125,21 @@ def _examine(name: str, kind: _Kind, graph: GraphSpec) -> BackendReport:
     failures = {precision: _try(name, graph, precision) for precision in kind.precisions or (None,)}
     why_not, remedy = next(iter(failures.values())), ""  # that of the usual precision
     works = not why_not
-    installed = _installed(kind.package)
-    if why_not and not installed:
+    found = installed(kind.package)
+    if why_not and not found:
         why_not, remedy = f"{kind.package} is not installed", install_line(kind.extra)
     elif why_not and not kind.on_gpu:
         remedy = f"pip install --force-reinstall {kind.package}"
     if kind.package == "onnxruntime":
-        gpu = _installed("onnxruntime-gpu")
-        if installed and gpu:
-            why_not = f"{installed} and {gpu} are both installed, and have overwritten each other's files"
+        gpu = installed("onnxruntime-gpu")
+        if found and gpu:
+            why_not = f"{found} and {gpu} are both installed, and have overwritten each other's files"
             remedy = "pip uninstall --yes onnxruntime onnxruntime-gpu; then pip install 'dnp-engine[cpu]' or [gpu]"
-        installed = installed or gpu
+        found = found or gpu
     return BackendReport(
         name=name,
         works=works,
-        version=installed,
+        version=found,
         device=_gpu() if kind.on_gpu else f"{processor_name()}, {core_count()} threads",
         precisions=tuple(precision for precision, failure in failures.items() if precision and not failure),
         why_not=why_not,
@@ -170,13 +170,6 @@ def _try(name: str, graph: GraphSpec, precision: str | None) -> str:
     except Exception as error:  # whatever a broken installation may raise
         return str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
     return "" if np.array_equal(y, x + x) else f"{name} computes wrong numbers: {x} + {x} = {y}"
-
-
-def _installed(package: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return ""
 
 
 # y = x + x, float32 [n], opset 20: made with onnx.helper (make_node, make_graph, make_model with ir_version=10),

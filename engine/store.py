@@ -8,7 +8,6 @@ weights of another build never meet.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -24,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dnp.engine.bundle import file_record
 from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError
-from dnp.engine.files import TEMPORARY, write_together
+from dnp.engine.files import TEMPORARY, refuse_folder, write_together
 from dnp.engine.interrupts import uninterrupted
 from dnp.engine.manifest import FileRecord
 from dnp.engine.plan import BuildProgress, Plan, PlanSpec, Progress, Report
-from dnp.engine.schema import REMEDY, Bytes, record, shown
+from dnp.engine.schema import REMEDY, record, shown
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -39,20 +38,16 @@ _MOST_BYTES: Final = 1 << 20  # of a sidecar; a real one has some hundreds
 
 
 @dataclass(frozen=True)
-class _WeightsFile:
+class _WeightsFile(FileRecord):
     file: str
-    size: Bytes
-    sha256: str
 
 
 @dataclass(frozen=True)
-class _Sidecar:
-    """What the file beside a plan holds."""
+class _Sidecar(FileRecord):
+    """What the file beside a plan holds: the plan's record, and what it is."""
 
     spec: PlanSpec
     facts: dict[str, Any]
-    size: Bytes
-    sha256: str
     weights: _WeightsFile | None = None
 
 
@@ -82,10 +77,9 @@ class PlanStore:
                 return None, f"{path.name} has no sidecar that can be read ({error})"
             if different := spec.difference(sidecar.spec):
                 return None, f"{path.name}: {different}"
-            damage = _damage(path, sidecar.size, sidecar.sha256, file_record)
+            damage = _damage(path, sidecar, file_record)
             if not damage and sidecar.weights is not None:
-                weights = sidecar.weights
-                damage = _damage(self.folder / weights.file, weights.size, weights.sha256, _record_in_blocks)
+                damage = _damage(self.folder / sidecar.weights.file, sidecar.weights, _record_in_blocks)
         except OSError as error:
             return None, f"{path} cannot be read ({error.strerror or error})"
         return (None, damage) if damage else (Plan(path, sidecar.size, sidecar.spec, sidecar.facts), "")
@@ -109,7 +103,7 @@ class PlanStore:
             return plan
         waiting = BuildProgress(spec.graph, "waiting for another process", 0, 1, 0.0)
         with self.building(spec, lambda: progress is not None and progress(waiting) is False):
-            plan, reason = self.find(spec)  # another process may have been faster
+            plan, reason = self._find(spec)  # another process may have been faster; none exchanges it now
             if plan is not None and not force:
                 return plan
             if report is not None:
@@ -157,8 +151,7 @@ class PlanStore:
         told = plan.with_suffix(".json")
         moved = {told: path.with_suffix(".json"), plan: path}
         try:
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            refuse_folder(path)
             own = file_record(plan)
             sidecar = {"spec": asdict(spec), "facts": dict(facts), **asdict(own)}
             if weights.exists():
@@ -337,13 +330,13 @@ class PlanStore:
         return f"{plan.path.name}: {spec.difference(plan.spec)}"
 
 
-def _damage(path: Path, size: int, sha256: str, record: Callable[[Path], FileRecord]) -> str:
+def _damage(path: Path, wanted: FileRecord, record: Callable[[Path], FileRecord]) -> str:
     """How a file differs from what was written; empty when it does not."""
     try:
-        found = path.stat().st_size
-        if found != size:
-            return f"{path.name} is damaged: {found} bytes, wanted are {size}"
-        if record(path).sha256 != sha256:
+        size = path.stat().st_size
+        if size != wanted.size:
+            return f"{path.name} is damaged: {size} bytes, wanted are {wanted.size}"
+        if record(path).sha256 != wanted.sha256:
             return f"{path.name} is damaged: its SHA-256 differs"
     except OSError as error:
         return f"{path.name} cannot be read ({error})"

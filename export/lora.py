@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dnp.engine.errors import ExportError, missing_extra
+from dnp.engine.errors import ExportError
+from dnp.engine.extras import missing_extra
 
 COMPONENTS = ("unet", "text_encoder")  # that a LoRA may change
 

@@ -67,7 +67,7 @@ class Captioner:
 
     def admit_images(self, count: int, most: int, beams: int) -> None:
         """Raises SettingsError when some part of ``count`` images, ``most`` at a time, cannot be captioned here."""
-        for batch in {min(count, most), count % most or most}:
+        for batch in part_sizes(count, most):
             self._encode.admit(batch=batch)
             self._step.admit(batch=batch * beams, images=batch)
 
@@ -204,6 +204,11 @@ class Captioner:
         self._encode.inputs["resize_columns"].write(columns)
         self._encode.inputs["resize_rows"].write(rows)
         self._encode.run()
+
+
+def part_sizes(count: int, most: int) -> set[int]:
+    """How many things come at once where ``count`` of them are taken ``most`` at a time."""
+    return {min(count, most), count % most or most}
 
 
 def _check_images(images: Any) -> None:

@@ -12,7 +12,7 @@ from dnp.engine.bundle import Bundle
 from dnp.engine.errors import DnpError
 from dnp.engine.profile import BATCH
 from dnp.engine.session import Backend, Session
-from dnp.runtime.captioner import Captioner
+from dnp.runtime.captioner import Captioner, part_sizes
 from dnp.runtime.denoise import Sample, load_samples
 from dnp.runtime.request import Request
 from dnp.runtime.samplers import sampler_table
@@ -113,12 +113,15 @@ class Graphs:
             raise
 
     def _prepare(self, *, captioner: bool) -> None:
+        todo = ({"sampling", "captions"} if captioner else {"sampling"}) - self._prepared
+        if not todo:
+            return
         least = max(session.least.get("batch", 1) for session in self._sampling)
         batches = [batch for batch in self.backend.batches if least <= batch <= self.batch]
-        if "sampling" not in self._prepared:
+        if "sampling" in todo:
             self._prepare_sampling(batches)
             self._prepared.add("sampling")
-        if captioner and "captions" not in self._prepared:
+        if "captions" in todo:
             self.captioner.prepare([batch for batch in batches if self.captioner.takes(batch)], self._sizes)
             self._prepared.add("captions")
         for session in self._sessions.values():
@@ -156,8 +159,7 @@ class Graphs:
 
     def admit_images(self, count: int, *, captioner: bool, beams: int) -> None:
         """Raises SettingsError when the graphs are compiled for other batches than those of so many images."""
-        most = self.batch
-        for batch in {min(count, most), count % most or most}:
+        for batch in part_sizes(count, self.batch):
             for session in self._sampling:
                 session.admit(batch=batch)
         if captioner:

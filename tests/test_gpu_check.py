@@ -32,19 +32,14 @@ def load(path):
     return module
 
 
-fake_gpu = load(Path(__file__).with_name("fake_gpu.py"))
 gpu_check = load(REPOSITORY / "benchmarks" / "gpu_check.py")
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """A fake device, with ONNX Runtime on it."""
-    cuda = fake_gpu.FakeCuda()
-    cuda.ort = fake_gpu.FakeOnnxRuntime(cuda)
-    monkeypatch.setattr(cuda_module, "open_cuda", lambda device=0: cuda.activate() or cuda)
-    monkeypatch.setattr(ort_cuda, "import_onnxruntime", lambda extra: cuda.ort)
+def gpu(gpu, monkeypatch):
+    """The fake device, with one batch size to warm up."""
     monkeypatch.setattr(device, "BATCH", 1)
-    return cuda
+    return gpu
 
 
 @pytest.fixture

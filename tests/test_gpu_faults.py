@@ -26,6 +26,7 @@ from dnp.engine.errors import BackendError, DnpError, SettingsError
 from dnp.engine.profile import Limits, Range
 from dnp.engine.session import BackendOptions
 from dnp.engine.store import PlanStore
+from dnp.engine.trt import TrtSession
 
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"
 QUICK = {"steps": 2, "dns_steps": 2}
@@ -349,9 +350,13 @@ class TestPlans:
             return made
 
         monkeypatch.setattr(fake_gpu.FakeEngine, "create_runtime_config", noted)
-        open_pipeline().warm_up()
+        pipeline = open_pipeline()
+        pipeline.warm_up()
         assert read == []
         assert len(list((tmp_path / "engines").glob("*.sm89.cache"))) == 5  # although nothing was closed
+        with monkeypatch.context() as later:
+            later.setattr(TrtSession, "prepared", failing("a request that prepares nothing has nothing to keep"))
+            pipeline(PROMPT, **QUICK)
         open_pipeline().warm_up()
         assert read == [b"kernels"] * 5
 

@@ -351,7 +351,7 @@ TOO_OLD = r"FAKE, no GPU \(SM 61\) is too old: .* need SM 75 or newer; use the b
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
 def test_a_gpu_that_is_too_old_is_refused(open_pipeline, gpu, backend, monkeypatch):
     gpu.sm = 61
-    monkeypatch.setattr(registry, "_installed", lambda package: f"{package} FAKE")
+    monkeypatch.setattr(registry, "installed", lambda package: f"{package} FAKE")
     with pytest.raises(BackendError, match=TOO_OLD):
         open_pipeline(backend)
     if backend in FLAVOURS:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import dnp.engine
-from dnp.engine import errors, processor, registry
+from dnp.engine import extras, processor, registry
 from dnp.engine.errors import BackendError, BundleError, SettingsError
 from dnp.engine.host import HostBuffer
 from dnp.engine.manifest import GraphSpec, TensorSpec
@@ -540,8 +540,7 @@ def test_doctor_says_what_is_missing_and_how_to_add_it(monkeypatch):
     def absent(package):
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr(registry, "version", absent)
-    monkeypatch.setattr(errors, "distribution", absent)
+    monkeypatch.setattr(extras, "version", absent)
     for report in doctor():
         assert not report.works
         assert report.version == ""
@@ -601,7 +600,7 @@ def test_a_missing_package_is_named_with_its_pip_line(step, backend, monkeypatch
 
 
 def test_doctor_finds_two_packages_of_one_import_name(monkeypatch):
-    monkeypatch.setattr(registry, "version", lambda package: "1.2.3")
+    monkeypatch.setattr(extras, "version", lambda package: "1.2.3")
     report = doctor()[0]
     assert "onnxruntime 1.2.3 and onnxruntime-gpu 1.2.3" in report.why_not
     assert "pip uninstall --yes onnxruntime onnxruntime-gpu" in report.remedy

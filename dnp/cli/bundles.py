@@ -77,7 +77,7 @@ def export(
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("dnp"):
             raise
-        from dnp.engine.errors import missing_extra
+        from dnp.engine.extras import missing_extra
 
         raise missing_extra(error.name, "cpu,export", "exporting") from error
 
