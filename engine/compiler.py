@@ -99,6 +99,7 @@ class _Build:
             parser = trt.OnnxParser(network, logger(trt))
             if not parser.parse_from_file(str(self.graph.path)):
                 raise self._parse_error(parser)
+            _let_decompose(trt, network)
             config = self._config(trt, builder)
             data = builder.build_serialized_network(network, config)
             if data is None:
@@ -172,6 +173,19 @@ class _Build:
             f"{self.goal.flavour.title} {self.goal.version} cannot compile {self.graph.name!r} "
             f"for {self.goal.architecture}: {said}{hints}"
         )
+
+
+def _let_decompose(trt: Any, network: Any) -> None:
+    """Have attention that no fused kernel takes, as in float32 or of wide heads, computed in parts, not refused."""
+    boundaries = {
+        trt.LayerType.ATTENTION_INPUT: trt.IAttentionInputLayer,
+        trt.LayerType.ATTENTION_OUTPUT: trt.IAttentionOutputLayer,
+    }
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type in boundaries:
+            layer.__class__ = boundaries[layer.type]
+            layer.attention.decomposable = True
 
 
 @cache

@@ -96,6 +96,9 @@ def cpu_settings(ort: Any, options: BackendOptions) -> Any:
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.log_severity_level = FATAL
+    # A plan of where each tensor lies, made for each shape, takes as much memory again as tensors that are placed as
+    # they come, and no less time.
+    settings.enable_mem_pattern = False
     # Threads that wait by spinning take the cores from the next graph, and from everyone else. On free cores a
     # step takes as long without; on cores shared with other work, spinning took up to 5 times as long.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -1,21 +1,33 @@
-"""How ``scaled_dot_product_attention`` is written in ONNX: a few plain nodes, the form that TensorRT fuses.
+"""How attention is written in ONNX: first as plain nodes, which every pass over a graph can look into; then as one.
 
-torch's own translation at this opset transposes the keys by way of runtime shapes, three times as many nodes. The
-``Attention`` operator of opset 23 has no kernel for float32 on TensorRT-RTX, and is slower on CPUs.
+``scaled_dot_product_attention`` is translated to a few plain nodes (torch's own translation at this opset transposes
+the keys by way of runtime shapes, three times as many). ``fuse_attention`` makes one ``MultiHeadAttention`` of them:
+ONNX Runtime and OpenVINO have kernels for it that make no matrix of all tokens by all tokens, TensorRT has a layer. Its
+definition in plain nodes goes with it, as a function in the file: who does not know the operator takes that.
+
+The ``Attention`` operator of opset 23 would need no definition, but ONNX Runtime's kernel of it makes that matrix.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 import onnxscript
 import torch
+from onnx_ir.passes import common as passes
+
+from dnp.export.float32 import infer_types
 
 op: Any = onnxscript.opset20
+_contrib: Final = onnxscript.values.Opset("com.microsoft", 1)
+_TO_HEADS: Final = (0, 2, 1, 3)  # [B, tokens, heads, d] to [B, heads, tokens, d], and back
+_TO_COLUMNS: Final = (0, 2, 3, 1)  # the keys, transposed besides
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -54,3 +66,137 @@ def _attention(
     if dtype != ir.DataType.FLOAT:
         weights = op.Cast(weights, to=dtype)
     return op.MatMul(weights, value)
+
+
+@onnxscript.script(_contrib, default_opset=op)
+def MultiHeadAttention(query, key, value, num_heads: int, scale: float):  # type: ignore[no-untyped-def]  # noqa: N802
+    """ONNX Runtime's operator in plain nodes, for what is used of it: ``[B, tokens, heads·d]`` each, and the result."""
+    split = op.Concat(
+        op.Constant(value_ints=[0, 0]),
+        op.Reshape(op.Constant(value_int=num_heads), op.Constant(value_ints=[1])),
+        op.Constant(value_ints=[-1]),
+        axis=0,
+    )
+    queries = op.Transpose(op.Reshape(query, split), perm=[0, 2, 1, 3])
+    keys = op.Transpose(op.Reshape(key, split), perm=[0, 2, 3, 1])
+    values = op.Transpose(op.Reshape(value, split), perm=[0, 2, 1, 3])
+    scores = op.MatMul(op.Mul(queries, op.CastLike(op.Constant(value_float=scale), query)), keys)
+    weights = op.CastLike(op.Softmax(op.Cast(scores, to=1), axis=-1), query)
+    result = op.Transpose(op.MatMul(weights, values), perm=[0, 2, 1, 3])
+    return op.Reshape(result, op.Constant(value_ints=[0, 0, -1]))
+
+
+def fuse_attention(model: ir.Model) -> int:
+    """Make one node of every attention that has no mask and whose heads are cut out of ``[B, tokens, heads·d]``.
+
+    What was put back to float32 in part stays as it is. The model is changed in place; returns how many were found.
+    """
+    found = [match for node in model.graph if node.op_type == "Softmax" and (match := _match(node)) is not None]
+    if not found:
+        return 0
+    infer_types(model)
+    found = [match for match in found if all(_rank(value) == 3 for value in match.operands)]
+    for match in found:
+        attributes = {"num_heads": match.heads, "scale": match.scale}
+        node = ir.node("MultiHeadAttention", match.operands, attributes, domain=_contrib.domain)
+        model.graph.insert_before(match.last, node)
+        (old,), (new,) = match.last.outputs, node.outputs
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        node.name, new.name, old.name = match.last.name, old.name, None
+        new.type, new.shape = old.type, old.shape
+    if found:
+        function = ir.serde.deserialize_function(MultiHeadAttention.to_function_proto())
+        model.functions[function.identifier()] = function
+        model.opset_imports[_contrib.domain] = _contrib.version
+        passes.RemoveUnusedNodesPass()(model)
+    return len(found)
+
+
+def read_model(path: Path) -> ir.Model:
+    """The graph in ``path`` in plain nodes: those that carry their definition are replaced by it."""
+    model = ir.load(path)
+    passes.InlinePass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    return model
+
+
+@dataclass(frozen=True)
+class _Match:
+    """Plain nodes that are one attention: query, key and value before heads were cut; the node that joins the heads."""
+
+    operands: tuple[ir.Value, ir.Value, ir.Value]
+    heads: int
+    scale: float
+    last: ir.Node
+
+
+def _match(softmax: ir.Node) -> _Match | None:
+    """The attention around ``softmax``, in the form that ``_attention`` and the reshaping around it leave."""
+    try:
+        product = _maker(_unwidened(softmax.inputs[0]), "MatMul")
+        scaled = _maker(product.inputs[0], "Mul")
+        heads, query = _cut(scaled.inputs[0], _TO_HEADS)
+        _, key = _cut(product.inputs[1], _TO_COLUMNS)
+        weighted = _user(_narrowed(softmax.outputs[0]), "MatMul")
+        _, value = _cut(weighted.inputs[1], _TO_HEADS)
+        moved = _user(weighted.outputs[0], "Transpose")
+        last = _user(moved.outputs[0], "Reshape")
+        factor = _constant(scaled.inputs[1])
+    except LookupError:
+        return None
+    if factor is None or factor.size != 1 or tuple(moved.attributes["perm"].as_ints()) != _TO_HEADS:
+        return None
+    return _Match((query, key, value), heads, float(factor.numpy().item()), last)
+
+
+def _maker(value: ir.Value | None, operator: str) -> ir.Node:
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != operator:
+        raise LookupError(operator)
+    return node
+
+
+def _user(value: ir.Value, operator: str) -> ir.Node:
+    """The only one who takes ``value``."""
+    users = value.consumers()
+    if len(users) != 1 or users[0].op_type != operator or value.is_graph_output():
+        raise LookupError(operator)
+    return users[0]
+
+
+def _unwidened(value: ir.Value | None) -> ir.Value | None:
+    """What was cast to ``value`` for the softmax, if anything was."""
+    node = None if value is None else value.producer()
+    return node.inputs[0] if node is not None and node.op_type == "Cast" else value
+
+
+def _narrowed(value: ir.Value) -> ir.Value:
+    """What the softmax was cast to, if it was."""
+    users = value.consumers()
+    return users[0].outputs[0] if len(users) == 1 and users[0].op_type == "Cast" else value
+
+
+def _cut(value: ir.Value | None, order: tuple[int, ...]) -> tuple[int, ir.Value]:
+    """The number of heads, and what they were cut out of."""
+    moved = _maker(value, "Transpose")
+    reshaped = _maker(moved.inputs[0], "Reshape")
+    whole, shape = reshaped.inputs
+    entries = _entries(shape)
+    if whole is None or tuple(moved.attributes["perm"].as_ints()) != order or len(entries) != 4 or entries[2] is None:
+        raise LookupError("heads")
+    return entries[2], whole
+
+
+def _entries(shape: ir.Value | None) -> list[int | None]:
+    """The entries of a shape that is a constant, or joined of single entries; None for those known at run time only."""
+    parts = [shape] if _constant(shape) is not None else _maker(shape, "Concat").inputs
+    known = [_constant(part) for part in parts]
+    return [entry for part in known for entry in ([None] if part is None else map(int, part.numpy().reshape(-1)))]
+
+
+def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    return None if value is None else ir.convenience.get_const_tensor(value)
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else len(value.shape)

@@ -21,7 +21,7 @@ from dnp.engine.files import new_folder
 from dnp.engine.schema import REMEDY, record
 from dnp.export import stable_diffusion
 from dnp.export.blip import blip_graphs, caption_manifest, caption_tokenizer, load_blip
-from dnp.export.graph import GraphExport, GraphRecord, WrittenGraph, check_graph, export_graph, write_graph
+from dnp.export.graph import GraphExport, GraphRecord, WrittenGraph, export_graph, finish_graph, write_graph
 from dnp.export.lora import Lora, check_loras
 from dnp.export.memory import PeakMemory
 from dnp.export.precision import Precision, check_precision
@@ -201,7 +201,7 @@ def _check_ranges(
     records = []
     for name, graph in graphs.items():
         ranges = found[name]
-        record = check_graph(build(name, ranges.precision), folder, graph)
+        record = finish_graph(build(name, ranges.precision), folder, graph)
         entry = {**record.manifest, "ranges": ranges.to_dict()}
         records.append(replace(record, manifest=entry, ranges=ranges))
     return records

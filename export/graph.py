@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import torch
 from torch import nn
 
 from dnp.engine import open_graph
 from dnp.engine.errors import ExportError
 from dnp.engine.manifest import GraphSpec, Ranges, TensorSpec
-from dnp.export.attention import translations
+from dnp.export.attention import fuse_attention, translations
 from dnp.export.memory import PeakMemory
-from dnp.export.onnx_file import file_facts, save_graph
+from dnp.export.onnx_file import clean, file_facts, save_graph, write_model
 from dnp.export.rounding import rounded_graph
 
 Array = npt.NDArray[Any]
@@ -101,12 +102,12 @@ def export_graph(spec: GraphExport, folder: Path) -> GraphRecord:
 
     Raises ExportError when torch cannot export the module, or when an output differs by more than its bound.
     """
-    return check_graph(spec, folder, write_graph(spec, folder))
+    return finish_graph(spec, folder, write_graph(spec, folder))
 
 
 @dataclass(frozen=True)
 class WrittenGraph:
-    """A graph's file before it is compared with PyTorch: its manifest entry so far, and what writing it cost."""
+    """A graph's file in plain nodes, compared with nothing yet: its manifest entry so far, and what writing it cost."""
 
     manifest: dict[str, Any]
     seconds: float
@@ -114,7 +115,7 @@ class WrittenGraph:
 
 
 def write_graph(spec: GraphExport, folder: Path) -> WrittenGraph:
-    """The first half of ``export_graph``: the file, which is compared with nothing yet."""
+    """The first half of ``export_graph``: the file in plain nodes, which is compared with nothing yet."""
     started = time.perf_counter()
     file = f"graphs/{spec.name}.onnx"
     with PeakMemory() as memory:
@@ -129,11 +130,17 @@ def write_graph(spec: GraphExport, folder: Path) -> WrittenGraph:
     return WrittenGraph(manifest, time.perf_counter() - started, memory.peak)
 
 
-def check_graph(spec: GraphExport, folder: Path, written: WrittenGraph) -> GraphRecord:
-    """The second half of ``export_graph``, which may come later: compare the file, as it is by then, with PyTorch."""
+def finish_graph(spec: GraphExport, folder: Path, written: WrittenGraph) -> GraphRecord:
+    """The second half of ``export_graph``, which may come later: fuse attention in the file, as it is by then, and
+    compare it with PyTorch.
+    """
     started = time.perf_counter()
     path = folder / written.manifest["file"]
     with PeakMemory() as memory:
+        model = ir.load(path)
+        if fuse_attention(model):
+            clean(model)
+            write_model(model, path)
         parity = _compare(spec, path)
     for name, found in parity.items():
         if not found.error <= found.bound:  # also when the error is NaN

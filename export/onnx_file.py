@@ -32,7 +32,7 @@ def save_graph(model: ir.Model, path: Path, shapes: Mapping[str, tuple[int | str
             raise ExportError(f"{path.name}: unexpected input or output {value.name!r}")
         value.shape = ir.Shape(shapes[value.name])
     if any(node.op_type == "Attention" for node in model.graph.all_nodes()):
-        raise ExportError(f"{path.name}: attention was not decomposed")
+        raise ExportError(f"{path.name}: attention was not translated")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_model(model, path)
     _log.debug("%s: %d nodes, %d bytes", path, *file_facts(path))

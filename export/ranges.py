@@ -20,6 +20,7 @@ from dnp.engine.errors import DnpError, ExportError, SettingsError
 from dnp.engine.manifest import FP16_LARGEST, GraphSpec, Ranges, TensorSpec
 from dnp.engine.ort import OrtSession
 from dnp.engine.session import Backend, BackendOptions
+from dnp.export.attention import read_model
 from dnp.export.float32 import half_values, keep_float32, widen
 from dnp.export.onnx_file import clean, write_model
 from dnp.export.rounding import rounded_graph, write_twin
@@ -148,7 +149,7 @@ class RangeBackend(Backend):
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> RangeSession:
         """See ``Backend.session``."""
-        model = ir.load(graph.path)
+        model = read_model(graph.path)
         names = half_values(model)
         widen(model)
         watch(model, names)

@@ -17,6 +17,7 @@ from dnp.engine.bundle import Bundle
 from dnp.engine.manifest import GraphSpec, TensorSpec
 from dnp.engine.ort import OrtSession
 from dnp.engine.session import Backend, BackendOptions
+from dnp.export.attention import read_model
 from dnp.export.float32 import HALF, SINGLE, half_values, widen
 from dnp.export.onnx_file import clean, write_model
 
@@ -25,7 +26,7 @@ def rounded_graph(graph: GraphSpec, folder: Path) -> GraphSpec:
     """Write the rounded form of an fp16 graph into ``folder``, with float32 borders; ``graph`` itself when it has no
     fp16 value.
     """
-    model = ir.load(graph.path)
+    model = read_model(graph.path)
     names = half_values(model)
     if not names:
         return graph
