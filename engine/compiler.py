@@ -177,14 +177,10 @@ class _Build:
 
 def _let_decompose(trt: Any, network: Any) -> None:
     """Have attention that no fused kernel takes, as in float32 or of wide heads, computed in parts, not refused."""
-    boundaries = {
-        trt.LayerType.ATTENTION_INPUT: trt.IAttentionInputLayer,
-        trt.LayerType.ATTENTION_OUTPUT: trt.IAttentionOutputLayer,
-    }
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if layer.type in boundaries:
-            layer.__class__ = boundaries[layer.type]
+        if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+            layer.__class__ = trt.IAttentionOutputLayer  # the bindings give every layer the class of all
             layer.attention.decomposable = True
 
 

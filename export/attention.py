@@ -95,7 +95,7 @@ def fuse_attention(model: ir.Model) -> int:
     if not found:
         return 0
     infer_types(model)
-    found = [match for match in found if all(_rank(value) == 3 for value in match.operands)]
+    found = [match for match in found if match.is_uniform()]
     for match in found:
         attributes = {"num_heads": match.heads, "scale": match.scale}
         node = ir.node("MultiHeadAttention", match.operands, attributes, domain=_contrib.domain)
@@ -128,6 +128,13 @@ class _Match:
     heads: int
     scale: float
     last: ir.Node
+
+    def is_uniform(self) -> bool:
+        """Whether it is of one dtype from end to end, and of three dimensions; the types are known."""
+        borders = [*self.operands, *self.last.outputs]
+        return len({value.dtype for value in borders}) == 1 and all(
+            value.shape is not None and len(value.shape) == 3 for value in self.operands
+        )
 
 
 def _match(softmax: ir.Node) -> _Match | None:
@@ -196,7 +203,3 @@ def _entries(shape: ir.Value | None) -> list[int | None]:
 
 def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None if value is None else ir.convenience.get_const_tensor(value)
-
-
-def _rank(value: ir.Value) -> int | None:
-    return None if value.shape is None else len(value.shape)

@@ -1,0 +1,187 @@
+"""Attention as one node: found in a graph, equal to torch's, with a definition that says the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from dnp.engine import Bundle
+from dnp.export.attention import fuse_attention, read_model
+from dnp.export.float32 import infer_types, keep_float32
+
+# tokens of the queries, tokens of keys and values, heads, channels of a head
+SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 4), st.integers(1, 24))
+
+
+def plain(heads: int, width: int, scale: float, dtype=np.float32, mask=False, rank=3) -> onnx.ModelProto:
+    """Attention in plain nodes, as torch's exporter leaves it around ours; ``y`` of ``q``, ``k`` and ``v``."""
+    kind, channels = helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), heads * width
+    shape = ["b", "n", channels] if rank == 3 else ["b", "r", "c", channels]
+    weights = {"batch": np.array([0]), "rest": np.array([-1]), "heads": np.array([heads]), "width": np.array([width])}
+    weights |= {"joined": np.array([0, -1, channels]), "scale": np.array(scale, dtype)}
+    node = helper.make_node
+    nodes = [
+        node("Shape", ["q"], ["size"], start=0, end=1),
+        node("Concat", ["size", "rest", "heads", "width"], ["cut"], axis=0),
+    ]
+    for name, order in (("q", (0, 2, 1, 3)), ("k", (0, 2, 3, 1)), ("v", (0, 2, 1, 3))):
+        nodes += [
+            node("Reshape", [name, "cut"], [f"{name}.cut"]),
+            node("Transpose", [f"{name}.cut"], [f"{name}.moved"], perm=order),
+        ]
+    nodes += [node("Mul", ["q.moved", "scale"], ["scaled"]), node("MatMul", ["scaled", "k.moved"], ["scores"])]
+    last = "scores"
+    if dtype != np.float32:
+        nodes, last = [*nodes, node("Cast", [last], ["wide"], to=TensorProto.FLOAT)], "wide"
+    if mask:
+        weights["hidden"] = np.array(-5, np.float32)
+        nodes, last = [*nodes, node("Add", [last, "hidden"], ["masked"])], "masked"
+    nodes += [node("Softmax", [last], ["weights"], axis=-1)]
+    last = "weights"
+    if dtype != np.float32:
+        nodes, last = [*nodes, node("Cast", [last], ["narrow"], to=kind)], "narrow"
+    nodes += [
+        node("MatMul", [last, "v.moved"], ["heads.y"]),
+        node("Transpose", ["heads.y"], ["moved"], perm=(0, 2, 1, 3)),
+        node("Reshape", ["moved", "joined"], ["y"]),
+    ]
+    inputs = [helper.make_tensor_value_info(name, kind, shape) for name in "qkv"]
+    outputs = [helper.make_tensor_value_info("y", kind, ["b", "m", channels])]
+    graph = helper.make_graph(
+        nodes, "attention", inputs, outputs, [numpy_helper.from_array(w, n) for n, w in weights.items()]
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def fused(model: onnx.ModelProto) -> ir.Model:
+    result = ir.from_proto(model)
+    assert fuse_attention(result) == 1
+    assert [node.op_type for node in result.graph] == ["MultiHeadAttention"]
+    return result
+
+
+def inlined(model: ir.Model, folder) -> ir.Model:
+    ir.save(model, folder / "fused.onnx")
+    return read_model(folder / "fused.onnx")
+
+
+def operands(batch, queries, keys, channels, dtype=np.float32):
+    rng = np.random.default_rng(queries)
+    return {
+        name: rng.standard_normal((batch, tokens, channels)).astype(dtype)
+        for name, tokens in (("q", queries), ("k", keys), ("v", keys))
+    }
+
+
+def by_torch(inputs, heads, scale):
+    q, k, v = (torch.from_numpy(a).float().unflatten(-1, (heads, -1)).transpose(1, 2) for a in inputs.values())
+    result = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    return result.transpose(1, 2).flatten(2).numpy()
+
+
+def by_onnxruntime(model: ir.Model, inputs):
+    data = ir.to_proto(model).SerializeToString()
+    return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+
+
+@given(sizes=SIZES, batch=st.integers(1, 3), scale=st.floats(0.01, 2))
+@settings(deadline=None, max_examples=40)
+def test_it_is_torchs_attention(sizes, batch, scale):
+    queries, keys, heads, width = sizes
+    model, inputs = fused(plain(heads, width, scale)), operands(batch, queries, keys, heads * width)
+    np.testing.assert_allclose(by_onnxruntime(model, inputs), by_torch(inputs, heads, scale), atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_its_definition_says_the_same_in_plain_onnx(tmp_path, dtype):
+    model, inputs = fused(plain(3, 8, 0.25, dtype)), operands(2, 7, 9, 24, dtype)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    opened = inlined(model, tmp_path)
+    assert {node.domain for node in opened.graph} == {""} and opened.graph.opset_imports == {"": 20}
+    assert not opened.functions
+    infer_types(opened)
+    kinds = {node.op_type: node.inputs[0].dtype for node in opened.graph if node.inputs}
+    assert kinds["Softmax"] == ir.DataType.FLOAT
+    assert kinds["MatMul"] == kinds["Mul"] == kinds["Transpose"] == ir.DataType.from_numpy(np.dtype(dtype))
+    (found,) = onnx.reference.ReferenceEvaluator(ir.to_proto(opened)).run(None, inputs)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, by_torch(inputs, 3, 0.25), atol=2e-5 if dtype == np.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("what", ["a mask", "heads cut out of four dimensions", "scores that are taken twice"])
+def test_what_is_another_thing_stays_as_it_is(what):
+    model = plain(2, 8, 0.5, mask=what == "a mask", rank=4 if "four" in what else 3)
+    if "twice" in what:
+        model.graph.output.append(helper.make_tensor_value_info("weights", TensorProto.FLOAT, None))
+        model.graph.node.append(helper.make_node("Identity", ["heads.y"], ["other"]))
+        model.graph.output.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, None))
+    result = ir.from_proto(model)
+    before = ir.to_proto(result).SerializeToString()
+    assert fuse_attention(result) == 0
+    if "four" not in what:  # there, its types were inferred
+        assert ir.to_proto(result).SerializeToString() == before
+    assert not result.functions and [n.op_type for n in result.graph].count("Softmax") == 1
+
+
+@given(
+    st.sets(
+        st.sampled_from(["q.cut", "q.moved", "k.moved", "v.cut", "scaled", "scores", "narrow", "heads.y", "moved"]),
+        min_size=1,
+    )
+)
+@settings(deadline=None, max_examples=300)
+def test_what_was_put_back_to_float32_stays_float32(kept):
+    """Whichever values of an attention overflow fp16: it is not fused, and they are still there."""
+    model = ir.from_proto(plain(2, 8, 0.5, np.float16))
+    keep_float32(model, kept)
+    assert fuse_attention(model) == 0
+    infer_types(model)
+    kinds = {value.name: value.dtype for node in model.graph for value in node.outputs}
+    assert all(kinds[name] == ir.DataType.FLOAT for name in kept)
+
+
+def test_the_default_model_has_every_attention_without_a_mask_fused():
+    counts = {}
+    for name, graph in Bundle.default().graphs.items():
+        model = ir.load(graph.path)
+        operators = [node.op_type for node in model.graph]
+        counts[name] = operators.count("MultiHeadAttention"), operators.count("Softmax")
+    assert counts["denoise"] == (14, 0)
+    assert counts["decode_latents"] == (1, 0)
+    assert {fused for name, (fused, _) in counts.items() if name not in ("denoise", "decode_latents")} == {0}
+
+
+MEMORY = """
+import resource, sys
+import numpy as np, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 2
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+inputs = {name: np.full((1, 4096, 64), 0.1, np.float32) for name in "qkv"}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+session.run(None, inputs)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)  # KiB
+"""
+
+
+def test_no_matrix_of_all_tokens_by_all_tokens_is_made(tmp_path):
+    """4096 tokens by 4096 tokens in 4 heads are 268 MB; the plain nodes take them, the one node does not."""
+    model = plain(4, 16, 0.25)
+    onnx.save(model, tmp_path / "plain.onnx")
+    ir.save(fused(model), tmp_path / "fused.onnx")
+    grown = {}
+    for name in ("plain", "fused"):
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / f"{name}.onnx")]
+        grown[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 1024
+    assert grown["fused"] < 64e6 and grown["plain"] > 200e6
