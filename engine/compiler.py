@@ -99,7 +99,6 @@ class _Build:
             parser = trt.OnnxParser(network, logger(trt))
             if not parser.parse_from_file(str(self.graph.path)):
                 raise self._parse_error(parser)
-            _let_decompose(trt, network)
             config = self._config(trt, builder)
             data = builder.build_serialized_network(network, config)
             if data is None:
@@ -173,15 +172,6 @@ class _Build:
             f"{self.goal.flavour.title} {self.goal.version} cannot compile {self.graph.name!r} "
             f"for {self.goal.architecture}: {said}{hints}"
         )
-
-
-def _let_decompose(trt: Any, network: Any) -> None:
-    """Have attention that no fused kernel takes, as in float32 or of wide heads, computed in parts, not refused."""
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type == trt.LayerType.ATTENTION_OUTPUT:
-            layer.__class__ = trt.IAttentionOutputLayer  # the bindings give every layer the class of all
-            layer.attention.decomposable = True
 
 
 @cache

@@ -95,7 +95,7 @@ def fuse_attention(model: ir.Model) -> int:
     if not found:
         return 0
     infer_types(model)
-    found = [match for match in found if match.is_uniform()]
+    found = [match for match in found if match.is_whole()]
     for match in found:
         attributes = {"num_heads": match.heads, "scale": match.scale}
         node = ir.node("MultiHeadAttention", match.operands, attributes, domain=_contrib.domain)
@@ -126,14 +126,18 @@ class _Match:
 
     operands: tuple[ir.Value, ir.Value, ir.Value]
     heads: int
+    width: int
     scale: float
     last: ir.Node
 
-    def is_uniform(self) -> bool:
-        """Whether it is of one dtype from end to end, and of three dimensions; the types are known."""
+    def is_whole(self) -> bool:
+        """Whether it is ``[B, tokens, heads·d]`` and of one dtype from end to end; types and ranks are known."""
+        shapes = [value.shape for value in self.operands]
         borders = [*self.operands, *self.last.outputs]
-        return len({value.dtype for value in borders}) == 1 and all(
-            value.shape is not None and len(value.shape) == 3 for value in self.operands
+        return (
+            all(shape is not None and shape[-1] == self.heads * self.width for shape in shapes)
+            and all(value.shape is not None and len(value.shape) == 3 for value in borders)
+            and len({value.dtype for value in borders}) == 1
         )
 
 
@@ -142,10 +146,10 @@ def _match(softmax: ir.Node) -> _Match | None:
     try:
         product = _maker(_unwidened(softmax.inputs[0]), "MatMul")
         scaled = _maker(product.inputs[0], "Mul")
-        heads, query = _cut(scaled.inputs[0], _TO_HEADS)
-        _, key = _cut(product.inputs[1], _TO_COLUMNS)
+        cut, query = _cut(scaled.inputs[0], _TO_HEADS)
+        cut_keys, key = _cut(product.inputs[1], _TO_COLUMNS)
         weighted = _user(_narrowed(softmax.outputs[0]), "MatMul")
-        _, value = _cut(weighted.inputs[1], _TO_HEADS)
+        cut_values, value = _cut(weighted.inputs[1], _TO_HEADS)
         moved = _user(weighted.outputs[0], "Transpose")
         last = _user(moved.outputs[0], "Reshape")
         factor = _constant(scaled.inputs[1])
@@ -153,7 +157,9 @@ def _match(softmax: ir.Node) -> _Match | None:
         return None
     if factor is None or factor.size != 1 or tuple(moved.attributes["perm"].as_ints()) != _TO_HEADS:
         return None
-    return _Match((query, key, value), heads, float(factor.numpy().item()), last)
+    return (
+        _Match((query, key, value), *cut, float(factor.numpy().item()), last) if cut == cut_keys == cut_values else None
+    )
 
 
 def _maker(value: ir.Value | None, operator: str) -> ir.Node:
@@ -183,15 +189,14 @@ def _narrowed(value: ir.Value) -> ir.Value:
     return users[0].outputs[0] if len(users) == 1 and users[0].op_type == "Cast" else value
 
 
-def _cut(value: ir.Value | None, order: tuple[int, ...]) -> tuple[int, ir.Value]:
-    """The number of heads, and what they were cut out of."""
+def _cut(value: ir.Value | None, order: tuple[int, ...]) -> tuple[tuple[int, int], ir.Value]:
+    """The number of heads and their width, and what they were cut out of."""
     moved = _maker(value, "Transpose")
-    reshaped = _maker(moved.inputs[0], "Reshape")
-    whole, shape = reshaped.inputs
-    entries = _entries(shape)
-    if whole is None or tuple(moved.attributes["perm"].as_ints()) != order or len(entries) != 4 or entries[2] is None:
-        raise LookupError("heads")
-    return entries[2], whole
+    whole, shape = _maker(moved.inputs[0], "Reshape").inputs
+    match _entries(shape):
+        case [_, _, int(heads), int(width)] if whole is not None and tuple(moved.attributes["perm"].as_ints()) == order:
+            return (heads, width), whole
+    raise LookupError("heads")
 
 
 def _entries(shape: ir.Value | None) -> list[int | None]:

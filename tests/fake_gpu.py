@@ -289,7 +289,6 @@ class FakeTensorRt:
         for kind in (ILogger, IProgressMonitor, Builder, OnnxParser, Runtime, Refitter, OnnxParserRefitter):
             setattr(self, kind.__name__, kind)
         names = SimpleNamespace
-        self.LayerType = names(ATTENTION_OUTPUT="attention output")
         self.TensorIOMode = names(INPUT="input", OUTPUT="output")
         self.ExecutionContextAllocationStrategy = names(USER_MANAGED=2)
         self.CudaGraphStrategy = names(DISABLED=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,7 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from dnp.engine import Bundle
+from dnp.engine import Bundle, GraphSpec, TensorSpec
+from dnp.engine.build import BuildSettings, target
+from dnp.engine.compiler import compile_plan
+from dnp.engine.flavour import TENSORRT_RTX
+from dnp.engine.profile import Range
 from dnp.export.attention import fuse_attention, read_model
 from dnp.export.float32 import infer_types, keep_float32
 
@@ -162,19 +167,37 @@ def test_the_default_model_has_every_attention_without_a_mask_fused():
     assert {fused for name, (fused, _) in counts.items() if name not in ("denoise", "decode_latents")} == {0}
 
 
+@pytest.mark.parametrize(("dtype", "width"), [(np.float32, 16), (np.float16, 512), (np.float16, 40)])
+def test_tensorrt_compiles_it_with_a_fused_kernel_or_without(tmp_path, dtype, width):
+    """The ``Attention`` operator of opset 23 is refused where there is none: in float32, or for wide heads."""
+    path, channels, tokens = tmp_path / "attention.onnx", 2 * width, 1024
+    ir.save(fused(plain(2, width, 0.25, dtype)), path)
+    spec = TensorSpec(("b", "n", channels), np.dtype(dtype).name)
+    graph = GraphSpec("attention", path, dict.fromkeys("qkv", spec), {"y": spec})
+    sizes = {"b": Range(1, 2, 2), "n": Range(64, tokens, tokens)}
+    _, facts = compile_plan(graph, sizes, BuildSettings(), target(TENSORRT_RTX, (89,)))
+    matrix = 2 * 2 * tokens * tokens * np.dtype(dtype).itemsize
+    assert (facts["activation_bytes"] < matrix) == (dtype == np.float16 and width == 40)
+
+
 MEMORY = """
-import resource, sys
+import sys
 import numpy as np, onnxruntime
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))  # KiB
+
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = 2
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 inputs = {name: np.full((1, 4096, 64), 0.1, np.float32) for name in "qkv"}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 session.run(None, inputs)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)  # KiB
+print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
 def test_no_matrix_of_all_tokens_by_all_tokens_is_made(tmp_path):
     """4096 tokens by 4096 tokens in 4 heads are 268 MB; the plain nodes take them, the one node does not."""
     model = plain(4, 16, 0.25)

@@ -40,7 +40,6 @@ KINDS = {
     "compiler.py": {
         "trt": None, "builder": "Builder", "parser": "OnnxParser", "network": "INetworkDefinition",
         "config": "IBuilderConfig", "profile": "IOptimizationProfile", "e": "ParserError", "cache": "ITimingCache",
-        "layer": "IAttentionOutputLayer", "layer.attention": "IAttention",
     },
     "trt.py": {
         "trt": None, "self._trt": None, "self._runtime": "Runtime", "engine": "ICudaEngine",
@@ -68,7 +67,7 @@ RTX_ONLY = {
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
     "IRuntimeConfig.set_runtime_cache",
 }
-PLAIN = {"__version__", "__name__", "IAttentionOutputLayer.__class__"}  # of any module, or object
+PLAIN = {"__version__", "__name__"}  # of any module
 # What the source names in other ways: as text, in a class of its own, or one level deeper.
 OTHERS = {f"DataType.{name}" for name in trt_module._DTYPES} | {
     "ILogger.Severity.VERBOSE",
