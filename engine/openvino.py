@@ -5,11 +5,12 @@ Left to itself, OpenVINO computes in bf16 wherever the processor can, and says n
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from dnp.engine.errors import BackendError, BundleError
-from dnp.engine.extras import load
+from dnp.engine.extras import install_line, load
 from dnp.engine.host import HostSession, check_border, first_line
 from dnp.engine.manifest import GraphSpec
 from dnp.engine.processor import core_count, processor_name
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 DEVICE: Final = "CPU"
 PRECISIONS: Final = ("f32", "bf16")
+# What the versions before 2026.1, and those since, say of operators that they do not know.
+_LACKING: Final = re.compile(r"(?:following ONNX operations|conversion rule found for operations): *(\S.*)")
 
 
 def import_openvino() -> Any:
@@ -65,6 +68,11 @@ class OpenVinoSession(HostSession):
             front_end = ov.frontend.FrontEndManager().load_by_framework("onnx")
             model = front_end.convert(front_end.load(str(graph.path)))
         except Exception as error:
+            if lacking := _LACKING.search(str(error)):
+                raise BackendError(
+                    f"{graph.path}: OpenVINO {_version(ov)} lacks the operator {lacking[1]}; take 2026.3 or newer: "
+                    f"{install_line('openvino')}"
+                ) from error
             raise BundleError(
                 f"{graph.path}: no graph that OpenVINO can load: {first_line(error)}; {REMEDY}"
             ) from error
@@ -89,8 +97,7 @@ class OpenVinoSession(HostSession):
         self._tensor = ov.Tensor
         self._request = compiled.create_infer_request()
         self._results: dict[str, Any] = {}
-        version = ov.get_version().split("-")[0]
-        super().__init__(graph, f"openvino (OpenVINO {version}, {devices[0]}, {runs_in}, threads: {threads})")
+        super().__init__(graph, f"openvino (OpenVINO {_version(ov)}, {devices[0]}, {runs_in}, threads: {threads})")
 
     def _bind(self, name: str, array: Array, is_input: bool) -> None:
         tensor = self._tensor(array, shared_memory=True)
@@ -121,6 +128,10 @@ class OpenVinoBackend(Backend):
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> OpenVinoSession:
         """See ``Backend.session``."""
         return OpenVinoSession(graph, self.options)
+
+
+def _version(ov: Any) -> str:
+    return str(ov.get_version().split("-")[0])
 
 
 def _tensors(ports: Any) -> dict[str, tuple[str, tuple[Any, ...]]]:

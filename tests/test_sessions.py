@@ -373,6 +373,18 @@ def test_a_silent_fallback_is_an_error(step, monkeypatch):
         open_graph(step)
 
 
+def test_an_operator_that_openvino_lacks_is_named(step):
+    model = onnx.load(step.path)
+    model.graph.node.append(helper.make_node("Nonesuch", ["state"], ["unused"], domain="com.example"))
+    model.graph.output.append(helper.make_tensor_value_info("unused", TensorProto.FLOAT, ["batch", 4, "width"]))
+    model.opset_import.append(helper.make_opsetid("com.example", 1))
+    onnx.save(model, step.path)
+    with pytest.raises(
+        BackendError, match=r"lacks the operator com\.example\.Nonesuch; take 2026\.3 or newer: pip install"
+    ):
+        open_graph(step, "openvino")
+
+
 def test_openvino_computes_in_the_precision_that_was_asked_for(matmul):
     """Its own choice would be bf16, which is 1e-2 off here."""
     graph, w = matmul
