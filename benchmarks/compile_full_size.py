@@ -70,12 +70,13 @@ def main() -> None:
 
 def float32_outside_islands(bundle: Path) -> dict[str, list[str]]:
     """The nodes of each graph that compute in float32 and should not; nothing for graphs without any."""
+    import onnx_ir as ir
+
     from dnp.engine import Bundle
-    from dnp.export.attention import read_model
     from dnp.export.islands import ISLANDS, outside_islands
 
     graphs = Bundle.open(bundle).graphs
-    found = {name: outside_islands(read_model(graph.path), ISLANDS[name]) for name, graph in graphs.items()}
+    found = {name: outside_islands(ir.load(graph.path), ISLANDS[name]) for name, graph in graphs.items()}
     return {name: nodes for name, nodes in found.items() if nodes}
 
 

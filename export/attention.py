@@ -1,15 +1,18 @@
 """How attention is written in ONNX: first as plain nodes, which every pass over a graph can look into; then as one.
 
 ``scaled_dot_product_attention`` is translated to a few plain nodes (torch's own translation at this opset transposes
-the keys by way of runtime shapes, three times as many). ``fuse_attention`` makes one ``MultiHeadAttention`` of them:
-ONNX Runtime and OpenVINO have kernels for it that make no matrix of all tokens by all tokens, TensorRT has a layer. Its
-definition in plain nodes goes with it, as a function in the file: who does not know the operator takes that.
+the keys by way of runtime shapes, three times as many). Of those in float32, ``fuse_attention`` makes one node,
+``MultiHeadAttention``, for which ONNX Runtime has a kernel that makes no matrix of all tokens by all tokens. OpenVINO
+and TensorRT for RTX know it too; its definition in plain nodes, a function in the same file, is for those who do not.
 
-The ``Attention`` operator of opset 23 would need no definition, but ONNX Runtime's kernel of it makes that matrix.
+In fp16 the plain nodes stay: TensorRT fuses them as they are, and would compute the softmax of the one node in fp16
+where it has no fused kernel. The ``Attention`` operator of opset 23 would do no better: ONNX Runtime's kernel of it
+makes the matrix.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from onnx_ir.passes import common as passes
 
 from dnp.export.float32 import infer_types
 
+_log = logging.getLogger(__name__)
 op: Any = onnxscript.opset20
 _contrib: Final = onnxscript.values.Opset("com.microsoft", 1)
 _TO_HEADS: Final = (0, 2, 1, 3)  # [B, tokens, heads, d] to [B, heads, tokens, d], and back
@@ -70,7 +74,7 @@ def _attention(
 
 @onnxscript.script(_contrib, default_opset=op)
 def MultiHeadAttention(query, key, value, num_heads: int, scale: float):  # type: ignore[no-untyped-def]  # noqa: N802
-    """ONNX Runtime's operator in plain nodes, for what is used of it: ``[B, tokens, heads·d]`` each, and the result."""
+    """ONNX Runtime's operator in plain nodes, for what is used of it: float32 ``[B, tokens, heads·d]`` throughout."""
     split = op.Concat(
         op.Constant(value_ints=[0, 0]),
         op.Reshape(op.Constant(value_int=num_heads), op.Constant(value_ints=[1])),
@@ -80,35 +84,33 @@ def MultiHeadAttention(query, key, value, num_heads: int, scale: float):  # type
     queries = op.Transpose(op.Reshape(query, split), perm=[0, 2, 1, 3])
     keys = op.Transpose(op.Reshape(key, split), perm=[0, 2, 3, 1])
     values = op.Transpose(op.Reshape(value, split), perm=[0, 2, 1, 3])
-    scores = op.MatMul(op.Mul(queries, op.CastLike(op.Constant(value_float=scale), query)), keys)
-    weights = op.CastLike(op.Softmax(op.Cast(scores, to=1), axis=-1), query)
+    weights = op.Softmax(op.MatMul(op.Mul(queries, op.Constant(value_float=scale)), keys), axis=-1)
     result = op.Transpose(op.MatMul(weights, values), perm=[0, 2, 1, 3])
     return op.Reshape(result, op.Constant(value_ints=[0, 0, -1]))
 
 
 def fuse_attention(model: ir.Model) -> int:
-    """Make one node of every attention that has no mask and whose heads are cut out of ``[B, tokens, heads·d]``.
+    """Make one node of every float32 attention without a mask, whose heads are cut out of ``[B, tokens, heads·d]``.
 
-    What was put back to float32 in part stays as it is. The model is changed in place; returns how many were found.
+    The model is changed in place; returns how many were found.
     """
     found = [match for node in model.graph if node.op_type == "Softmax" and (match := _match(node)) is not None]
-    if not found:
-        return 0
-    infer_types(model)
-    found = [match for match in found if match.is_whole()]
+    if found:
+        infer_types(model)
+        found = [match for match in found if match.is_whole()]
     for match in found:
-        attributes = {"num_heads": match.heads, "scale": match.scale}
-        node = ir.node("MultiHeadAttention", match.operands, attributes, domain=_contrib.domain)
+        node = match.node()
         model.graph.insert_before(match.last, node)
         (old,), (new,) = match.last.outputs, node.outputs
         old.replace_all_uses_with(new, replace_graph_outputs=True)
-        node.name, new.name, old.name = match.last.name, old.name, None
+        new.name, old.name = old.name, None
         new.type, new.shape = old.type, old.shape
     if found:
         function = ir.serde.deserialize_function(MultiHeadAttention.to_function_proto())
         model.functions[function.identifier()] = function
         model.opset_imports[_contrib.domain] = _contrib.version
         passes.RemoveUnusedNodesPass()(model)
+    _log.debug("%s: %d attentions fused", model.graph.name, len(found))
     return len(found)
 
 
@@ -121,45 +123,84 @@ def read_model(path: Path) -> ir.Model:
 
 
 @dataclass(frozen=True)
-class _Match:
-    """Plain nodes that are one attention: query, key and value before heads were cut; the node that joins the heads."""
+class _Heads:
+    """What heads are cut out of, and the shape that they are cut with: images, tokens, heads, width."""
 
-    operands: tuple[ir.Value, ir.Value, ir.Value]
-    heads: int
-    width: int
+    whole: ir.Value
+    shape: list[int | None]
+
+
+@dataclass(frozen=True)
+class _Match:
+    """Plain nodes that are one attention; ``last`` joins its heads, with the shape ``joint``."""
+
+    cuts: tuple[_Heads, _Heads, _Heads]
     scale: float
+    joint: list[int | None]
     last: ir.Node
 
+    def node(self) -> ir.Node:
+        """The same as one node."""
+        operands = [cut.whole for cut in self.cuts]
+        attributes = {"num_heads": self.cuts[0].shape[2], "scale": self.scale}
+        return ir.node("MultiHeadAttention", operands, attributes, domain=_contrib.domain, name=self.last.name)
+
     def is_whole(self) -> bool:
-        """Whether it is ``[B, tokens, heads·d]`` and of one dtype from end to end; types and ranks are known."""
-        shapes = [value.shape for value in self.operands]
-        borders = [*self.operands, *self.last.outputs]
+        """Whether it is float32 ``[B, tokens, heads·d]`` at all borders, and nothing moves from one image to another.
+
+        Types and ranks are known.
+        """
+        heads, width = self.cuts[0].shape[2:]
+        if heads is None or width is None or any(cut.shape[2:] != [heads, width] for cut in self.cuts):
+            return False
+        wholes = [cut.whole for cut in self.cuts]
         return (
-            all(shape is not None and shape[-1] == self.heads * self.width for shape in shapes)
-            and all(value.shape is not None and len(value.shape) == 3 for value in borders)
-            and len({value.dtype for value in borders}) == 1
+            all(value.dtype == ir.DataType.FLOAT for value in [*wholes, *self.last.outputs])
+            and all(_rank(value) == 3 for value in [*wholes, *self.last.outputs])
+            and all(_keeps_images(cut.shape, cut.whole) for cut in self.cuts)
+            and _keeps_images(self.joint, wholes[0])
+            and self.joint[2] in (heads * width, -1)
         )
 
 
 def _match(softmax: ir.Node) -> _Match | None:
     """The attention around ``softmax``, in the form that ``_attention`` and the reshaping around it leave."""
     try:
-        product = _maker(_unwidened(softmax.inputs[0]), "MatMul")
+        product = _maker(softmax.inputs[0], "MatMul")
         scaled = _maker(product.inputs[0], "Mul")
-        cut, query = _cut(scaled.inputs[0], _TO_HEADS)
-        cut_keys, key = _cut(product.inputs[1], _TO_COLUMNS)
-        weighted = _user(_narrowed(softmax.outputs[0]), "MatMul")
-        cut_values, value = _cut(weighted.inputs[1], _TO_HEADS)
+        query = _cut(scaled.inputs[0], _TO_HEADS)
+        key = _cut(product.inputs[1], _TO_COLUMNS)
+        weighted = _user(softmax.outputs[0], "MatMul")
+        value = _cut(weighted.inputs[1], _TO_HEADS)
         moved = _user(weighted.outputs[0], "Transpose")
         last = _user(moved.outputs[0], "Reshape")
+        joint = _entries(last.inputs[1])
         factor = _constant(scaled.inputs[1])
     except LookupError:
         return None
-    if factor is None or factor.size != 1 or tuple(moved.attributes["perm"].as_ints()) != _TO_HEADS:
+    over_keys = softmax.attributes.get_int("axis", -1) in (-1, 3)
+    if not over_keys or _order(moved) != _TO_HEADS or len(joint) != 3 or factor is None or factor.size != 1:
         return None
-    return (
-        _Match((query, key, value), *cut, float(factor.numpy().item()), last) if cut == cut_keys == cut_values else None
-    )
+    return _Match((query, key, value), float(factor.numpy().item()), joint, last)
+
+
+def _cut(value: ir.Value | None, order: tuple[int, ...]) -> _Heads:
+    moved = _maker(value, "Transpose")
+    whole, shape = _maker(moved.inputs[0], "Reshape").inputs
+    entries = _entries(shape)
+    if whole is None or len(entries) != 4 or _order(moved) != order:
+        raise LookupError("heads")
+    return _Heads(whole, entries)
+
+
+def _keeps_images(shape: list[int | None], whole: ir.Value) -> bool:
+    """Whether ``shape`` leaves the first two dimensions of ``whole`` as they are.
+
+    A first entry that is known at run time only is the number of images: nothing else in these graphs is.
+    """
+    tokens = None if whole.shape is None else whole.shape[1]
+    first, second = shape[:2]
+    return (first in (0, None) and second in (0, -1, tokens)) or (first == -1 and second == tokens)
 
 
 def _maker(value: ir.Value | None, operator: str) -> ir.Node:
@@ -177,28 +218,6 @@ def _user(value: ir.Value, operator: str) -> ir.Node:
     return users[0]
 
 
-def _unwidened(value: ir.Value | None) -> ir.Value | None:
-    """What was cast to ``value`` for the softmax, if anything was."""
-    node = None if value is None else value.producer()
-    return node.inputs[0] if node is not None and node.op_type == "Cast" else value
-
-
-def _narrowed(value: ir.Value) -> ir.Value:
-    """What the softmax was cast to, if it was."""
-    users = value.consumers()
-    return users[0].outputs[0] if len(users) == 1 and users[0].op_type == "Cast" else value
-
-
-def _cut(value: ir.Value | None, order: tuple[int, ...]) -> tuple[tuple[int, int], ir.Value]:
-    """The number of heads and their width, and what they were cut out of."""
-    moved = _maker(value, "Transpose")
-    whole, shape = _maker(moved.inputs[0], "Reshape").inputs
-    match _entries(shape):
-        case [_, _, int(heads), int(width)] if whole is not None and tuple(moved.attributes["perm"].as_ints()) == order:
-            return (heads, width), whole
-    raise LookupError("heads")
-
-
 def _entries(shape: ir.Value | None) -> list[int | None]:
     """The entries of a shape that is a constant, or joined of single entries; None for those known at run time only."""
     parts = [shape] if _constant(shape) is not None else _maker(shape, "Concat").inputs
@@ -208,3 +227,11 @@ def _entries(shape: ir.Value | None) -> list[int | None]:
 
 def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None if value is None else ir.convenience.get_const_tensor(value)
+
+
+def _order(transpose: ir.Node) -> tuple[int, ...]:
+    return tuple(transpose.attributes["perm"].as_ints())
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else len(value.shape)

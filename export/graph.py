@@ -29,7 +29,7 @@ from dnp.export.rounding import rounded_graph
 Array = npt.NDArray[Any]
 Dims = Mapping[str, int]
 Tensor = TensorSpec  # what crosses a graph's border
-OPSET = 20  # the last one at which scaled_dot_product_attention stays decomposed, see docs/architecture.md
+OPSET = 20  # from 23 on, scaled_dot_product_attention becomes the operator Attention, see docs/architecture.md
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,7 @@ def finish_graph(spec: GraphExport, folder: Path, written: WrittenGraph) -> Grap
     started = time.perf_counter()
     path = folder / written.manifest["file"]
     with PeakMemory() as memory:
-        model = ir.load(path)
-        if fuse_attention(model):
-            clean(model)
-            write_model(model, path)
+        _fuse(path)
         parity = _compare(spec, path)
     for name, found in parity.items():
         if not found.error <= found.bound:  # also when the error is NaN
@@ -153,6 +150,13 @@ def finish_graph(spec: GraphExport, folder: Path, written: WrittenGraph) -> Grap
     nodes, size = file_facts(path)
     seconds = written.seconds + time.perf_counter() - started
     return GraphRecord(spec.name, manifest, parity, nodes, size, seconds, max(written.peak_memory, memory.peak))
+
+
+def _fuse(path: Path) -> None:
+    model = ir.load(path)
+    if fuse_attention(model):
+        clean(model)
+        write_model(model, path)
 
 
 def _trace(spec: GraphExport) -> torch.onnx.ONNXProgram:

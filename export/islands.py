@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from dnp.export.float32 import SINGLE, infer_types
 
-_MOVES = frozenset({"Cast", "CastLike", "Concat", "Expand", "Gather", "Reshape", "Shape", "Slice", "Squeeze",
-                    "Transpose", "Unsqueeze"})  # fmt: skip
+_MOVES = frozenset({"Cast", "Concat", "Expand", "Gather", "Reshape", "Shape", "Slice", "Squeeze", "Transpose",
+                    "Unsqueeze"})  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def check_ranges(bundle: Bundle, check: RangeCheck, whole: Callable[[str], None]
             whole(name)
             replaced.add(name)
         else:
-            model = ir.load(spec.path)
+            model = read_model(spec.path)
             keep_float32(model, values)
             clean(model)
             write_model(model, spec.path)

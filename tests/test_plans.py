@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +29,6 @@ from dnp.engine.manifest import GraphSpec, TensorSpec
 from dnp.engine.plan import PlanSpec
 from dnp.engine.profile import Limits, Range, default_profile
 from dnp.engine.store import PlanStore
-from dnp.export.attention import read_model
 from dnp.export.float32 import infer_types, keep_float32
 from dnp.export.onnx_file import clean, write_model
 
@@ -105,7 +105,7 @@ def test_the_denoiser_compiles_for_each_architecture_alone(default_fp16, tmp_pat
 
 def unfused(graph: GraphSpec, folder: Path) -> GraphSpec:
     """The same graph with the products of queries and keys in float32, which no fused kernel takes."""
-    model = read_model(graph.path)
+    model = ir.load(graph.path)
     infer_types(model)
     products = []
     for node in model.graph:
