@@ -23,7 +23,7 @@ from dnp.engine.errors import ExportError
 from dnp.engine.manifest import GraphSpec, Ranges, TensorSpec
 from dnp.export.attention import fuse_attention, translations
 from dnp.export.memory import PeakMemory
-from dnp.export.onnx_file import clean, file_facts, save_graph, write_model
+from dnp.export.onnx_file import file_facts, save_graph, write_model
 from dnp.export.rounding import rounded_graph
 
 Array = npt.NDArray[Any]
@@ -155,7 +155,6 @@ def finish_graph(spec: GraphExport, folder: Path, written: WrittenGraph) -> Grap
 def _fuse(path: Path) -> None:
     model = ir.load(path)
     if fuse_attention(model):
-        clean(model)
         write_model(model, path)
 
 

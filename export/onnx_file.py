@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def save_graph(model: ir.Model, path: Path, shapes: Mapping[str, tuple[int | str, ...]]) -> None:
-    """Clean ``model``, compact its weights and write it to ``path``.
+    """Compact the weights of ``model`` and write it to ``path``.
 
     ``shapes`` gives the inputs and outputs the symbols that the manifest uses. Weights beyond 1 GiB go beside
     it, to ``<name>.onnx.data``. The model is changed in place.
@@ -26,7 +26,6 @@ def save_graph(model: ir.Model, path: Path, shapes: Mapping[str, tuple[int | str
     if model.functions:
         raise ExportError(f"{path.name}: not every function was inlined: {[str(f) for f in model.functions]}")
     compact(model)
-    clean(model)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.name is None or value.name not in shapes:
             raise ExportError(f"{path.name}: unexpected input or output {value.name!r}")
@@ -39,7 +38,8 @@ def save_graph(model: ir.Model, path: Path, shapes: Mapping[str, tuple[int | str
 
 
 def write_model(model: ir.Model, path: Path) -> None:
-    """Write ``model`` to ``path``, weights beyond 1 GiB beside it; those that lie there already stay as they are."""
+    """Clean ``model`` and write it to ``path``, weights beyond 1 GiB beside it; those that lie there already stay."""
+    clean(model)
     beside = any(isinstance(t, ir.ExternalTensor) and Path(t.path).parent == path.parent for t in _weights(model))
     weights = sum(tensor.nbytes for tensor in _weights(model))
     external = f"{path.name}.data" if weights > EXTERNAL_ABOVE and not beside else None

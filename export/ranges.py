@@ -22,7 +22,7 @@ from dnp.engine.ort import OrtSession
 from dnp.engine.session import Backend, BackendOptions
 from dnp.export.attention import read_model
 from dnp.export.float32 import half_values, keep_float32, widen
-from dnp.export.onnx_file import clean, write_model
+from dnp.export.onnx_file import write_model
 from dnp.export.rounding import rounded_graph, write_twin
 from dnp.runtime.pipeline import Pipeline, drive
 from dnp.runtime.request import Request
@@ -96,7 +96,6 @@ def check_ranges(bundle: Bundle, check: RangeCheck, whole: Callable[[str], None]
         else:
             model = read_model(spec.path)
             keep_float32(model, values)
-            clean(model)
             write_model(model, spec.path)
     after = measure(bundle, check) if any(found.values()) else seen
     ranges = {}

@@ -19,7 +19,7 @@ from dnp.engine.ort import OrtSession
 from dnp.engine.session import Backend, BackendOptions
 from dnp.export.attention import read_model
 from dnp.export.float32 import HALF, SINGLE, half_values, widen
-from dnp.export.onnx_file import clean, write_model
+from dnp.export.onnx_file import write_model
 
 
 def rounded_graph(graph: GraphSpec, folder: Path) -> GraphSpec:
@@ -38,7 +38,6 @@ def rounded_graph(graph: GraphSpec, folder: Path) -> GraphSpec:
 
 def write_twin(model: ir.Model, graph: GraphSpec, path: Path) -> GraphSpec:
     """Write ``model``, made of ``graph`` with float32 in the place of fp16, to ``path``."""
-    clean(model)
     write_model(model, path)
     return replace(graph, path=path, inputs=_wide(graph.inputs), outputs=_wide(graph.outputs))
 

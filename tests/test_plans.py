@@ -30,7 +30,7 @@ from dnp.engine.plan import PlanSpec
 from dnp.engine.profile import Limits, Range, default_profile
 from dnp.engine.store import PlanStore
 from dnp.export.float32 import infer_types, keep_float32
-from dnp.export.onnx_file import clean, write_model
+from dnp.export.onnx_file import write_model
 
 DNP = str(Path(sys.executable).with_name("dnp"))
 # The most activation memory of each graph's plan, in bytes, at batches up to 8 (32 rows of the caption decoder): a
@@ -116,7 +116,6 @@ def unfused(graph: GraphSpec, folder: Path) -> GraphSpec:
             products.append(value.producer().inputs[0].name)  # in fp16, under the Cast of the softmax
     assert products
     keep_float32(model, products)
-    clean(model)
     write_model(model, folder / graph.path.name)
     return replace(graph, path=folder / graph.path.name)
 
