@@ -73,7 +73,7 @@ def float32_outside_islands(bundle: Path) -> dict[str, list[str]]:
     import onnx_ir as ir
 
     from dnp.engine import Bundle
-    from dnp.export.islands import ISLANDS, outside_islands
+    from dnp.export.fp16.islands import ISLANDS, outside_islands
 
     graphs = Bundle.open(bundle).graphs
     found = {name: outside_islands(ir.load(graph.path), ISLANDS[name]) for name, graph in graphs.items()}
@@ -96,7 +96,7 @@ def line(plan: dict) -> str:
 
 
 def processor() -> str:
-    from dnp.engine.processor import core_count, processor_name
+    from dnp.engine.system.processor import core_count, processor_name
 
     return f"{processor_name()}, {core_count()} cores"
 

@@ -22,21 +22,22 @@ from pathlib import Path
 import numpy as np
 
 from dnp import Pipeline
-from dnp.engine import Bundle, cuda, open_backend, open_session
-from dnp.engine.build import BuildSettings, build_plans
-from dnp.engine.cuda import GpuProperties
+from dnp.engine import Bundle, open_backend, open_session
+from dnp.engine.backends.session import BackendOptions
+from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import DnpError, OutputError, SettingsError
-from dnp.engine.files import refuse_folder, write_together
-from dnp.engine.flavour import FLAVOURS
-from dnp.engine.manifest import GraphSpec
-from dnp.engine.plan import FOLDER
-from dnp.engine.profile import BATCH
-from dnp.engine.session import BackendOptions
-from dnp.runtime.denoise import Sample, load_samples
+from dnp.engine.plans.build import BuildSettings, build_plans
+from dnp.engine.plans.plan import FOLDER
+from dnp.engine.plans.product import FLAVOURS
+from dnp.engine.plans.profile import BATCH
+from dnp.engine.system import cuda
+from dnp.engine.system.cuda import GpuProperties
+from dnp.engine.system.files import refuse_folder, write_together
+from dnp.runtime.captioning.resize import resize_matrices
 from dnp.runtime.pictures import output_folder
-from dnp.runtime.resize import resize_matrices
-from dnp.runtime.samplers import sampler_table
-from dnp.runtime.schedule import NoiseSchedule
+from dnp.runtime.sampling.denoise import Sample, load_samples
+from dnp.runtime.sampling.samplers import sampler_table
+from dnp.runtime.sampling.schedule import NoiseSchedule
 
 BACKENDS = (*FLAVOURS, "cuda")
 LOOPS = ("denoise", "caption_step")  # the graphs that run step after step: there the host's share counts

@@ -6,7 +6,12 @@ The public names are loaded on first use, so that ``import dnp`` costs nothing a
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# In a checkout the rooms lie beside this folder; a Python that is started there finds this folder first.
+if not Path(__file__).with_name("engine").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
     __version__: str
@@ -20,11 +25,11 @@ if TYPE_CHECKING:
         OutputError,
         SettingsError,
     )
-    from dnp.runtime.pipeline import Pipeline
+    from dnp.runtime.pipeline.pipeline import Pipeline
     from dnp.runtime.request import Request, Result
 
 _HOMES = {
-    "Pipeline": "dnp.runtime.pipeline",
+    "Pipeline": "dnp.runtime.pipeline.pipeline",
     "Request": "dnp.runtime.request",
     "Result": "dnp.runtime.request",
     "DnpError": "dnp.engine.errors",

@@ -9,29 +9,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dnp.engine.build import build_plans
-    from dnp.engine.bundle import Bundle, GraphSpec, TensorSpec, seal
-    from dnp.engine.cpu import build_cpu_plans
-    from dnp.engine.registry import BackendReport, backend_names, doctor, open_backend, open_graph, open_session
-    from dnp.engine.session import Backend, BackendOptions, Buffer, Session
+    from dnp.engine.backends.onnxruntime.cpu import build_cpu_plans
+    from dnp.engine.backends.registry import (
+        BackendReport,
+        backend_names,
+        doctor,
+        open_backend,
+        open_graph,
+        open_session,
+    )
+    from dnp.engine.backends.session import Backend, BackendOptions, Buffer, Session
+    from dnp.engine.bundle.bundle import Bundle, seal
+    from dnp.engine.bundle.manifest import GraphSpec, TensorSpec
+    from dnp.engine.plans.build import build_plans
 
 _HOMES = {
-    "Backend": "session",
-    "BackendOptions": "session",
-    "BackendReport": "registry",
-    "Buffer": "session",
-    "Bundle": "bundle",
-    "GraphSpec": "bundle",
-    "Session": "session",
-    "TensorSpec": "bundle",
-    "backend_names": "registry",
-    "build_cpu_plans": "cpu",
-    "build_plans": "build",
-    "doctor": "registry",
-    "open_backend": "registry",
-    "open_graph": "registry",
-    "open_session": "registry",
-    "seal": "bundle",
+    "Backend": "backends.session",
+    "BackendOptions": "backends.session",
+    "BackendReport": "backends.registry",
+    "Buffer": "backends.session",
+    "Bundle": "bundle.bundle",
+    "GraphSpec": "bundle.manifest",
+    "Session": "backends.session",
+    "TensorSpec": "bundle.manifest",
+    "backend_names": "backends.registry",
+    "build_cpu_plans": "backends.onnxruntime.cpu",
+    "build_plans": "plans.build",
+    "doctor": "backends.registry",
+    "open_backend": "backends.registry",
+    "open_graph": "backends.registry",
+    "open_session": "backends.registry",
+    "seal": "bundle.bundle",
 }
 
 __all__ = [

@@ -15,21 +15,22 @@ from typing import Any
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from dnp.engine.bundle import MANIFEST, SCHEMA, Bundle, Defaults, seal
+from dnp.engine.bundle.bundle import MANIFEST, Bundle, seal
+from dnp.engine.bundle.manifest import SCHEMA, Defaults
+from dnp.engine.bundle.schema import REMEDY, record
 from dnp.engine.errors import BundleError, ExportError, OutputError, SettingsError
-from dnp.engine.files import new_folder
-from dnp.engine.schema import REMEDY, record
-from dnp.export import stable_diffusion
-from dnp.export.blip import blip_graphs, caption_manifest, caption_tokenizer, load_blip
+from dnp.engine.system.files import new_folder
+from dnp.export.families import stable_diffusion
+from dnp.export.families.blip import blip_graphs, caption_manifest, caption_tokenizer, load_blip
+from dnp.export.families.lora import Lora, check_loras
+from dnp.export.families.source import read_source
+from dnp.export.families.tokenizer import prompt_tokenizer
+from dnp.export.fp16.precision import Precision, check_precision
+from dnp.export.fp16.ranges import RangeCheck, check_ranges
 from dnp.export.graph import GraphExport, GraphRecord, WrittenGraph, export_graph, finish_graph, write_graph
-from dnp.export.lora import Lora, check_loras
 from dnp.export.memory import PeakMemory
-from dnp.export.precision import Precision, check_precision
-from dnp.export.ranges import RangeCheck, check_ranges
-from dnp.export.source import read_source
-from dnp.export.tokenizer import prompt_tokenizer
-from dnp.runtime.samplers import check_defaults
-from dnp.runtime.schedule import NoiseSchedule
+from dnp.runtime.sampling.samplers import check_defaults
+from dnp.runtime.sampling.schedule import NoiseSchedule
 
 FAMILY = "stable-diffusion-1"
 STAGES = ("encode_text", "denoise", "decode_latents", "encode_image", "caption_step", "seal")

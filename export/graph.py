@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from dnp.engine import open_graph
+from dnp.engine.bundle.manifest import GraphSpec, Ranges, TensorSpec
 from dnp.engine.errors import ExportError
-from dnp.engine.manifest import GraphSpec, Ranges, TensorSpec
-from dnp.export.attention import fuse_attention, translations
+from dnp.export.fp16.rounding import rounded_graph
 from dnp.export.memory import PeakMemory
-from dnp.export.onnx_file import file_facts, save_graph, write_model
-from dnp.export.rounding import rounded_graph
+from dnp.export.passes.attention import fuse_attention, translations
+from dnp.export.passes.onnx_file import file_facts, save_graph, write_model
 
 Array = npt.NDArray[Any]
 Dims = Mapping[str, int]

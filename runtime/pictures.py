@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from dnp.engine.errors import OutputError, SettingsError
-from dnp.engine.files import new_folder, write_together
+from dnp.engine.system.files import new_folder, write_together
 from dnp.runtime.request import Result
 
 METADATA_KEY = "dnp"

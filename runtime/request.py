@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dnp.engine.bundle.schema import shown
 from dnp.engine.errors import SettingsError
-from dnp.engine.schema import shown
-from dnp.runtime.samplers import SamplerTable, is_guidance, sampler_table
-from dnp.runtime.schedule import NoiseSchedule
+from dnp.runtime.sampling.samplers import SamplerTable, is_guidance, sampler_table
+from dnp.runtime.sampling.schedule import NoiseSchedule
 from dnp.runtime.tokenizer import check_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dnp.engine.bundle import Bundle
+    from dnp.engine.bundle.bundle import Bundle
 
 MAX_IMAGES = 256
 Guidance = float | Sequence[float]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from dnp.engine.bundle import Bundle
+from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.errors import BundleError, SettingsError
 
 MAX_CHARACTERS = 100_000  # the slowest such prompt takes about a second, and at most 75 tokens of it count

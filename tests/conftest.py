@@ -111,7 +111,7 @@ def default_fp16(model_folder, tmp_path_factory):
     """The default model exported in fp16, its ranges checked, as a bundle. For reading only: plans go elsewhere."""
     from dnp.engine import Bundle
     from dnp.export.bundle import export_bundle
-    from dnp.export.ranges import RangeCheck
+    from dnp.export.fp16.ranges import RangeCheck
 
     report = export_bundle(
         model_folder / "stable-diffusion",
@@ -135,9 +135,9 @@ def gpu(monkeypatch):
     """A fake device, and fakes of both flavours of TensorRT and of ONNX Runtime on it."""
     import fake_gpu
 
-    from dnp.engine import cuda as cuda_module
-    from dnp.engine import ort_cuda
-    from dnp.engine.flavour import Flavour
+    from dnp.engine.backends.onnxruntime import cuda as ort_cuda
+    from dnp.engine.plans.product import Flavour
+    from dnp.engine.system import cuda as cuda_module
 
     cuda = fake_gpu.FakeCuda()
     cuda.trt = fake_gpu.FakeTensorRt(cuda)
@@ -151,10 +151,10 @@ def gpu(monkeypatch):
 @pytest.fixture
 def open_pipeline(gpu, tmp_path, default_bundle, monkeypatch):
     import dnp
-    from dnp.engine import device
-    from dnp.engine.registry import open_backend
-    from dnp.engine.session import BackendOptions
-    from dnp.engine.store import PlanStore
+    from dnp.engine.backends import device
+    from dnp.engine.backends.registry import open_backend
+    from dnp.engine.backends.session import BackendOptions
+    from dnp.engine.plans.store import PlanStore
 
     opened = []
 

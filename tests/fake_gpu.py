@@ -20,8 +20,8 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 
-from dnp.engine.cuda import Cuda, GpuProperties, OutOfMemoryError
 from dnp.engine.errors import BackendError
+from dnp.engine.system.cuda import Cuda, GpuProperties, OutOfMemoryError
 
 MARK = b"THIS IS NO PLAN but a note for the fake of the tests\n"
 POISON = 0xA5  # what memory holds that nobody wrote
@@ -30,7 +30,7 @@ NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "UINT8": np
 
 
 class FakeCuda:
-    """The public face of ``dnp.engine.cuda.Cuda`` over numpy memory.
+    """The public face of ``dnp.engine.system.cuda.Cuda`` over numpy memory.
 
     ``calls`` holds the name of each call in order; ``fail`` maps a name to an error that it raises once it is called.
     """

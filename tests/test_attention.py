@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from dnp.engine import Bundle, GraphSpec, TensorSpec
-from dnp.engine.build import BuildSettings, target
-from dnp.engine.compiler import compile_plan
-from dnp.engine.flavour import TENSORRT_RTX
-from dnp.engine.profile import Range
-from dnp.export.attention import fuse_attention, read_model
-from dnp.export.float32 import infer_types, keep_float32
+from dnp.engine.plans.build import BuildSettings, target
+from dnp.engine.plans.compiler import compile_plan
+from dnp.engine.plans.product import TENSORRT_RTX
+from dnp.engine.plans.profile import Range
+from dnp.export.fp16.float32 import infer_types, keep_float32
+from dnp.export.passes.attention import fuse_attention, read_model
 
 # tokens of the queries, tokens of keys and values, heads, channels of a head
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 4), st.integers(1, 24))
@@ -216,8 +216,8 @@ def test_tensorrt_compiles_it(tmp_path, width):
 MEMORY = """
 import sys
 import numpy as np, onnxruntime
-from dnp.engine.ort import cpu_settings
-from dnp.engine.session import BackendOptions
+from dnp.engine.backends.onnxruntime.session import cpu_settings
+from dnp.engine.backends.session import BackendOptions
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))  # KiB

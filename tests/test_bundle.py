@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from dnp.engine.bundle import Bundle, file_record, manifest_digest, seal
+from dnp.engine.bundle.bundle import Bundle, file_record, manifest_digest, seal
+from dnp.engine.bundle.manifest import CaptionSpec, LatentSpec, TensorSpec, TextSpec, graph_borders
 from dnp.engine.errors import BundleError, SettingsError
-from dnp.engine.manifest import CaptionSpec, LatentSpec, TensorSpec, TextSpec, graph_borders
 
 TEXT = TextSpec(length=5, dim=6, bos=0, eos=1, pad=1, tokenizer="tokenizers/prompt.json")
 LATENTS = LatentSpec(channels=4, height=8, width=12, multiple=4, max_height=32, max_width=32, pixels=4)
@@ -306,7 +306,7 @@ def test_sealing_what_would_not_open_is_refused_and_leaves_the_old_manifest(fold
 
 
 def test_no_default_bundle_is_said_plainly(tmp_path, monkeypatch):
-    monkeypatch.setattr("dnp.engine.bundle.package_files", lambda package: tmp_path)
+    monkeypatch.setattr("dnp.engine.bundle.bundle.package_files", lambda package: tmp_path)
     with pytest.raises(BundleError, match="ships no default bundle"):
         Bundle.default()
     make_bundle(tmp_path / "default")

@@ -11,15 +11,15 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
-from dnp.engine.bundle import CaptionSpec, GraphSpec, TensorSpec
+from dnp.engine.backends.registry import open_graph
+from dnp.engine.bundle.manifest import CaptionSpec, GraphSpec, TensorSpec
 from dnp.engine.errors import ExportError, SettingsError
-from dnp.engine.registry import open_graph
-from dnp.export.blip import blip_graphs, caption_manifest, caption_tokenizer, load_blip
-from dnp.export.blip_modules import resize_exactly
+from dnp.export.families.blip import blip_graphs, caption_manifest, caption_tokenizer, load_blip
+from dnp.export.families.blip_modules import resize_exactly
 from dnp.export.graph import export_graph
-from dnp.runtime.captioner import MAX_BEAMS, Captioner
-from dnp.runtime.resize import resize, resize_matrices
-from dnp.runtime.search import BeamSearch, GreedySearch
+from dnp.runtime.captioning.captioner import MAX_BEAMS, Captioner
+from dnp.runtime.captioning.resize import resize, resize_matrices
+from dnp.runtime.captioning.search import BeamSearch, GreedySearch
 
 PREFIXES = ["", "a", "the red circle", "a small blue star!"]
 

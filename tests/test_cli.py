@@ -362,7 +362,7 @@ def test_ctrl_c_amid_the_renames_is_answered_after_them(tmp_path, monkeypatch, n
 
 def test_who_ignores_ctrl_c_goes_on_ignoring_it():
     """A job that a shell runs in the background ignores SIGINT, and so do its imports and renames."""
-    from dnp.engine.interrupts import uninterrupted
+    from dnp.engine.system.interrupts import uninterrupted
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -408,7 +408,7 @@ def test_streams_that_are_closed_or_full(tmp_path, line, code):
     ],
 )
 def test_a_bundle_whose_own_settings_cannot_run(dnp, tmp_path, default_bundle, change):
-    from dnp.engine.bundle import manifest_digest
+    from dnp.engine.bundle.bundle import manifest_digest
 
     copy = tmp_path / "bundle"
     shutil.copytree(default_bundle.path, copy)

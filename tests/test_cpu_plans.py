@@ -21,14 +21,14 @@ import pytest
 
 from dnp import Pipeline
 from dnp.cli import run
-from dnp.engine.background import in_background
-from dnp.engine.bundle import Bundle
-from dnp.engine.cpu import build_cpu_plans, plan_spec
+from dnp.engine.backends.onnxruntime.cpu import build_cpu_plans, plan_spec
+from dnp.engine.backends.onnxruntime.session import OrtSession
+from dnp.engine.backends.registry import open_session
+from dnp.engine.backends.session import BackendOptions
+from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError
-from dnp.engine.ort import OrtSession
-from dnp.engine.registry import open_session
-from dnp.engine.session import BackendOptions
-from dnp.engine.store import PlanStore
+from dnp.engine.plans.store import PlanStore
+from dnp.engine.system.background import in_background
 
 DNP = str(Path(sys.executable).with_name("dnp"))
 
@@ -170,7 +170,7 @@ def test_a_plan_in_doubt_is_named_and_not_used(bundle, engines, caplog, ending, 
 
 
 def test_a_plan_of_another_processor_is_not_used(bundle, engines, caplog, monkeypatch):
-    monkeypatch.setattr("dnp.engine.cpu.processor_features", lambda: ("avx512f",))
+    monkeypatch.setattr("dnp.engine.backends.onnxruntime.cpu.processor_features", lambda: ("avx512f",))
     with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
         assert "plan" not in session.backend
     assert "architecture is" in caplog.text
@@ -256,7 +256,7 @@ with Pipeline.open(sys.argv[1], engines="plans") as pipeline:
 
 
 def test_no_plans_where_the_system_does_not_tell_what_the_processor_can_do(bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr("dnp.engine.cpu.processor_features", tuple)
+    monkeypatch.setattr("dnp.engine.backends.onnxruntime.cpu.processor_features", tuple)
     with pytest.raises(BackendError, match=r"does not tell what its processor can do.*opens the graphs themselves"):
         build_cpu_plans(bundle, folder=tmp_path / "engines")
     assert not (tmp_path / "engines").exists()
@@ -413,7 +413,7 @@ def test_plans_of_other_versions_are_removed_when_asked(bundle, tmp_path, monkey
     command = ["build", str(bundle.path), "--backend", "cpu", "--engines", str(tmp_path), "--graph", "encode_text"]
     assert run(command) == 0
     before = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")}
-    monkeypatch.setattr("dnp.engine.cpu.processor_name", lambda: "another processor")
+    monkeypatch.setattr("dnp.engine.backends.onnxruntime.cpu.processor_name", lambda: "another processor")
     assert run([*command, "--prune"]) == 0
     assert not before & {path.name for path in tmp_path.iterdir()}
     assert re.search(r"dnp: removed encode_text-\w+\.plan", capsys.readouterr().err)
@@ -441,7 +441,7 @@ def test_a_disk_that_is_full(bundle, tmp_path, monkeypatch):
         error = f"Failed to write to {settings.optimized_model_filepath}"
         raise BundleError(f"{graph.path}: {error}; export it again") from RuntimeError(error)
 
-    monkeypatch.setattr("dnp.engine.cpu.OrtSession", full)
+    monkeypatch.setattr("dnp.engine.backends.onnxruntime.cpu.OrtSession", full)
     told = rf"the plan of 'encode_text' cannot be kept in {tmp_path}: Failed to write to \S+; "
     with pytest.raises(OutputError, match=f"{told}name another folder"):  # there is room, it was something else
         build_cpu_plans(bundle, folder=tmp_path)
@@ -451,7 +451,7 @@ def test_a_disk_that_is_full(bundle, tmp_path, monkeypatch):
         error = "Failed to write pre-packed blobs"  # it does not always name the file
         raise BundleError(f"{graph.path}: {error}; export it again") from RuntimeError(error)
 
-    monkeypatch.setattr("dnp.engine.cpu.OrtSession", full_of_weights)
+    monkeypatch.setattr("dnp.engine.backends.onnxruntime.cpu.OrtSession", full_of_weights)
     told = rf"the plan of 'encode_text' cannot be kept in {tmp_path}: Failed to write pre-packed blobs; "
     with pytest.raises(OutputError, match=f"{told}its disk has 5 MB left: make room, or name another folder"):
         build_cpu_plans(bundle, folder=tmp_path)
@@ -482,7 +482,7 @@ def test_a_build_that_is_stopped_leaves_nothing(bundle, tmp_path, monkeypatch):
         seen.append(state)
         return False
 
-    monkeypatch.setattr("dnp.engine.cpu.OrtSession", slow)
+    monkeypatch.setattr("dnp.engine.backends.onnxruntime.cpu.OrtSession", slow)
     with pytest.raises(Cancelled, match="'encode_text' was stopped"):
         build_cpu_plans(bundle, graphs=["encode_text"], folder=tmp_path, progress=stop)
     assert (seen[0].graph, seen[0].phase) == ("encode_text", "optimising")

@@ -12,15 +12,17 @@ import safetensors.torch
 import torch
 import transformers
 
-from dnp.engine import Bundle, GraphSpec, TensorSpec, layout, open_graph, open_session
+from dnp.engine import Bundle, GraphSpec, TensorSpec, open_graph, open_session
+from dnp.engine.bundle import columns
 from dnp.engine.errors import ExportError, OutputError
 from dnp.export import bundle as bundle_module
 from dnp.export import graph as graph_module
-from dnp.export import onnx_file, stable_diffusion
 from dnp.export.bundle import STAGES, export_bundle
+from dnp.export.families import stable_diffusion
+from dnp.export.families.source import read_source
+from dnp.export.families.tokenizer import PROBES
 from dnp.export.graph import export_graph
-from dnp.export.source import read_source
-from dnp.export.tokenizer import PROBES
+from dnp.export.passes import onnx_file
 
 W = (-3.0, 0.0, 1.0, 7.5)
 
@@ -53,11 +55,11 @@ def step_inputs(rng, batch, rows, draws, height, width, guidance=W):
     def normal(*shape):
         return rng.standard_normal(shape, dtype=np.float32)
 
-    table = 0.5 * normal(batch, rows, layout.ROW)
-    table[..., layout.TIMESTEP] = rng.uniform(0, 999, (batch, rows))
-    table[..., layout.GUIDANCE] = np.resize(guidance, (batch, rows))
+    table = 0.5 * normal(batch, rows, columns.ROW)
+    table[..., columns.TIMESTEP] = rng.uniform(0, 999, (batch, rows))
+    table[..., columns.GUIDANCE] = np.resize(guidance, (batch, rows))
     return {
-        "state": normal(batch, layout.SLOTS, 4, height, width),
+        "state": normal(batch, columns.SLOTS, 4, height, width),
         "index": rng.integers(0, rows, batch),
         "table": table,
         "noise": normal(batch, draws, 4, height, width),
@@ -104,7 +106,7 @@ def test_guidance_is_data_of_any_sign(bundle, unet):
     """The same sample at every w, in one batch: the results lie on a line, 0 is the base branch, −3 is DNS."""
     rng = np.random.default_rng(0)
     inputs = {name: np.repeat(array, len(W), 0) for name, array in step_inputs(rng, 1, 1, 1, 8, 8).items()}
-    inputs["table"][:, 0, layout.GUIDANCE] = W
+    inputs["table"][:, 0, columns.GUIDANCE] = W
     with open_session(bundle, "denoise") as session:
         next_state = run(session, inputs, batch=len(W), rows=1, draws=1, height=8, width=8)["next_state"]
     np.testing.assert_allclose(next_state, step_by_hand(unet, inputs), atol=1e-4)

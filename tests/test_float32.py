@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from dnp.engine import GraphSpec, TensorSpec, open_graph
 from dnp.engine.errors import ExportError
-from dnp.export.float32 import half_values, infer_types, keep_float32, widen
-from dnp.export.rounding import rounded_graph
+from dnp.export.fp16.float32 import half_values, infer_types, keep_float32, widen
+from dnp.export.fp16.rounding import rounded_graph
 
 
 def names_of(model):

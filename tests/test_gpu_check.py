@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 import dnp
-from dnp.engine import cuda as cuda_module
-from dnp.engine import device, ort_cuda
+from dnp.engine.backends import device
+from dnp.engine.backends.onnxruntime import cuda as ort_cuda
+from dnp.engine.backends.session import BackendOptions
 from dnp.engine.errors import BackendError
-from dnp.engine.session import BackendOptions
+from dnp.engine.system import cuda as cuda_module
 
 REPOSITORY = Path(__file__).parents[1]
 NO_DRIVER = "there is no NVIDIA driver here: install one"

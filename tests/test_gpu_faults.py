@@ -20,13 +20,14 @@ from cuda.bindings import runtime as cuda_runtime
 
 import dnp
 from dnp.cli import run
-from dnp.engine import Bundle, cuda, open_session, seal
-from dnp.engine.build import BuildSettings, build_plans
+from dnp.engine import Bundle, open_session, seal
+from dnp.engine.backends.session import BackendOptions
+from dnp.engine.backends.tensorrt import TrtSession
 from dnp.engine.errors import BackendError, DnpError, SettingsError
-from dnp.engine.profile import Limits, Range
-from dnp.engine.session import BackendOptions
-from dnp.engine.store import PlanStore
-from dnp.engine.trt import TrtSession
+from dnp.engine.plans.build import BuildSettings, build_plans
+from dnp.engine.plans.profile import Limits, Range
+from dnp.engine.plans.store import PlanStore
+from dnp.engine.system import cuda
 
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"
 QUICK = {"steps": 2, "dns_steps": 2}
@@ -321,7 +322,7 @@ class TestPlans:
 
     def test_a_plan_that_is_there_needs_no_folder_that_can_be_written(self, gpu, default_bundle, tmp_path, monkeypatch):
         build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)
-        monkeypatch.setattr("dnp.engine.store.write_together", failing("read-only"))
+        monkeypatch.setattr("dnp.engine.plans.store.write_together", failing("read-only"))
         monkeypatch.setattr(PlanStore, "_locked", failing("read-only"))
         build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)
 

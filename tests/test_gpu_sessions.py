@@ -24,15 +24,17 @@ import onnx.numpy_helper
 import pytest
 
 import dnp
-from dnp.engine import Bundle, device, ort_cuda, registry, seal
-from dnp.engine.build import BuildSettings, build_plans, target
+from dnp.engine import Bundle, seal
+from dnp.engine.backends import device, registry
+from dnp.engine.backends.onnxruntime import cuda as ort_cuda
+from dnp.engine.backends.session import BackendOptions
+from dnp.engine.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend
 from dnp.engine.errors import BackendError, DnpError, SettingsError
-from dnp.engine.flavour import FLAVOURS
-from dnp.engine.plan import PlanSpec
-from dnp.engine.profile import Range
-from dnp.engine.session import BackendOptions
-from dnp.engine.store import PlanStore
-from dnp.engine.trt import TensorRtBackend, TensorRtRtxBackend
+from dnp.engine.plans.build import BuildSettings, build_plans, target
+from dnp.engine.plans.plan import PlanSpec
+from dnp.engine.plans.product import FLAVOURS
+from dnp.engine.plans.profile import Range
+from dnp.engine.plans.store import PlanStore
 
 BACKENDS = {"tensorrt": TensorRtBackend, "tensorrt-rtx": TensorRtRtxBackend, "cuda": ort_cuda.CudaBackend}
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"

@@ -17,11 +17,11 @@ from peft.utils import get_peft_model_state_dict
 from dnp.cli import run
 from dnp.engine import open_graph
 from dnp.engine.errors import ExportError
-from dnp.export import stable_diffusion
 from dnp.export.bundle import export_bundle
+from dnp.export.families import stable_diffusion
+from dnp.export.families.lora import Lora
+from dnp.export.families.source import read_source
 from dnp.export.graph import export_graph
-from dnp.export.lora import Lora
-from dnp.export.source import read_source
 
 SCALE = 0.75
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from cuda.bindings import runtime as cuda_runtime
 
-import dnp.engine.cuda
-from dnp.engine import trt as trt_module
+import dnp.engine
+from dnp.engine.backends import tensorrt as trt_module
 
-ENGINE = Path(dnp.engine.cuda.__file__).parent
+ENGINE = Path(dnp.engine.__file__).parent
 ENTRY_POINTS = (
     "createInferBuilder_INTERNAL",
     "createInferRefitter_INTERNAL",
@@ -37,17 +37,17 @@ LIBRARIES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")
 
 # What an expression in the source is an object of; None is the module itself.
 KINDS = {
-    "compiler.py": {
+    "plans/compiler.py": {
         "trt": None, "builder": "Builder", "parser": "OnnxParser", "network": "INetworkDefinition",
         "config": "IBuilderConfig", "profile": "IOptimizationProfile", "e": "ParserError", "cache": "ITimingCache",
     },
-    "trt.py": {
+    "backends/tensorrt.py": {
         "trt": None, "self._trt": None, "self._runtime": "Runtime", "engine": "ICudaEngine",
         "self._engine": "ICudaEngine", "context": "IExecutionContext", "run.context": "IExecutionContext",
         "config": "IRuntimeConfig", "self._cache": "IRuntimeCache", "refitter": "Refitter",
         "parser": "OnnxParserRefitter", "inspector": "EngineInspector",
     },
-    "flavour.py": {"module": None},
+    "plans/product.py": {"module": None},
 }  # fmt: skip
 # What only TensorRT for RTX has; the code asks the flavour before it uses any of it.
 RTX_ONLY = {
@@ -130,7 +130,7 @@ def test_tensorrt_for_rtx_has_every_name():
 
 def test_cuda_has_every_name():
     names = set()
-    for node in ast.walk(ast.parse((ENGINE / "cuda.py").read_text())):
+    for node in ast.walk(ast.parse((ENGINE / "system/cuda.py").read_text())):
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("self._rt."):
             names.add(ast.unparse(node).removeprefix("self._rt."))
     assert len(names) > 30

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dnp.engine.errors import SettingsError
-from dnp.runtime.noise import TorchNoise, starting_noise
+from dnp.runtime.sampling.noise import TorchNoise, starting_noise
 
 TOLERANCE = 1e-6
 SEEDS = st.integers(-(2**63), 2**64 - 1)

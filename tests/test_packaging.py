@@ -114,9 +114,19 @@ def test_a_missing_extra_names_the_line_that_adds_it(installed, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["--editable"]])
+def test_the_rooms_are_found_from_the_root_of_a_checkout(installed, how):
+    sources, bin_folder = installed  # where ./dnp hides the package that is installed
+    run(bin_folder / "pip", "install", "--quiet", "--no-deps", *how, sources, cwd=sources)
+    rooms = "import dnp.engine, dnp.runtime.pipeline.pipeline, dnp.export; print(dnp.engine.__file__)"
+    assert run(bin_folder / "python", "-c", rooms, cwd=sources).stdout.startswith(str(sources))
+    assert run(bin_folder / "python", "-m", "dnp", "--version", cwd=sources).stdout.startswith("dnp, version")
+
+
+@pytest.mark.slow
 def test_an_editable_install_works_too(installed, tmp_path):
     sources, bin_folder = installed
     run(bin_folder / "pip", "install", "--quiet", "--editable", f"{sources}[cpu]", cwd=tmp_path)
-    code = "import dnp.engine.bundle, dnp.runtime.pipeline, dnp.cli; print(dnp.engine.bundle.__file__)"
+    code = "import dnp.engine.backends, dnp.runtime.pipeline, dnp.cli; print(dnp.engine.backends.__file__)"
     assert run(bin_folder / "python", "-c", code, cwd=tmp_path).stdout.startswith(str(sources))
     run(bin_folder / "dnp", "generate", PROMPT, "--no-dnp", "--steps", "1", cwd=tmp_path)

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 
 from dnp import Pipeline
 from dnp.engine import open_session
-from dnp.runtime.denoise import Sample, denoise, load_samples
-from dnp.runtime.samplers import sampler_table
-from dnp.runtime.schedule import NoiseSchedule
+from dnp.runtime.sampling.denoise import Sample, denoise, load_samples
+from dnp.runtime.sampling.samplers import sampler_table
+from dnp.runtime.sampling.schedule import NoiseSchedule
 from dnp.runtime.tokenizer import PromptTokenizer
 
 # diffusers mixes numpy and torch in a way that numpy 2 warns about.

@@ -20,17 +20,17 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, save
 
 from dnp.cli import run
-from dnp.engine import cuda
-from dnp.engine.build import BuildSettings, Target, build_plans, memory_needed, target
-from dnp.engine.compiler import compile_plan
+from dnp.engine.bundle.manifest import GraphSpec, TensorSpec
 from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError, SettingsError
-from dnp.engine.flavour import TENSORRT_RTX, listening, logger
-from dnp.engine.manifest import GraphSpec, TensorSpec
-from dnp.engine.plan import PlanSpec
-from dnp.engine.profile import Limits, Range, default_profile
-from dnp.engine.store import PlanStore
-from dnp.export.float32 import infer_types, keep_float32
-from dnp.export.onnx_file import write_model
+from dnp.engine.plans.build import BuildSettings, Target, build_plans, memory_needed, target
+from dnp.engine.plans.compiler import compile_plan
+from dnp.engine.plans.plan import PlanSpec
+from dnp.engine.plans.product import TENSORRT_RTX, listening, logger
+from dnp.engine.plans.profile import Limits, Range, default_profile
+from dnp.engine.plans.store import PlanStore
+from dnp.engine.system import cuda
+from dnp.export.fp16.float32 import infer_types, keep_float32
+from dnp.export.passes.onnx_file import write_model
 
 DNP = str(Path(sys.executable).with_name("dnp"))
 # The most activation memory of each graph's plan, in bytes, at batches up to 8 (32 rows of the caption decoder): a

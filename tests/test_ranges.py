@@ -13,19 +13,19 @@ import torch
 from dnp import Pipeline
 from dnp.cli import run as dnp
 from dnp.engine import Bundle
+from dnp.engine.bundle.manifest import FP16_LARGEST
 from dnp.engine.errors import ExportError, SettingsError
-from dnp.engine.manifest import FP16_LARGEST
 from dnp.export import bundle as bundle_module
-from dnp.export import ranges as ranges_module
-from dnp.export import stable_diffusion
 from dnp.export.bundle import STAGES, export_bundle
-from dnp.export.float32 import half_values, infer_types
+from dnp.export.families import stable_diffusion
+from dnp.export.families.source import read_source
+from dnp.export.fp16 import ranges as ranges_module
+from dnp.export.fp16.float32 import half_values, infer_types
+from dnp.export.fp16.islands import ISLANDS, outside_islands
+from dnp.export.fp16.precision import in_precision
+from dnp.export.fp16.ranges import LIMIT, RangeBackend, RangeCheck, check_ranges, measure
+from dnp.export.fp16.rounding import RoundedBackend
 from dnp.export.graph import write_graph
-from dnp.export.islands import ISLANDS, outside_islands
-from dnp.export.precision import in_precision
-from dnp.export.ranges import LIMIT, RangeBackend, RangeCheck, check_ranges, measure
-from dnp.export.rounding import RoundedBackend
-from dnp.export.source import read_source
 
 PROMPT = "a green star on a plain yellow background"
 

@@ -43,7 +43,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
 
 
 def test_samplers_extras_and_folders_are_the_real_ones():
-    from dnp.runtime.samplers import sampler_names
+    from dnp.runtime.sampling.samplers import sampler_names
 
     listed = README.split("Samplers: ")[1].split(".\n")[0]
     assert tuple(re.findall(r"`(\w+)`", listed)) == sampler_names()

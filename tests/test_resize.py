@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dnp.engine.errors import SettingsError
-from dnp.runtime.resize import resize, resize_matrices
+from dnp.runtime.captioning.resize import resize, resize_matrices
 
 SIZES = [(64, 64, 64), (512, 512, 384), (768, 512, 384), (512, 768, 384), (64, 64, 384), (200, 300, 100),
          (1080, 1920, 384), (30, 17, 64), (128, 128, 64), (64, 64, 128), (1, 1, 64), (1, 900, 32), (385, 383, 384),

@@ -14,17 +14,17 @@ from diffusers import schedulers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dnp.engine.bundle.columns import GUIDANCE as W
+from dnp.engine.bundle.columns import INPUT as E
+from dnp.engine.bundle.columns import NOISE as C
+from dnp.engine.bundle.columns import OUTPUT as B
+from dnp.engine.bundle.columns import ROW, SLOTS
+from dnp.engine.bundle.columns import STATE as A
+from dnp.engine.bundle.columns import TIMESTEP as T
 from dnp.engine.errors import SettingsError
-from dnp.engine.layout import GUIDANCE as W
-from dnp.engine.layout import INPUT as E
-from dnp.engine.layout import NOISE as C
-from dnp.engine.layout import OUTPUT as B
-from dnp.engine.layout import ROW, SLOTS
-from dnp.engine.layout import STATE as A
-from dnp.engine.layout import TIMESTEP as T
-from dnp.runtime.noise import TorchNoise
-from dnp.runtime.samplers import SamplerTable, identity_row, sampler_names, sampler_table, stack_tables
-from dnp.runtime.schedule import BETA_SCHEDULES, PREDICTION_TYPES, SPACINGS, NoiseSchedule
+from dnp.runtime.sampling.noise import TorchNoise
+from dnp.runtime.sampling.samplers import SamplerTable, identity_row, sampler_names, sampler_table, stack_tables
+from dnp.runtime.sampling.schedule import BETA_SCHEDULES, PREDICTION_TYPES, SPACINGS, NoiseSchedule
 
 # diffusers mixes numpy and torch in a way that numpy 2 warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

@@ -9,7 +9,7 @@ import pytest
 from diffusers import schedulers
 
 from dnp.engine.errors import SettingsError
-from dnp.runtime.schedule import BETA_SCHEDULES, NoiseSchedule
+from dnp.runtime.sampling.schedule import BETA_SCHEDULES, NoiseSchedule
 
 # diffusers mixes numpy and torch in a way that numpy 2 warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

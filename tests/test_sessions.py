@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import dnp.engine
-from dnp.engine import extras, processor, registry
+from dnp.engine.backends import registry
+from dnp.engine.backends.host import HostBuffer
+from dnp.engine.backends.registry import backend_names, doctor, open_graph, open_session
+from dnp.engine.backends.session import BackendOptions, Buffer
+from dnp.engine.bundle.manifest import GraphSpec, TensorSpec
 from dnp.engine.errors import BackendError, BundleError, SettingsError
-from dnp.engine.host import HostBuffer
-from dnp.engine.manifest import GraphSpec, TensorSpec
-from dnp.engine.registry import backend_names, doctor, open_graph, open_session
-from dnp.engine.session import BackendOptions, Buffer
+from dnp.engine.system import imports, processor
 
 DNP = str(Path(sys.executable).with_name("dnp"))
 
@@ -552,7 +553,7 @@ def test_doctor_says_what_is_missing_and_how_to_add_it(monkeypatch):
     def absent(package):
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr(extras, "version", absent)
+    monkeypatch.setattr(imports, "version", absent)
     for report in doctor():
         assert not report.works
         assert report.version == ""
@@ -612,7 +613,7 @@ def test_a_missing_package_is_named_with_its_pip_line(step, backend, monkeypatch
 
 
 def test_doctor_finds_two_packages_of_one_import_name(monkeypatch):
-    monkeypatch.setattr(extras, "version", lambda package: "1.2.3")
+    monkeypatch.setattr(imports, "version", lambda package: "1.2.3")
     report = doctor()[0]
     assert "onnxruntime 1.2.3 and onnxruntime-gpu 1.2.3" in report.why_not
     assert "pip uninstall --yes onnxruntime onnxruntime-gpu" in report.remedy
@@ -712,8 +713,8 @@ def test_ctrl_c_after_openvino_sessions_were_closed(tmp_path):
     """OpenVINO's cores leave a dangling signal stack when they are freed in the order they were made."""
     code = """
         import os, signal
-        from dnp.engine.bundle import Bundle
-        from dnp.engine.registry import open_session
+        from dnp.engine.bundle.bundle import Bundle
+        from dnp.engine.backends.registry import open_session
         bundle, graphs = Bundle.default(), ("encode_text", "decode_latents", "encode_image")
         sessions = [open_session(bundle, graph, "openvino") for graph in graphs]
         while sessions:

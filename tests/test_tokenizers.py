@@ -12,7 +12,7 @@ from tokenizers import pre_tokenizers
 from transformers import BertTokenizer, CLIPTokenizer
 
 from dnp.engine.errors import BundleError, SettingsError
-from dnp.export.blip import BlipParts, caption_tokenizer
+from dnp.export.families.blip import BlipParts, caption_tokenizer
 from dnp.runtime.tokenizer import MAX_CHARACTERS, CaptionTokenizer, PromptTokenizer
 
 LENGTH = 16

@@ -21,8 +21,8 @@ from subjects import ClipTexts, Scenes, Subject
 from views import contact_sheet, plot, table
 
 from dnp import Pipeline
-from dnp.engine.files import write_together
-from dnp.engine.processor import core_count, processor_name
+from dnp.engine.system.files import write_together
+from dnp.engine.system.processor import core_count, processor_name
 from dnp.runtime.pictures import png
 
 USED = ("dnp-engine", "numpy", "onnxruntime", "openvino", "torch")

@@ -17,7 +17,7 @@ from subjects import Pixels, Scenes, Subject, adherence, parse
 from tqdm import tqdm
 
 from dnp import Pipeline, Request
-from dnp.runtime.pipeline import drive
+from dnp.runtime.pipeline.pipeline import drive
 from dnp.runtime.request import to_images
 
 MOST_PROMPTS = 100_000  # seeds of the further images of a prompt are so far apart

@@ -23,8 +23,8 @@ from measure import Plan, measure, settings
 from prepare import BUILD, MODELS, REPOSITORY, Model, prepare_model
 from render import render
 
-from dnp.engine.files import write_together
-from dnp.engine.processor import core_count, processor_name
+from dnp.engine.system.files import write_together
+from dnp.engine.system.processor import core_count, processor_name
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"

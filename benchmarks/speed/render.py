@@ -13,7 +13,7 @@ import tables
 from contenders import CONTENDERS, FIRST
 from summary import figure, points, ratio, series
 
-from dnp.engine.files import write_together
+from dnp.engine.system.files import write_together
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"

@@ -12,9 +12,9 @@ from dnp.cli.options import PATH, json_option, say
 from dnp.cli.plans import plan_layers, plan_table, plans_of
 
 if TYPE_CHECKING:
-    from dnp.engine.bundle import Bundle
-    from dnp.engine.manifest import Ranges, TensorSpec
-    from dnp.engine.registry import BackendReport
+    from dnp.engine.backends.registry import BackendReport
+    from dnp.engine.bundle.bundle import Bundle
+    from dnp.engine.bundle.manifest import Ranges, TensorSpec
 
 
 @click.command()
@@ -65,19 +65,19 @@ def export(
     """
     from tqdm import tqdm
 
-    from dnp.engine.interrupts import uninterrupted
+    from dnp.engine.system.interrupts import uninterrupted
 
     if (range_prompts or range_steps is not None) and not check_ranges:
         raise click.UsageError("--range-prompt and --range-steps say how to check the ranges; add --check-ranges")
     try:
         with uninterrupted():
             from dnp.export.bundle import export_bundle
-            from dnp.export.lora import Lora
-            from dnp.export.ranges import RangeCheck
+            from dnp.export.families.lora import Lora
+            from dnp.export.fp16.ranges import RangeCheck
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("dnp"):
             raise
-        from dnp.engine.extras import missing_extra
+        from dnp.engine.system.imports import missing_extra
 
         raise missing_extra(error.name, "cpu,export", "exporting") from error
 
@@ -128,12 +128,12 @@ def export(
 @json_option
 def inspect(bundle: Path | None, engines: Path | None, layers: bool, as_json: bool) -> None:
     """Verify BUNDLE, the shipped default when none is named, and show what is in it and in its compiled plans."""
-    from dnp.engine.bundle import Bundle
+    from dnp.engine.bundle.bundle import Bundle
 
     opened = Bundle.default() if bundle is None else Bundle.open(bundle)
     plans = plans_of(opened, engines)
     if layers:
-        from dnp.engine.flavour import FLAVOURS
+        from dnp.engine.plans.product import FLAVOURS
 
         for plan in plans:
             if plan["spec"]["flavour"] in FLAVOURS:
@@ -147,7 +147,7 @@ def inspect(bundle: Path | None, engines: Path | None, layers: bool, as_json: bo
 @json_option
 def doctor(as_json: bool) -> None:
     """Try every backend on this machine, and say why one does not work and what to do about it."""
-    from dnp.engine.registry import doctor
+    from dnp.engine.backends.registry import doctor
 
     reports = doctor()
     say({"backends": [asdict(report) for report in reports]}, as_json, "\n".join(map(_backend_line, reports)))

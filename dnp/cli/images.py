@@ -26,7 +26,7 @@ from dnp.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from dnp.runtime.pipeline import Pipeline
+    from dnp.runtime.pipeline.pipeline import Pipeline
     from dnp.runtime.request import Request, Result
 
 
@@ -137,7 +137,7 @@ def explore(
     p alone; the DNS image with its caption n*; n* alone as the negative prompt; the pair (p, n*).
     """
     from dnp.runtime.pictures import file_name, output_folder, png, sheet, write_atomically
-    from dnp.runtime.pipeline import drive
+    from dnp.runtime.pipeline.pipeline import drive
     from dnp.runtime.request import Request, to_images
 
     pipeline = engine.open()

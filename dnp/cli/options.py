@@ -15,7 +15,7 @@ import click
 from dnp.cli.streams import swallow
 
 if TYPE_CHECKING:
-    from dnp.runtime.pipeline import Pipeline
+    from dnp.runtime.pipeline.pipeline import Pipeline
     from dnp.runtime.request import Step
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,7 +56,7 @@ class Engine:
 
     def open(self) -> Pipeline:
         """The pipeline asked for, closed when the command ends; raises what ``Pipeline.open`` raises."""
-        from dnp.runtime.pipeline import Pipeline
+        from dnp.runtime.pipeline.pipeline import Pipeline
 
         pipeline = Pipeline.open(
             self.bundle,

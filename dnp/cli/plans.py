@@ -15,9 +15,9 @@ from dnp.cli.options import MB, PATH, json_option, say
 _PARTS: Final = ("weights_bytes", "buffer_bytes", "activation_bytes")  # of what a plan takes on a GPU
 
 if TYPE_CHECKING:
-    from dnp.engine.bundle import Bundle
-    from dnp.engine.plan import BuildProgress, Plan
-    from dnp.engine.profile import Range
+    from dnp.engine.bundle.bundle import Bundle
+    from dnp.engine.plans.plan import BuildProgress, Plan
+    from dnp.engine.plans.profile import Range
 
 
 @click.command()
@@ -67,11 +67,11 @@ def build(
     with: a large bundle opens in seconds, and its processes share one copy in memory. Its plans take every size, and
     computing takes as long as without; the options about sizes, the GPU and the compiler are TensorRT's.
     """
-    from dnp.engine.build import BuildSettings, build_plans
-    from dnp.engine.bundle import Bundle
-    from dnp.engine.cpu import NAME, build_cpu_plans
-    from dnp.engine.flavour import FLAVOURS
-    from dnp.engine.profile import BATCH
+    from dnp.engine.backends.onnxruntime.cpu import NAME, build_cpu_plans
+    from dnp.engine.bundle.bundle import Bundle
+    from dnp.engine.plans.build import BuildSettings, build_plans
+    from dnp.engine.plans.product import FLAVOURS
+    from dnp.engine.plans.profile import BATCH
 
     opened = Bundle.default() if bundle is None else Bundle.open(bundle)
     if backend == NAME:
@@ -122,7 +122,7 @@ def _refuse_compiler_options() -> None:
 
 
 def _tell(plans: list[Plan], prune: bool, as_json: bool) -> None:
-    from dnp.engine.store import PlanStore
+    from dnp.engine.plans.store import PlanStore
 
     if prune:
         for path in PlanStore(plans[0].path.parent).prune(plans):
@@ -133,20 +133,20 @@ def _tell(plans: list[Plan], prune: bool, as_json: bool) -> None:
 
 def plans_of(bundle: Bundle, engines: Path | None = None) -> list[dict[str, Any]]:
     """What ``dnp inspect`` tells of the compiled plans of a bundle."""
-    from dnp.engine.plan import FOLDER
-    from dnp.engine.store import PlanStore
+    from dnp.engine.plans.plan import FOLDER
+    from dnp.engine.plans.store import PlanStore
 
     return [_entry(plan) for plan in PlanStore(engines or bundle.path / FOLDER).plans()]
 
 
 def plan_layers(bundle: Bundle, plan: dict[str, Any]) -> str:
     """What the engine inspector says of a plan. Raises BackendError where there is no GPU to load it on."""
+    from dnp.engine.backends.registry import open_backend
+    from dnp.engine.backends.session import BackendOptions
     from dnp.engine.errors import BackendError
-    from dnp.engine.flavour import flavour_of
-    from dnp.engine.plan import PlanSpec
-    from dnp.engine.registry import open_backend
-    from dnp.engine.session import BackendOptions
-    from dnp.engine.store import PlanStore
+    from dnp.engine.plans.plan import PlanSpec
+    from dnp.engine.plans.product import flavour_of
+    from dnp.engine.plans.store import PlanStore
 
     spec = PlanSpec(**plan["spec"])
     found, reason = PlanStore(Path(plan["path"]).parent).find(spec)
@@ -160,7 +160,7 @@ def plan_layers(bundle: Bundle, plan: dict[str, Any]) -> str:
 
 def plan_table(plans: list[dict[str, Any]]) -> str:
     """The plans for people."""
-    from dnp.engine.flavour import FLAVOURS
+    from dnp.engine.plans.product import FLAVOURS
 
     lines = []
     for plan in plans:
@@ -213,7 +213,7 @@ def _entry(plan: Plan) -> dict[str, Any]:
 
 
 def _range(name: str, text: str) -> Range:
-    from dnp.engine.profile import Range
+    from dnp.engine.plans.profile import Range
 
     found = Range.parse(text)
     # Few mean one batch size alone, or one length of sampler tables.

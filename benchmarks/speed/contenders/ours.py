@@ -33,8 +33,8 @@ class Ours(Contender):
             import openvino  # noqa: F401
 
     def open(self, job: Job) -> None:
-        from dnp.engine.openvino import OpenVinoSession
-        from dnp.engine.ort import OrtSession
+        from dnp.engine.backends.onnxruntime.session import OrtSession
+        from dnp.engine.backends.openvino import OpenVinoSession
 
         kind: Any = OrtSession if self._backend == "cpu" else OpenVinoSession
         kind._execute = self._timed(kind._execute)
@@ -145,8 +145,8 @@ class Network(Contender):
         return run
 
     def _inputs(self, point: Point) -> dict[str, Any]:
-        from dnp.runtime.samplers import sampler_table
-        from dnp.runtime.schedule import NoiseSchedule
+        from dnp.runtime.sampling.samplers import sampler_table
+        from dnp.runtime.sampling.schedule import NoiseSchedule
 
         side = point.pixels // self._bundle.latents.pixels
         table = sampler_table(NoiseSchedule.from_config(self._bundle.schedule), "ddim", point.steps, self._guidance)

@@ -1,0 +1,5 @@
+"""``python -m dnp``: the command line."""
+
+from dnp.cli import main
+
+main()

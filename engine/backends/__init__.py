@@ -1,0 +1,1 @@
+"""Sessions: a graph opened on a library, with named buffers."""

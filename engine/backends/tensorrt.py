@@ -1,0 +1,345 @@
+"""The backends ``tensorrt`` and ``tensorrt-rtx``: compiled plans, and runs recorded as CUDA graphs."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dnp.engine.backends.device import DeviceBackend, DeviceSession
+from dnp.engine.backends.host import check_border
+from dnp.engine.bundle.manifest import GraphSpec
+from dnp.engine.errors import BackendError, OutputError
+from dnp.engine.plans.build import BuildSettings, build_command, obtain, target, wanted_plan
+from dnp.engine.plans.compiler import compile_plan
+from dnp.engine.plans.plan import FOLDER, Plan
+from dnp.engine.plans.product import TENSORRT, TENSORRT_RTX, Flavour, Log, listening, logger
+from dnp.engine.plans.profile import Limits, any_profile, from_dict, largest, limits_of, smallest
+from dnp.engine.plans.store import PlanStore
+from dnp.engine.system.files import write_together
+
+if TYPE_CHECKING:
+    from dnp.engine.bundle.bundle import Bundle
+
+_log = logging.getLogger("dnp.engine")
+_STREAM: Final = "build the plan with --weight-streaming"
+_DTYPES: Final = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "UINT8": "uint8"}
+
+
+@dataclass
+class _Run:
+    """A graph at fixed sizes: an execution context of its own, and what was recorded of it."""
+
+    context: Any
+    dims: dict[str, int]
+    recorded: Any = None
+
+
+class TrtSession(DeviceSession):
+    """A plan on a GPU. Buffers have the profile's largest sizes and never move, so what was recorded stays valid.
+
+    Sizes that were prepared have an execution context each, whose run is one launch of a recorded CUDA graph; all
+    others share one, whose runs are enqueued.
+    """
+
+    def __init__(
+        self,
+        graph: GraphSpec,
+        plan: memoryview | mmap.mmap,
+        limits: Limits,
+        backend: TrtBackend,
+        cache: Path | None,
+        weights: int,
+    ) -> None:
+        super().__init__(graph, backend, f"{backend.flavour.title} {backend.module.__version__}")
+        self._limits = limits
+        self.least, self.most = smallest(limits.profile), largest(limits.profile)
+        self._flavour, self._trt, self._cache_file = backend.flavour, backend.module, cache
+        self._loose: _Run | None = None
+        self._prepared: dict[tuple[int, ...], _Run] = {}
+        self._saved = b""  # the runtime cache as it lies beside the plan
+        self._device.hold(weights, f"the weights of {graph.name!r}", _STREAM)
+        self._held = weights
+        try:
+            self._load(plan)
+            for buffer, shape in self._own(self.most):
+                buffer.reserve(shape)
+        except BaseException:
+            self._device.release(weights)
+            self._free_buffers()
+            raise
+        self._streamable = int(self._engine.streamable_weights_size)  # 0 unless it was built to be
+        if self._streamable:
+            self._engine.weight_streaming_budget_v2 = 0  # its share is known when all others are open: `_settle`
+            self._device.want_share(self._streamable)
+        self._want_scratch()
+
+    def _load(self, plan: memoryview | mmap.mmap) -> None:
+        with listening(self._trt) as log:
+            self._runtime = self._trt.Runtime(logger(self._trt))
+            engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise BackendError(
+                f"{self._where}: {self._flavour.title} cannot load the plan on {self._device.properties.name}: "
+                f"{log.errors()}; {self._remedy(log, f'build it again: {self._limits.command} --force')}"
+            )
+        self._engine = engine
+        self._check_engine()
+        self._config = self._runtime_config()
+
+    def _want_scratch(self) -> None:
+        self._scratch_size = int(self._engine.get_device_memory_size_for_profile_v2(0))
+        self._device.want_scratch(self._scratch_size)
+
+    def _settle(self) -> None:
+        """Decide how many of the weights lie on the device, which cannot be changed once there is a context."""
+        if not self._streamable:
+            return
+        share = self._device.share(self._streamable)
+        self._streamable, self._held = 0, self._held + share
+        self._engine.weight_streaming_budget_v2 = share
+        self._want_scratch()  # it depends on how many are streamed
+
+    def admit(self, **dims: int) -> None:
+        """See ``Session.admit``."""
+        self._limits.check(self.graph.name, dims)
+
+    def bucket(self, symbol: str, size: int) -> int:
+        """See ``Session.bucket``: sampler tables are run at one or two lengths, whatever the sampler."""
+        if symbol not in ("rows", "draws") or symbol not in self.most or (symbol == "draws" and size == 1):
+            return size
+        self.admit(**{symbol: size})
+        return self.most[symbol]
+
+    def prepare(self) -> None:
+        """See ``Session.prepare``: record the run at the present sizes as a CUDA graph.
+
+        When that cannot be done, this session runs without recorded graphs from then on; the backend says so once.
+        """
+        key = tuple(self._require_dims().values())
+        if key in self._prepared or self._eager:
+            return
+        self._cuda.activate()
+        try:
+            run = _Run(self._context(), {})
+            self._enqueue(run)  # what TensorRT does only once must not be recorded
+            self._cuda.synchronize(self._device.stream)
+            if self._flavour.portable and not run.context.is_stream_capturable(self._device.stream):
+                raise BackendError("TensorRT says that this graph cannot be recorded at these sizes")
+            self._cuda.begin_capture(self._device.stream)
+            try:
+                self._enqueue(run)
+            except BaseException:  # a Ctrl-C must not leave a stream that records instead of computing
+                with suppress(BackendError):  # what it says of the end is less than what went wrong
+                    self._cuda.free_graph(self._cuda.end_capture(self._device.stream))
+                raise
+            run.recorded = self._cuda.end_capture(self._device.stream)
+        except BackendError as error:
+            self._run_eagerly(error)
+            return
+        self._prepared[key] = run
+
+    def prepared(self) -> None:
+        """See ``Session.prepared``. Saved not only when it is closed: a process that is killed keeps it too."""
+        self._save_cache()
+
+    def run(self) -> None:
+        """See ``Session.run``. Starts the work and does not wait for it."""
+        dims = self._require_dims()
+        self._cuda.activate()
+        run = self._prepared.get(tuple(dims.values()))
+        if run is None:
+            self._loose = self._loose or _Run(self._context(), {})
+            self._enqueue(self._loose)
+        else:
+            self._check_inputs(dims)
+            self._cuda.launch(run.recorded, self._device.stream)
+
+    def check_refit(self) -> None:
+        """See ``Session.check_refit``: weights are exchanged in plans that were built for it."""
+        self._require_open()
+        if not self._engine.refittable:
+            raise BackendError(
+                f"{self._where}: this plan keeps its weights; build one that does not: {self._limits.command} --refit"
+            )
+
+    def refit(self, path: Path) -> None:
+        """See ``Session.refit``. A LoRA is merged into the original weights before, see ``dnp export --lora``."""
+        self.check_refit()
+        self._cuda.activate()
+        self._cuda.synchronize(self._device.stream)
+        with listening(self._trt) as log:
+            refitter = self._trt.Refitter(self._engine, logger(self._trt))
+            parser = self._trt.OnnxParserRefitter(refitter, logger(self._trt))
+            fits = parser.refit_from_file(str(path)) and not refitter.get_missing_weights()
+            if not fits or not refitter.refit_cuda_engine():
+                self.close()  # it may hold some of the weights
+                raise BackendError(f"{self._where}: the weights of {path} do not fit this plan: {log.errors()}")
+        self._forget()
+
+    def layers(self) -> str:
+        """What the engine inspector says of each layer, as JSON."""
+        self._require_open()
+        inspector = self._given(self._engine.create_engine_inspector(), "engine inspector")
+        told: str = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        return told
+
+    def _enqueue(self, run: _Run) -> None:
+        dims = self._require_dims()
+        self._check_inputs(dims)
+        with listening(self._trt) as log:
+            if run.dims != dims:
+                run.dims = {}  # until all of them are set
+                for name, spec in self.graph.inputs.items():
+                    shape = spec.resolve(dims)
+                    if not run.context.set_input_shape(name, shape):
+                        raise BackendError(
+                            f"{self._where}: TensorRT takes no {name!r} of {list(shape)}: {log.errors()}"
+                        )
+                run.dims = dims
+            if not run.context.execute_async_v3(int(self._device.stream)):
+                raise BackendError(f"{self._where} failed on {self.backend} with {dims}: {log.errors()}")
+        self._start_carrying()
+
+    def _context(self) -> Any:
+        self._settle()
+        with listening(self._trt) as log:
+            context = self._engine.create_execution_context(self._config)
+        if context is None:
+            raise BackendError(
+                f"{self._where}: TensorRT made no execution context: {log.errors()}; "
+                f"{self._remedy(log, 'see `dnp doctor`')}"
+            )
+        if self._scratch_size:
+            context.set_device_memory(self._device.scratch(), self._scratch_size)
+        for name, buffer in [*self._inputs.items(), *self._outputs.items()]:
+            if not context.set_tensor_address(name, buffer.address):
+                raise BackendError(f"{self._where}: TensorRT takes no address for {name!r}")
+        return context
+
+    def _runtime_config(self) -> Any:
+        trt = self._trt
+        config = self._given(self._engine.create_runtime_config(), "runtime configuration")
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._flavour.portable:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # we record ourselves, with what is carried
+            # A recorded graph keeps the kernels that it was recorded with: they must be the best ones by then.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            self._cache = self._given(config.create_runtime_cache(), "runtime cache")
+            with suppress(OSError):  # none yet, or none that can be read
+                if self._cache_file is not None:
+                    self._saved = self._cache_file.read_bytes()
+                    self._cache.deserialize(self._saved)  # False: of another GPU or version, and unused
+            config.set_runtime_cache(self._cache)
+        return config
+
+    def _given(self, thing: Any, what: str) -> Any:
+        """What TensorRT made. Raises BackendError when it made none."""
+        if thing is None:
+            raise BackendError(f"{self._where}: {self._flavour.title} made no {what}; see `dnp doctor`")
+        return thing
+
+    def _save_cache(self) -> None:
+        """Keep the kernels that the driver finished, for the next start."""
+        if self._cache_file is None or not self._flavour.portable:
+            return
+        data = self._cache.serialize()
+        if data is None or bytes(data) == self._saved:
+            return
+        try:
+            write_together({self._cache_file: data})
+            self._saved = bytes(data)
+        except OutputError as error:
+            self._cache_file = None
+            self._backend.warn_about("cache", f"{self._where}: the runtime cache is not kept: {error}")
+
+    def _check_engine(self) -> None:
+        """Hold what the plan says of its border against the manifest."""
+        engine, found = self._engine, {"inputs": {}, "outputs": {}}  # type: ignore[var-annotated]
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            side = "inputs" if engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT else "outputs"
+            dtype = engine.get_tensor_dtype(name).name
+            shape = tuple(None if size < 0 else size for size in engine.get_tensor_shape(name))
+            found[side][name] = (_DTYPES.get(dtype, dtype.lower()), shape)
+        check_border(self.graph, found)
+
+    def _remedy(self, log: Log, otherwise: str) -> str:
+        """What to do about a call that gave nothing, going by what TensorRT said."""
+        said = log.errors().lower()
+        if not any(word in said for word in ("outofmemory", "out of memory", "memory allocation")):
+            return otherwise
+        wanted, free = self._held / 1e6, self._cuda.free_memory() / 1e6
+        return f"its weights take {wanted:.1f} MB, {free:.1f} MB is free: {_STREAM}, or with smaller largest sizes"
+
+    def _forget(self) -> None:
+        runs, self._prepared, self._loose = [*self._prepared.values()], {}, None
+        for run in runs:
+            with suppress(BackendError):  # after an error that lasts; what can be freed is
+                self._cuda.free_graph(run.recorded)
+
+    def _release(self) -> None:
+        self._device.release(self._held)
+        self._device.want_share(-self._streamable)
+        try:
+            self._save_cache()
+        finally:
+            del self._config, self._engine, self._runtime
+
+
+class TrtBackend(DeviceBackend):
+    """Plans on one GPU, with one scratch memory for all of them."""
+
+    flavour: Flavour
+    remedy = "build plans of smaller largest sizes (dnp build --batch, --height, --width, --rows)"
+
+    def _load(self) -> Any:
+        return self.flavour.load()
+
+    def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> TrtSession:
+        """See ``Backend.session``. Builds the plan when there is none that can be used, which takes its time."""
+        if bundle is None:
+            profile = any_profile(graph)
+            built, facts = compile_plan(graph, profile, BuildSettings(), target(self.flavour, (), self.options.device))
+            weights = int(facts.get("weights_bytes", 0))
+            return TrtSession(graph, memoryview(built), Limits(profile), self, None, weights)
+        store = PlanStore(self.options.engines or bundle.path / FOLDER)
+        wanted = wanted_plan(bundle, graph, self.flavour, store, self.options.device)
+        plan = obtain(bundle, graph, *wanted, store, report=_log.warning)
+        folder = store.folder if self.options.engines else None
+        command = build_command(bundle, plan.spec, folder, self.options.device)
+        limits = limits_of(bundle, graph, from_dict(plan.spec.profile), command)
+        return self._open(graph, plan, limits, plan.path.with_suffix(f".sm{self.device.properties.sm}.cache"))
+
+    def layers(self, graph: GraphSpec, plan: Plan) -> str:
+        """What the engine inspector says of a plan's layers, as JSON. Raises BackendError when it cannot be loaded."""
+        with closing(self._open(graph, plan, Limits(from_dict(plan.spec.profile)), None)) as session:
+            return session.layers()
+
+    def _open(self, graph: GraphSpec, plan: Plan, limits: Limits, cache: Path | None) -> TrtSession:
+        streamed = plan.spec.flags.get("weight_streaming", False)
+        with ExitStack() as opened:
+            try:
+                file = opened.enter_context(plan.path.open("rb"))
+                data = opened.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            except (OSError, ValueError) as error:  # it was there a moment ago
+                raise BackendError(f"{plan.path} cannot be read any more ({error}); open it again") from error
+            weights = 0 if streamed else int(plan.facts.get("weights_bytes", len(data)))
+            return TrtSession(graph, data, limits, self, cache, weights)
+
+
+class TensorRtBackend(TrtBackend):
+    """TensorRT, on the GPU that the plans are built on."""
+
+    name = "tensorrt"
+    flavour = TENSORRT
+
+
+class TensorRtRtxBackend(TrtBackend):
+    """TensorRT for RTX, whose plans can be built anywhere."""
+
+    name = "tensorrt-rtx"
+    flavour = TENSORRT_RTX

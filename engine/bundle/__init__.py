@@ -1,0 +1,1 @@
+"""The bundle: what a deployment is, as a folder with a manifest."""

@@ -1,0 +1,1 @@
+"""Compiled plans: what changes one, where they are kept, and the compilers that make them."""

@@ -1,0 +1,296 @@
+"""Which plans TensorRT is asked for: for what GPUs, sizes and settings, and what opening a session looks for.
+
+``compiler.py`` makes them. One module for both flavours.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from dnp.engine.bundle.bundle import Bundle
+from dnp.engine.bundle.manifest import GraphSpec
+from dnp.engine.bundle.schema import shown
+from dnp.engine.errors import BackendError, SettingsError
+from dnp.engine.plans.compiler import REVISION, compile_plan
+from dnp.engine.plans.plan import FOLDER, Plan, PlanSpec, Progress, Report
+from dnp.engine.plans.product import FLAVOURS, Flavour, flavour_of
+from dnp.engine.plans.profile import Profile, Range, buffer_bytes, default_profile, from_dict, to_dict
+from dnp.engine.plans.store import PlanStore
+from dnp.engine.system import cuda
+from dnp.engine.system.processor import free_memory
+
+_MOST_WORKSPACE: Final = 10**12  # bytes; TensorRT fails in ways of its own on more
+_MEMORY_PER_WEIGHT: Final = 3.6  # bytes a build takes for each byte of weights, and what it takes without any
+_MEMORY_BESIDE: Final = 500 << 20
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What the compiler is told. Raises SettingsError for what it would refuse.
+
+    Attributes:
+        sm: the architectures to compile for, as 89 for SM 8.9; the present GPU's when empty.
+        optimization_level: 0 (fast build) to 5 (fast plan); the compiler's own choice when ``None``.
+        workspace: bytes of scratch memory that a kernel may use; no limit when ``None``.
+        weight_streaming: let weights stay in host memory where the GPU's does not hold them all. TensorRT for RTX then
+            allocates memory at run time, so its runs cannot be recorded.
+        refit: let weights be exchanged without a build. It costs fusions, and needs a GPU to build.
+    """
+
+    sm: tuple[int, ...] = ()
+    optimization_level: int | None = None
+    workspace: int | None = None
+    weight_streaming: bool = False
+    refit: bool = False
+
+    def __post_init__(self) -> None:
+        level, workspace = self.optimization_level, self.workspace
+        if not isinstance(self.sm, tuple) or not all(type(number) is int for number in self.sm):
+            raise SettingsError(f"architectures are a tuple of whole numbers such as (89, 120), not {shown(self.sm)}")
+        for name in ("weight_streaming", "refit"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingsError(f"{name} must be True or False, not {shown(getattr(self, name))}")
+        if level is not None and level not in range(6):
+            raise SettingsError(f"the optimisation level must be a whole number from 0 to 5, not {shown(level)}")
+        if workspace is not None and not (type(workspace) is int and 0 < workspace <= _MOST_WORKSPACE):
+            raise SettingsError(
+                f"the workspace limit must be a number of bytes from 1 to {_MOST_WORKSPACE}, not {shown(workspace)}"
+            )
+        if len(set(self.sm)) != len(self.sm):
+            raise SettingsError(f"an architecture is named twice: {', '.join(map(str, self.sm))}")
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """What changes a plan, apart from the architectures."""
+        return {name: value for name, value in asdict(self).items() if name != "sm"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What plans are compiled for: a flavour, its version, and the architectures."""
+
+    flavour: Flavour
+    version: str
+    sm: tuple[int, ...]
+    architecture: str
+    device: int = 0
+
+
+def target(flavour: Flavour, sm: Sequence[int] = (), device: int = 0) -> Target:
+    """What to compile for: the architectures named, the present GPU's when none is.
+
+    Raises BackendError when there is no GPU and none was named, when it is too old, or for what the flavour does not
+    compile for.
+    """
+    module = flavour.load()
+    if sm and not flavour.portable:
+        raise BackendError(f"{flavour.title} compiles for the GPU that is present; --sm is for tensorrt-rtx")
+    if sm:
+        for number in sm:
+            if number not in flavour.architectures:
+                raise BackendError(f"{flavour.title} does not compile for SM {number}; {_known(flavour)}")
+        return Target(flavour, module.__version__, tuple(sm), ",".join(f"sm{number}" for number in sorted(sm)))
+    other = "; name the architectures to compile for, e.g. --sm 89,120" if flavour.portable else ""
+    gpu = _require_gpu(device, f"{flavour.title} compiles for the GPU that is present", other)
+    gpu.check_age()
+    if flavour.portable and gpu.sm not in flavour.architectures:
+        raise BackendError(
+            f"{gpu.name} (SM {gpu.sm}) is none of those that {flavour.title} compiles for; {_known(flavour)}; "
+            "use the backend 'tensorrt' on this card"
+        )
+    architecture = f"sm{gpu.sm}" if flavour.portable else f"sm{gpu.sm} {gpu.name}"
+    return Target(flavour, module.__version__, (gpu.sm,) if flavour.portable else (), architecture, device)
+
+
+def _require_gpu(device: int, why: str, otherwise: str = "") -> cuda.GpuProperties:
+    """The GPU. Raises BackendError when there is none, with what it is for."""
+    try:
+        return cuda.open_cuda(device).properties(device)
+    except BackendError as error:
+        raise BackendError(f"{why}, but {error}{otherwise}") from error
+
+
+def build_plans(
+    bundle: Bundle,
+    flavour: str = "tensorrt-rtx",
+    *,
+    graphs: Sequence[str] = (),
+    ranges: Mapping[str, Range] | None = None,
+    settings: BuildSettings | None = None,
+    folder: Path | None = None,
+    force: bool = False,
+    device: int = 0,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> list[Plan]:
+    """Compile a plan for each of the bundle's graphs, or those named, unless there is one already.
+
+    What was asked for is kept beside the plans, and is what opening a session looks for.
+
+    Args:
+        ranges: see ``default_profile``.
+        folder: where plans are kept; ``engines/`` in the bundle when ``None``.
+        force: build also where there is a plan.
+
+    Raises:
+        BackendError: the compiler is not there, or cannot compile a graph.
+        SettingsError: ranges or settings that cannot be had.
+        OutputError: the folder cannot be written.
+        Cancelled: ``progress`` returned ``False``. Plans that were complete by then are kept, and none is half.
+    """
+    wanted = settings or BuildSettings()
+    goal = target(flavour_of(flavour), wanted.sm, device)
+    if wanted.refit:
+        _require_gpu(device, "plans that can be refitted are built where the GPU is")
+    store = PlanStore(folder or bundle.path / FOLDER)
+    chosen = bundle.chosen(graphs)
+    kept, changed = store.settings(flavour), {}
+    profiles = []
+    for graph in chosen:
+        before, _ = _asked(store, kept, graph, flavour)
+        asked = {**before, **(ranges or {})}  # sizes that were asked for before stay, unless others are asked for
+        try:
+            profiles.append(default_profile(bundle, graph, asked))
+        except SettingsError as error:
+            default_profile(bundle, graph, ranges)  # the fault may be in those asked for now
+            raise store.damaged(flavour, error) from error
+        changed[graph.name] = {"ranges": to_dict(asked), "settings": asdict(replace(wanted, sm=goal.sm))}
+    plans = [
+        obtain(bundle, graph, profile, wanted, goal, store, force=force, report=report, progress=progress)
+        for graph, profile in zip(chosen, profiles, strict=True)
+    ]
+    store.keep_settings(flavour, changed)
+    return plans
+
+
+def _asked(
+    store: PlanStore, kept: Mapping[str, Any], graph: GraphSpec, flavour: str
+) -> tuple[dict[str, Range], BuildSettings]:
+    """What ``dnp build`` was asked for, for one graph. Raises BackendError when it cannot be read."""
+    entry = kept.get(graph.name, {})
+    try:
+        settings, ranges = entry.get("settings", {}), from_dict(entry.get("ranges", {}))
+        asked = BuildSettings(**{**settings, "sm": tuple(settings.get("sm", ()))})
+        return ranges, asked
+    except (TypeError, AttributeError, SettingsError) as error:
+        raise store.damaged(flavour, error) from error
+
+
+def wanted_plan(
+    bundle: Bundle, graph: GraphSpec, flavour: Flavour, store: PlanStore, device: int = 0
+) -> tuple[Profile, BuildSettings, Target]:
+    """What ``dnp build`` was last asked for, if that was for the present GPU; what was asked for before, if there is a
+    plan for it that was; the defaults otherwise.
+
+    Raises what ``target`` raises, and BackendError when what was asked for cannot be read.
+    """
+    ranges, settings = _asked(store, store.settings(flavour.name), graph, flavour.name)
+    try:
+        profile: Profile = default_profile(bundle, graph, ranges)
+    except SettingsError as error:
+        raise store.damaged(flavour.name, error) from error
+    here = target(flavour, (), device)
+    if not flavour.portable:
+        return profile, settings, here
+    if not set(here.sm) <= set(settings.sm):
+        earlier = _earlier(bundle, graph, flavour, store, here.sm)
+        if earlier is None:
+            return profile, replace(settings, sm=here.sm), here
+        profile, settings = earlier
+    return profile, settings, target(flavour, settings.sm, device)
+
+
+def _earlier(
+    bundle: Bundle, graph: GraphSpec, flavour: Flavour, store: PlanStore, sm: tuple[int, ...]
+) -> tuple[Profile, BuildSettings] | None:
+    """What the newest plan of this very graph was built with, of those for these architectures."""
+    plans = [plan for plan in store.plans() if (plan.spec.graph, plan.spec.flavour) == (graph.name, flavour.name)]
+    for plan in sorted(plans, key=lambda plan: str(plan.facts.get("built")), reverse=True):
+        spec = plan.spec
+        try:
+            settings = settings_of(spec)
+            profile = from_dict(spec.profile)
+        except (ValueError, TypeError):  # SettingsError is one
+            continue
+        if set(sm) <= set(settings.sm) and spec.graph_sha256 == bundle.graph_sha256(graph.name):
+            return profile, settings
+    return None
+
+
+def settings_of(spec: PlanSpec) -> BuildSettings:
+    """What a plan of TensorRT was built with. Raises SettingsError, ValueError or TypeError for other plans."""
+    sm = spec.architecture.split(",") if FLAVOURS[spec.flavour].portable else ()
+    flags = {name: value for name, value in spec.flags.items() if name != "revision"}
+    return BuildSettings(sm=tuple(int(name.removeprefix("sm")) for name in sm), **flags)
+
+
+def build_command(bundle: Bundle, spec: PlanSpec, engines: Path | None, device: int = 0) -> str:
+    """The ``dnp build`` that a plan of TensorRT came from, up to its sizes, which are kept from build to build.
+
+    ``engines`` is the folder of the plans where it is not the bundle's own.
+    """
+    settings = settings_of(spec)
+    words = ["dnp", "build", str(bundle.path), "--backend", spec.flavour]
+    words += ["--engines", str(engines)] if engines else []
+    words += ["--device", str(device)] if device else []
+    words += ["--sm", ",".join(map(str, settings.sm))] if settings.sm else []
+    words += [] if settings.optimization_level is None else ["--optimization-level", str(settings.optimization_level)]
+    words += [] if settings.workspace is None else ["--workspace", str(math.ceil(settings.workspace / 1e6))]
+    words += ["--weight-streaming"] * settings.weight_streaming + ["--refit"] * settings.refit
+    return shlex.join(words)
+
+
+def obtain(
+    bundle: Bundle,
+    graph: GraphSpec,
+    profile: Profile,
+    settings: BuildSettings,
+    goal: Target,
+    store: PlanStore,
+    *,
+    force: bool = False,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """The plan in ``store``, verified, or a new one where there is none that can be used. Raises as ``build_plans``."""
+    spec = PlanSpec(
+        graph=graph.name,
+        graph_sha256=bundle.graph_sha256(graph.name),
+        flavour=goal.flavour.name,
+        version=goal.version,
+        architecture=goal.architecture,
+        precision=bundle.precision,
+        profile=to_dict(profile),
+        flags={**settings.flags, "revision": REVISION},
+    )
+
+    def make() -> Plan:
+        cache_file = store.folder / f".timing-{goal.version}-{spec.architecture.replace(' ', '-')}.cache"
+        timings = None if goal.flavour.portable else cache_file
+        data, facts = compile_plan(graph, profile, settings, goal, timings=timings, progress=progress)
+        return store.write(spec, data, facts)
+
+    return store.obtain(
+        spec, make, needs=lambda: memory_needed(graph, profile), force=force, report=report, progress=progress
+    )
+
+
+def memory_needed(graph: GraphSpec, profile: Profile) -> str:
+    """What building a plan will take and running it, as far as that is known before, and what is there; in words."""
+    weights = graph.nbytes
+    need = _MEMORY_PER_WEIGHT * weights + _MEMORY_BESIDE
+    warning = " (less is free than that)" if free_memory() < need else ""
+    buffers = buffer_bytes(graph, profile)
+    return (
+        f"compiling {weights / 1e6:.0f} MB of weights, about {need / 1e9:.1f} GB of memory{warning}; "
+        f"the GPU will hold the weights, {buffers / 1e6:.1f} MB of buffers, and activations, known when it is built"
+    )
+
+
+def _known(flavour: Flavour) -> str:
+    return f"it knows {', '.join(map(str, flavour.architectures))}"

@@ -1,0 +1,1 @@
+"""What is read of a model's folder, and the modules that become its graphs."""

@@ -1,0 +1,193 @@
+"""A BLIP captioner: what is read of its folder, its two graphs, its entry in the manifest, its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders
+from transformers import AutoTokenizer, BlipForConditionalGeneration
+from transformers.image_processing_base import ImageProcessingMixin
+
+from dnp.engine.errors import ExportError
+from dnp.export.families.blip_modules import CaptionStep, EncodeImage, OriginalDecoder, OriginalEncoder
+from dnp.export.fp16.precision import Precision, in_precision
+from dnp.export.graph import Array, Dims, GraphExport
+from dnp.export.graph import Tensor as Border
+from dnp.runtime.captioning.resize import resize_matrices
+
+MAX_CAPTION = 64  # cache slots, unless the model has fewer positions: real BLIP has 512, its captions about 20 tokens
+
+# transformers' clean_up_tokenization, in its order.
+_CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
+             (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BlipParts:
+    """A captioner as loaded: the model in float32, its tokenizer, and its image normalisation.
+
+    Attributes:
+        mean, std: per channel, for pixels scaled to 0..1.
+    """
+
+    model: Any
+    tokenizer: Any
+    mean: list[float]
+    std: list[float]
+
+
+def load_blip(folder: Path) -> BlipParts:
+    """Load a ``BlipForConditionalGeneration`` folder: safetensors only, no code from it, nothing from the network.
+
+    Raises ExportError when the folder is no such model, has pickled weights only, or prepares images in another way
+    than BLIP does (bicubic to a square, scaled to 0..1, normalised).
+    """
+    if not (folder / "config.json").is_file():
+        raise ExportError(f"{folder} is no model folder: it has no config.json")
+    if not list(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        found = f"only {', '.join(pickled)}, and pickled weights are never loaded" if pickled else "no weights"
+        raise ExportError(
+            f"{folder} has {found}: convert them with model.save_pretrained(..., safe_serialization=True)"
+        )
+    kind: Any = BlipForConditionalGeneration
+    try:
+        model, report = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        image, _ = ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers finds wrong with a folder
+        raise ExportError(f"cannot load a BLIP captioner from {folder}: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ExportError(f"{folder} is no BLIP captioner: {len(missing)} weights are missing, such as {missing[0]}")
+    _check_processor(image, model.config.vision_config.image_size, folder)
+    model.eval().requires_grad_(False)
+    return BlipParts(model, tokenizer, [float(x) for x in image["image_mean"]], [float(x) for x in image["image_std"]])
+
+
+def caption_manifest(parts: BlipParts) -> dict[str, Any]:
+    """The ``caption`` object of the manifest. ``eos`` is BLIP's [SEP]; ``length`` is M, the slots of the caches."""
+    text, vision = parts.model.config.text_config, parts.model.config.vision_config
+    length = min(MAX_CAPTION, text.max_position_embeddings)
+    return {
+        "image_size": vision.image_size,
+        "length": length,
+        "layers": text.num_hidden_layers,
+        "heads": text.num_attention_heads,
+        "head_dim": text.hidden_size // text.num_attention_heads,
+        "tokens": (vision.image_size // vision.patch_size) ** 2 + 1,
+        "vocab": text.vocab_size,
+        "bos": text.bos_token_id,
+        "eos": text.sep_token_id,
+        "pad": text.pad_token_id,
+        "max_length": length,
+        "tokenizer": "tokenizers/caption.json",
+    }
+
+
+def caption_tokenizer(parts: BlipParts) -> Tokenizer:
+    """The tokenizer to store: no padding or truncation, transformers' clean-up of spaces built into its decoder."""
+    tokenizer = Tokenizer.from_str(parts.tokenizer.backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if parts.tokenizer.clean_up_tokenization_spaces:
+        replacements = [decoders.Replace(old, new) for old, new in _CLEAN_UP]
+        tokenizer.decoder = decoders.Sequence([tokenizer.decoder, decoders.Fuse(), *replacements])
+    return tokenizer
+
+
+def blip_graphs(parts: BlipParts, precision: Precision) -> list[GraphExport]:
+    """``encode_image`` and ``caption_step``, each compared with transformers' own forward pass in float32."""
+    spec = caption_manifest(parts)
+    model, exact = parts.model, precision == "fp32"
+    half = in_precision(model, precision)
+    cache: Literal["float32", "float16"] = "float32" if exact else "float16"
+    layers, heads, slots, tokens, width = (spec[k] for k in ("layers", "heads", "length", "tokens", "head_dim"))
+    size = spec["image_size"]
+
+    def images(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
+        shape = (dims["batch"], dims["image_height"], dims["image_width"], 3)
+        columns, rows = resize_matrices(*shape[1:3], size)
+        return {
+            "image": rng.integers(0, 256, shape, np.uint8),
+            "resize_columns": np.ascontiguousarray(columns),
+            "resize_rows": np.array(rows),
+        }
+
+    encode = GraphExport(
+        name="encode_image",
+        module=EncodeImage(half.vision_model, half.text_decoder, parts.mean, parts.std).eval(),
+        inputs={
+            "image": Border(("batch", "image_height", "image_width", 3), "uint8"),
+            "resize_columns": Border(("image_width", size)),
+            "resize_rows": Border((size, "image_height")),
+        },
+        outputs=dict.fromkeys(("cross_keys", "cross_values"), Border(("batch", layers, heads, tokens, width), cache)),
+        fresh_inputs=images,
+        example={"batch": 2, "image_height": size + 8, "image_width": size + 16},
+        checks=[
+            {"batch": 2, "image_height": size + 8, "image_width": size + 16},
+            {"batch": 1, "image_height": 2 * size, "image_width": size // 2},
+            {"batch": 3, "image_height": size, "image_width": size},
+        ],
+        bounds=dict.fromkeys(("cross_keys", "cross_values"), 1e-3 if exact else 0.05),
+        reference=OriginalEncoder(model.vision_model, model.text_decoder, parts.mean, parts.std).eval(),
+    )
+
+    own = Border(("batch", layers, heads, slots, width), cache)
+    cross = Border(("images", layers, heads, tokens, width), cache)
+    integers = Border(("batch",), "int64")
+
+    def states(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
+        def normal(border: Border) -> Array:
+            return rng.standard_normal(border.resolve(dims)).astype(border.dtype)
+
+        ends = [0, slots - 1]  # the first and the last position are always among those tried
+        return {
+            "token": rng.integers(0, spec["vocab"], dims["batch"]),
+            "position": np.resize([*ends, *rng.integers(0, slots, dims["batch"])], dims["batch"]),
+            "parent": rng.integers(0, dims["batch"], dims["batch"]),
+            "keys": normal(own),
+            "values": normal(own),
+            "cross_keys": normal(cross),
+            "cross_values": normal(cross),
+        }
+
+    step = GraphExport(
+        name="caption_step",
+        module=CaptionStep(half.text_decoder).eval(),
+        inputs={"token": integers, "position": integers, "parent": integers, "keys": own, "values": own,
+                "cross_keys": cross, "cross_values": cross},
+        outputs={"logits": Border(("batch", spec["vocab"])), "next_token": integers,
+                 "next_keys": own, "next_values": own},
+        fresh_inputs=states,
+        example={"batch": 6, "images": 2},
+        checks=[{"batch": rows, "images": count} for rows, count in ((6, 2), (1, 1), (4, 4), (5, 1))],
+        # In fp16 two nearly equal logits may change places, so there the next token is bounded by the logits alone.
+        bounds={"logits": 1e-3 if exact else 0.05, "next_token": 0.0 if exact else float(spec["vocab"]),
+                "next_keys": 1e-3 if exact else 0.05, "next_values": 1e-3 if exact else 0.05},
+        reference=OriginalDecoder(model.text_decoder).eval(),
+    )  # fmt: skip
+    return [encode, step]
+
+
+def _check_processor(image: dict[str, Any], size: int, folder: Path) -> None:
+    expected = {
+        "do_resize": True, "resample": 3, "size": {"height": size, "width": size},
+        "do_rescale": True, "do_normalize": True,
+    }  # fmt: skip
+    for key, value in expected.items():
+        if image.get(key, value) != value:
+            raise ExportError(
+                f"{folder} prepares images with {key}={image[key]!r}; only {key}={value!r} can be exported"
+            )
+    if abs(image.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise ExportError(f"{folder} scales pixels by {image['rescale_factor']!r}; only 1/255 can be exported")
+    for key in ("image_mean", "image_std"):
+        if len(image.get(key, ())) != 3:
+            raise ExportError(f"{folder} has no {key} of three numbers in its preprocessor configuration")

@@ -1,0 +1,1 @@
+"""Half precision: where a graph keeps float32, and why."""

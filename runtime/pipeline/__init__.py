@@ -1,0 +1,1 @@
+"""A request, from prompt to pictures."""

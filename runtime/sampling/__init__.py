@@ -1,0 +1,1 @@
+"""Noise, schedules, samplers as tables, and the denoising loop."""
