@@ -54,17 +54,19 @@ def main() -> None:
         "processor": processor(),
         "python": platform.python_version(),
         "made": time.strftime("%Y-%m-%d", time.gmtime()),
-        "float32 outside the stated islands": stray,
+        "float32 outside the stated regions": stray,
         "bounds on activation_bytes": BOUNDS,
-        "plans": [{"spec": plan["spec"], "facts": plan["facts"], "plan_bytes": plan["bytes"]} for plan in rows],
+        "plans": [
+            {"spec": plan["spec"], "statistics": plan["statistics"], "plan_bytes": plan["bytes"]} for plan in rows
+        ],
     }
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {chosen.out}")
-    beyond = [p["spec"]["graph"] for p in rows if p["facts"]["activation_bytes"] > BOUNDS[p["spec"]["graph"]]]
+    beyond = [p["spec"]["graph"] for p in rows if p["statistics"]["activation_bytes"] > BOUNDS[p["spec"]["graph"]]]
     if stray or beyond:
         sys.exit(
-            f"float32 outside the stated islands: {stray or 'none'}; activations beyond their bound: {beyond or 'none'}"
+            f"float32 outside the stated regions: {stray or 'none'}; activations beyond their bound: {beyond or 'none'}"
         )
 
 
@@ -73,10 +75,10 @@ def float32_outside_islands(bundle: Path) -> dict[str, list[str]]:
     import onnx_ir as ir
 
     from dnp.engine import Bundle
-    from dnp.export.fp16.islands import ISLANDS, outside_islands
+    from dnp.export.fp16.regions import REGIONS, outside_regions
 
     graphs = Bundle.open(bundle).graphs
-    found = {name: outside_islands(ir.load(graph.path), ISLANDS[name]) for name, graph in graphs.items()}
+    found = {name: outside_regions(ir.load(graph.path), REGIONS[name]) for name, graph in graphs.items()}
     return {name: nodes for name, nodes in found.items() if nodes}
 
 
@@ -87,11 +89,11 @@ def run(*arguments: object) -> str:
 
 
 def line(plan: dict) -> str:
-    facts = plan["facts"]
+    statistics = plan["statistics"]
     return (
-        f"{plan['spec']['graph']:<15} {facts['seconds']:6.1f} s, plan {plan['bytes'] / 1e6:7.1f} MB, weights "
-        f"{facts['weights_bytes'] / 1e6:7.1f} MB, activations {facts['activation_bytes'] / 1e6:7.1f} MB, peak memory "
-        f"{facts['peak_memory_bytes'] / 1e9:.2f} GB"
+        f"{plan['spec']['graph']:<15} {statistics['seconds']:6.1f} s, plan {plan['bytes'] / 1e6:7.1f} MB, weights "
+        f"{statistics['weights_bytes'] / 1e6:7.1f} MB, activations {statistics['activation_bytes'] / 1e6:7.1f} MB, "
+        f"peak memory {statistics['peak_memory_bytes'] / 1e9:.2f} GB"
     )
 
 

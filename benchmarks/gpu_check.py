@@ -28,7 +28,7 @@ from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import DnpError, OutputError, SettingsError
 from dnp.engine.plans.build import BuildSettings, build_plans
 from dnp.engine.plans.plan import FOLDER
-from dnp.engine.plans.product import FLAVOURS
+from dnp.engine.plans.product import PRODUCTS
 from dnp.engine.plans.profile import BATCH
 from dnp.engine.system import cuda
 from dnp.engine.system.cuda import GpuProperties
@@ -39,7 +39,7 @@ from dnp.runtime.sampling.denoise import Sample, load_samples
 from dnp.runtime.sampling.samplers import sampler_table
 from dnp.runtime.sampling.schedule import NoiseSchedule
 
-BACKENDS = (*FLAVOURS, "cuda")
+BACKENDS = (*PRODUCTS, "cuda")
 LOOPS = ("denoise", "caption_step")  # the graphs that run step after step: there the host's share counts
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"
 # The largest difference from the cpu backend, relative to the largest value; images in grey levels, tokens exactly.
@@ -106,7 +106,7 @@ def write(report: dict, path: Path) -> None:
 def check(bundle: Bundle, gpu: GpuProperties, backend: str, engines: Path, batches: int) -> dict:
     """All of it, as JSON can hold it."""
     started = time.perf_counter()
-    compiles = backend in FLAVOURS  # the backend 'cuda' has no plans
+    compiles = backend in PRODUCTS  # the backend 'cuda' has no plans
     plans = build_plans(bundle, backend, folder=engines, report=tell) if compiles else []
     build_s = time.perf_counter() - started
     options = BackendOptions(engines=engines)
@@ -122,7 +122,7 @@ def check(bundle: Bundle, gpu: GpuProperties, backend: str, engines: Path, batch
         "machine": {"python": platform.python_version(), "system": platform.platform(), "packages": packages()},
         "command": " ".join(sys.argv),
         "build_seconds": build_s,
-        "plans": [{"graph": plan.spec.graph, **plan.facts} for plan in plans],
+        "plans": [{"graph": plan.spec.graph, **plan.statistics} for plan in plans],
         "start": start,
         "checks": checks,
         "steps": time_steps(bundle, backend, options, batches),

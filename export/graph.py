@@ -21,14 +21,14 @@ from torch import nn
 from dnp.engine import open_graph
 from dnp.engine.bundle.manifest import GraphSpec, Ranges, TensorSpec
 from dnp.engine.errors import ExportError
-from dnp.export.fp16.rounding import rounded_graph
+from dnp.export.fp16.simulation import simulated_graph
 from dnp.export.memory import PeakMemory
 from dnp.export.passes.attention import fuse_attention, translations
-from dnp.export.passes.onnx_file import file_facts, save_graph, write_model
+from dnp.export.passes.onnx_file import file_statistics, save_graph, write_model
 
 Array = npt.NDArray[Any]
 Dims = Mapping[str, int]
-Tensor = TensorSpec  # what crosses a graph's border
+Tensor = TensorSpec  # an input or output
 OPSET = 20  # from 23 on, scaled_dot_product_attention becomes the operator Attention, see docs/architecture.md
 
 
@@ -40,7 +40,7 @@ class GraphExport:
         name: the graph's name in the bundle; its file is ``graphs/<name>.onnx``.
         module: called with the inputs by position, in the order of ``inputs``; returns one tensor, or a tuple
             in the order of ``outputs``. In evaluation mode, of the precision that the graph shall have.
-        inputs, outputs: the borders by name. Symbols in input shapes become the graph's dynamic axes.
+        inputs, outputs: the tensors by name. Symbols in input shapes become the graph's dynamic axes.
         fresh_inputs: makes random inputs for given sizes, numpy arrays of the declared dtypes and shapes.
         example: the sizes to trace with. No symbol may be 1 here, torch takes a 1 for a constant.
         checks: the sizes at which the file is compared with PyTorch; at least one differs from ``example``.
@@ -147,7 +147,7 @@ def finish_graph(spec: GraphExport, folder: Path, written: WrittenGraph) -> Grap
             )
     errors = {name: {"max_abs_error": p.error, "bound": p.bound} for name, p in parity.items()}
     manifest = {**written.manifest, "parity": errors}
-    nodes, size = file_facts(path)
+    nodes, size = file_statistics(path)
     seconds = written.seconds + time.perf_counter() - started
     return GraphRecord(spec.name, manifest, parity, nodes, size, seconds, max(written.peak_memory, memory.peak))
 
@@ -194,15 +194,15 @@ def _trace(spec: GraphExport) -> torch.onnx.ONNXProgram:
 def _compare(spec: GraphExport, path: Path) -> dict[str, Parity]:
     """The largest absolute error of each output over all ``spec.checks``; NaN where any value is NaN.
 
-    An fp16 graph is compared in its rounded form: the ``cpu`` backend itself would hide what overflows.
+    An fp16 graph is compared in its simulated form: the ``cpu`` backend itself would hide what overflows.
     """
     reference = spec.module if spec.reference is None else spec.reference
     errors, largest = dict.fromkeys(spec.outputs, 0.0), dict.fromkeys(spec.outputs, 1.0)
     rng = np.random.default_rng(1)
     graph = GraphSpec(spec.name, path, dict(spec.inputs), dict(spec.outputs))
     with (
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=".rounded-") as rounded,
-        open_graph(rounded_graph(graph, Path(rounded)), "cpu") as session,
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".simulated-") as simulated,
+        open_graph(simulated_graph(graph, Path(simulated)), "cpu") as session,
     ):
         for dims in spec.checks:
             arrays = spec.fresh_inputs(rng, dims)

@@ -132,17 +132,17 @@ def model_folder():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A fake device, and fakes of both flavours of TensorRT and of ONNX Runtime on it."""
+    """A fake device, and fakes of both products of TensorRT and of ONNX Runtime on it."""
     import fake_gpu
 
     from dnp.engine.backends.onnxruntime import cuda as ort_cuda
-    from dnp.engine.plans.product import Flavour
+    from dnp.engine.plans.product import Product
     from dnp.engine.system import cuda as cuda_module
 
     cuda = fake_gpu.FakeCuda()
     cuda.trt = fake_gpu.FakeTensorRt(cuda)
     monkeypatch.setattr(cuda_module, "open_cuda", lambda device=0: cuda.activate() or cuda)
-    monkeypatch.setattr(Flavour, "load", lambda self: cuda.trt)
+    monkeypatch.setattr(Product, "load", lambda self: cuda.trt)
     cuda.ort = fake_gpu.FakeOnnxRuntime(cuda)
     monkeypatch.setattr(ort_cuda, "import_onnxruntime", lambda extra: cuda.ort)
     return cuda
@@ -158,16 +158,16 @@ def open_pipeline(gpu, tmp_path, default_bundle, monkeypatch):
 
     opened = []
 
-    def open_one(flavour="tensorrt-rtx", largest=2, **options):
+    def open_one(product="tensorrt-rtx", largest=2, **options):
         """A pipeline on plans for batches up to ``largest``: every size is warmed up, on a processor here."""
         options = {"engines": tmp_path / "engines", **options}
-        if flavour == "cuda":  # which has no plans to say it
+        if product == "cuda":  # which has no plans to say it
             monkeypatch.setattr(device, "BATCH", largest)
         store = PlanStore(options["engines"])
-        if not (store.folder / f"{flavour}.json").exists():
+        if not (store.folder / f"{product}.json").exists():
             asked = {"ranges": {"batch": [1, 1, largest]}, "settings": {}}
-            store.keep_settings(flavour, dict.fromkeys(default_bundle.graphs, asked))
-        opened.append(dnp.Pipeline(default_bundle, open_backend(flavour, BackendOptions(**options))))
+            store.keep_settings(product, dict.fromkeys(default_bundle.graphs, asked))
+        opened.append(dnp.Pipeline(default_bundle, open_backend(product, BackendOptions(**options))))
         return opened[-1]
 
     yield open_one

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from dnp.engine import Bundle, GraphSpec, TensorSpec
-from dnp.engine.plans.build import BuildSettings, target
+from dnp.engine.plans.build import BuildSettings, target_for
 from dnp.engine.plans.compiler import compile_plan
 from dnp.engine.plans.product import TENSORRT_RTX
 from dnp.engine.plans.profile import Range
@@ -209,7 +209,7 @@ def test_tensorrt_compiles_it(tmp_path, width):
     spec = TensorSpec(("b", "n", 2 * width))
     graph = GraphSpec("attention", path, dict.fromkeys("qkv", spec), {"y": spec})
     sizes = {"b": Range(1, 2, 2), "n": Range(64, 1024, 1024)}
-    plan, _ = compile_plan(graph, sizes, BuildSettings(), target(TENSORRT_RTX, (89,)))
+    plan, _ = compile_plan(graph, sizes, BuildSettings(), target_for(TENSORRT_RTX, (89,)))
     assert plan.nbytes > 0
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dnp.engine.bundle.bundle import Bundle, file_record, manifest_digest, seal
-from dnp.engine.bundle.manifest import CaptionSpec, LatentSpec, TensorSpec, TextSpec, graph_borders
+from dnp.engine.bundle.manifest import CaptionSpec, LatentSpec, TensorSpec, TextSpec, graph_signatures
 from dnp.engine.errors import BundleError, SettingsError
 
 TEXT = TextSpec(length=5, dim=6, bos=0, eos=1, pad=1, tokenizer="tokenizers/prompt.json")
@@ -28,7 +28,7 @@ GRAPHS = ["encode_text", "denoise", "decode_latents", "encode_image", "caption_s
 
 def unsealed(precision="fp32"):
     """A manifest as an exporter would hand it to ``seal``: without "files"."""
-    borders = graph_borders(TEXT, LATENTS, CAPTION, precision)
+    signatures = graph_signatures(TEXT, LATENTS, CAPTION, precision)
     return {
         "schema": 1,
         "name": "tiny",
@@ -49,7 +49,7 @@ def unsealed(precision="fp32"):
                 "outputs": {n: t.to_dict() for n, t in outputs.items()},
                 "parity": {n: {"max_abs_error": 1e-6, "bound": 1e-4} for n in outputs},
             }
-            for name, (inputs, outputs) in borders.items()
+            for name, (inputs, outputs) in signatures.items()
         },
     }  # fmt: skip
 
@@ -151,14 +151,14 @@ def test_shapes_resolve():
 
 def test_the_contract_of_the_five_graphs():
     """As docs/architecture.md draws it."""
-    borders = graph_borders(TEXT, LATENTS, CAPTION, "fp16")
-    assert list(borders) == GRAPHS
-    inputs, outputs = borders["denoise"]
+    signatures = graph_signatures(TEXT, LATENTS, CAPTION, "fp16")
+    assert list(signatures) == GRAPHS
+    inputs, outputs = signatures["denoise"]
     assert inputs["state"].shape == ("batch", 4, 4, "height", "width")
     assert inputs["table"].shape == ("batch", "rows", 30)
     assert outputs["latents"].shape == ("batch", 4, "height", "width")
-    assert borders["decode_latents"][1]["image"] == TensorSpec(("batch", "4*height", "4*width", 3), "uint8")
-    assert borders["caption_step"][0]["cross_keys"].shape == ("images", 2, 2, 5, 8)
+    assert signatures["decode_latents"][1]["image"] == TensorSpec(("batch", "4*height", "4*width", 3), "uint8")
+    assert signatures["caption_step"][0]["cross_keys"].shape == ("images", 2, 2, 5, 8)
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_the_commands(bundle, tmp_path, capsys):
     assert run(["build", str(bundle.path), "--backend", "cpu", *engines, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["plans"]
     assert [plan["spec"]["graph"] for plan in listed] == list(bundle.graphs)
-    assert all(plan["facts"]["weights_bytes"] and plan["facts"]["seconds"] for plan in listed)
+    assert all(plan["statistics"]["weights_bytes"] and plan["statistics"]["seconds"] for plan in listed)
     assert run(["inspect", str(bundle.path), *engines, "--layers"]) == 0  # only plans of TensorRT have any
     page = capsys.readouterr().out
     assert page.count("profile   every size") == len(bundle.graphs)
@@ -347,9 +347,9 @@ def test_flags_that_were_edited_are_told_in_a_line(bundle, engines, caplog, flag
         {"spec": {"profile": {"batch": 1}}},
         {"spec": {"profile": {"batch": ["a"]}}},
         {"spec": {"flags": []}},
-        {"facts": {"weights_bytes": "many"}},
-        {"facts": {"weights_bytes": True}},
-        {"facts": {"weights_bytes": 10**400}},
+        {"statistics": {"weights_bytes": "many"}},
+        {"statistics": {"weights_bytes": True}},
+        {"statistics": {"weights_bytes": 10**400}},
         {"weights": {"file": "../elsewhere.weights"}},
         {"weights": {"size": -1}},
         {"more": 1},
@@ -389,7 +389,7 @@ def test_sidecars_that_are_no_files_are_not_read(bundle, engines, capsys, spoil)
 def test_what_a_sidecar_says_cannot_write_to_the_terminal(bundle, engines, capsys):
     (path,) = engines.glob("*.json")
     sidecar = json.loads(path.read_text())
-    sidecar["facts"]["built"] = "\x1b[2Jnever\nmore"
+    sidecar["statistics"]["built"] = "\x1b[2Jnever\nmore"
     path.write_text(json.dumps(sidecar))
     assert run(["inspect", str(bundle.path), "--engines", str(engines)]) == 0
     assert "?[2Jnever?more" in capsys.readouterr().out.replace("\n", "?")

@@ -175,7 +175,7 @@ def half_denoise(tiny_sd_folder, tmp_path_factory):
     return folder, export_graph(stable_diffusion.denoise(read_source(tiny_sd_folder), "fp16"), folder)
 
 
-def borders(record):
+def signatures(record):
     return (
         {name: TensorSpec(tuple(t["shape"]), t["dtype"]) for name, t in record.manifest[side].items()}
         for side in ("inputs", "outputs")
@@ -185,7 +185,7 @@ def borders(record):
 def test_fp16_is_close_to_float32(half_denoise, unet):
     folder, record = half_denoise
     inputs = step_inputs(np.random.default_rng(4), 4, 3, 1, 8, 8)
-    graph = GraphSpec("denoise", folder / record.manifest["file"], *borders(record))
+    graph = GraphSpec("denoise", folder / record.manifest["file"], *signatures(record))
     with open_graph(graph) as session:
         got = run(session, inputs, batch=4, rows=3, draws=1, height=8, width=8)["next_state"]
     expected = step_by_hand(unet, inputs)

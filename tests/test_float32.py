@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from dnp.engine import GraphSpec, TensorSpec, open_graph
 from dnp.engine.errors import ExportError
 from dnp.export.fp16.float32 import half_values, infer_types, keep_float32, widen
-from dnp.export.fp16.rounding import rounded_graph
+from dnp.export.fp16.simulation import simulated_graph
 
 
 def names_of(model):
     nodes = [
         (node.op_type, [v and v.name for v in node.inputs], [v.name for v in node.outputs]) for node in model.graph
     ]
-    borders = [[v.name for v in values] for values in (model.graph.inputs, model.graph.outputs)]
-    return nodes, borders, sorted(model.graph.initializers)
+    signatures = [[v.name for v in values] for values in (model.graph.inputs, model.graph.outputs)]
+    return nodes, signatures, sorted(model.graph.initializers)
 
 
 def dtypes(model):
@@ -43,12 +43,12 @@ def small_proto():
         onnx.helper.make_node("Cast", ["h"], ["wide"], to=single),
         onnx.helper.make_node("Softmax", ["wide"], ["y"]),
     ]
-    borders = [
+    signatures = [
         [onnx.helper.make_tensor_value_info(name, kind, ["n", 3]) for name, kind in pairs]
         for pairs in ((("x", single), ("k", half)), (("y", single), ("h", half)))
     ]
     initializers = [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()]
-    graph = onnx.helper.make_graph(nodes, "small", *borders, initializers)
+    graph = onnx.helper.make_graph(nodes, "small", *signatures, initializers)
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
 
 
@@ -121,7 +121,7 @@ def test_rounding_shows_what_the_processor_hides(small, tmp_path):
     onnx_ir.save(small, graph.path)
     expected, _ = evaluate(small)
     found = {}
-    for name, spec in (("hidden", graph), ("shown", rounded_graph(graph, tmp_path))):
+    for name, spec in (("hidden", graph), ("shown", simulated_graph(graph, tmp_path))):
         with open_graph(spec) as session:
             session.reshape(n=2)
             session.inputs["x"].write(X)

@@ -33,10 +33,10 @@ PROMPT = "a large red circle left of a small blue square on a plain yellow backg
 QUICK = {"steps": 2, "dns_steps": 2}
 
 
-def asked(default_bundle, folder, largest=2, flavour="tensorrt-rtx", **settings):
+def asked(default_bundle, folder, largest=2, product="tensorrt-rtx", **settings):
     """As if ``dnp build`` had been asked for this, with nothing built yet."""
     entry = {"ranges": {"batch": [1, 1, largest]}, "settings": settings}
-    PlanStore(folder).keep_settings(flavour, dict.fromkeys(default_bundle.graphs, entry))
+    PlanStore(folder).keep_settings(product, dict.fromkeys(default_bundle.graphs, entry))
 
 
 def sessions_of(pipeline):
@@ -206,7 +206,7 @@ class TestBuffers:
             open_session(default_bundle, "decode_latents", "tensorrt-rtx", options) as decode,
             pytest.raises(BackendError, match="out of reach here; copy it instead"),
         ):
-            decode.link("latents", denoise.outputs["latents"])
+            decode.alias("latents", denoise.outputs["latents"])
 
     def test_pinned_memory_that_is_not_there_says_so(self, open_pipeline, gpu):
         gpu.fail["malloc_host"] = cuda.OutOfMemoryError("cudaMallocHost found no memory")
@@ -287,7 +287,7 @@ class TestPlans:
             with pytest.raises(
                 SettingsError, match=rf"dnp build \S+ --backend tensorrt-rtx --engines {tmp_path} --sm 89"
             ):
-                session.admit(batch=9)
+                session.validate(batch=9)
 
     def test_sizes_asked_for_now_stand_in_for_those_that_cannot_be_had(self, gpu, default_bundle, tmp_path):
         entry = {"ranges": {"height": [1024, 1024, 1024]}, "settings": {}}
@@ -311,10 +311,10 @@ class TestPlans:
         store = PlanStore(tmp_path)
         keep = PlanStore.keep_settings
 
-        def keep_late(self, flavour, settings):
+        def keep_late(self, product, settings):
             if self is not store:
-                keep(store, flavour, {"denoise": {"ranges": {}, "settings": {}}})  # another process ended meanwhile
-            keep(self, flavour, settings)
+                keep(store, product, {"denoise": {"ranges": {}, "settings": {}}})  # another process ended meanwhile
+            keep(self, product, settings)
 
         monkeypatch.setattr(PlanStore, "keep_settings", keep_late)
         build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)

@@ -30,9 +30,9 @@ from dnp.engine.backends.onnxruntime import cuda as ort_cuda
 from dnp.engine.backends.session import BackendOptions
 from dnp.engine.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend
 from dnp.engine.errors import BackendError, DnpError, SettingsError
-from dnp.engine.plans.build import BuildSettings, build_plans, target
+from dnp.engine.plans.build import BuildSettings, build_plans, target_for
 from dnp.engine.plans.plan import PlanSpec
-from dnp.engine.plans.product import FLAVOURS
+from dnp.engine.plans.product import PRODUCTS
 from dnp.engine.plans.profile import Range
 from dnp.engine.plans.store import PlanStore
 
@@ -41,8 +41,8 @@ PROMPT = "a large red circle left of a small blue square on a plain yellow backg
 QUICK = {"steps": 3, "dns_steps": 2}
 
 
-@pytest.fixture(params=sorted(FLAVOURS))
-def flavour(request):
+@pytest.fixture(params=sorted(PRODUCTS))
+def product(request):
     return request.param
 
 
@@ -149,8 +149,8 @@ def test_every_step_of_every_sampler_is_a_launch(open_pipeline, gpu):
 def test_a_plan_s_facts_tell_what_its_session_takes(open_pipeline, tmp_path):
     pipeline = open_pipeline()
     pipeline._graphs.encode_text  # noqa: B018
-    facts = PlanStore(tmp_path / "engines").plans()[0].facts
-    assert pipeline._graphs.backend.device.allocated == facts["weights_bytes"] + facts["buffer_bytes"]
+    statistics = PlanStore(tmp_path / "engines").plans()[0].statistics
+    assert pipeline._graphs.backend.device.allocated == statistics["weights_bytes"] + statistics["buffer_bytes"]
 
 
 def test_activations_share_one_piece_of_memory(open_pipeline, gpu):
@@ -298,10 +298,10 @@ def test_a_cuda_call_that_fails_is_an_error_and_the_pipeline_lives_on(open_pipel
     assert np.array_equal(pipeline(PROMPT, **QUICK).arrays, first.arrays)
 
 
-def test_plans_are_built_once_and_found_again(open_pipeline, gpu, flavour, tmp_path):
-    open_pipeline(flavour).warm_up()
+def test_plans_are_built_once_and_found_again(open_pipeline, gpu, product, tmp_path):
+    open_pipeline(product).warm_up()
     assert gpu.trt.built == 5
-    open_pipeline(flavour).warm_up()
+    open_pipeline(product).warm_up()
     assert gpu.trt.built == 5
     assert len(list((tmp_path / "engines").glob("*.plan"))) == 5
 
@@ -356,9 +356,9 @@ def test_a_gpu_that_is_too_old_is_refused(open_pipeline, gpu, backend, monkeypat
     monkeypatch.setattr(registry, "installed", lambda package: f"{package} FAKE")
     with pytest.raises(BackendError, match=TOO_OLD):
         open_pipeline(backend)
-    if backend in FLAVOURS:
+    if backend in PRODUCTS:
         with pytest.raises(BackendError, match=TOO_OLD):
-            target(FLAVOURS[backend])
+            target_for(PRODUCTS[backend])
     (report,) = (report for report in registry.doctor() if report.name == backend)
     assert re.search(TOO_OLD, report.why_not)
     assert report.device.startswith("FAKE, no GPU, SM 61")
@@ -370,9 +370,9 @@ def test_a_gpu_that_tensorrt_for_rtx_has_no_code_for_is_sent_to_tensorrt(open_pi
         open_pipeline("tensorrt-rtx").warm_up()
 
 
-def test_a_precision_is_the_graph_s(gpu, flavour):
+def test_a_precision_is_the_graph_s(gpu, product):
     with pytest.raises(BackendError, match=r"not in 'bf16'.*dnp export --precision fp16"):
-        BACKENDS[flavour](BackendOptions(precision="bf16"))
+        BACKENDS[product](BackendOptions(precision="bf16"))
 
 
 def test_latents_that_are_no_numbers_and_flat_images_are_errors(open_pipeline, monkeypatch):
@@ -400,15 +400,15 @@ def test_a_buffer_written_twice_keeps_both_contents_in_order(open_pipeline):
     assert not np.array_equal(*results)
 
 
-def test_the_runtime_cache_lies_beside_the_plan(open_pipeline, tmp_path, flavour):
-    open_pipeline(flavour).warm_up()
-    pipeline = open_pipeline(flavour)
+def test_the_runtime_cache_lies_beside_the_plan(open_pipeline, tmp_path, product):
+    open_pipeline(product).warm_up()
+    pipeline = open_pipeline(product)
     pipeline.warm_up()
     pipeline.close()
     caches = [path.name for path in (tmp_path / "engines").glob("*.cache") if not path.name.startswith(".")]
     timings = list((tmp_path / "engines").glob(".timing-*.cache"))
-    assert len(caches) == (5 if flavour == "tensorrt-rtx" else 0)
-    assert len(timings) == (0 if flavour == "tensorrt-rtx" else 1)
+    assert len(caches) == (5 if product == "tensorrt-rtx" else 0)
+    assert len(timings) == (0 if product == "tensorrt-rtx" else 1)
 
 
 def test_settings_that_are_damaged_name_the_file(open_pipeline, tmp_path):
@@ -424,7 +424,7 @@ def test_sidecars_say_what_the_plan_is(open_pipeline, tmp_path, default_bundle):
     open_pipeline().warm_up(captioner=False)
     plan, *_ = PlanStore(tmp_path / "engines").plans()
     sidecar = json.loads(plan.path.with_suffix(".json").read_text())
-    assert set(sidecar) == {"spec", "facts", "size", "sha256"}
+    assert set(sidecar) == {"spec", "statistics", "size", "sha256"}
     assert sidecar["spec"]["precision"] == default_bundle.precision
     spec = PlanSpec(**sidecar["spec"])
     assert spec == plan.spec
@@ -551,14 +551,14 @@ def fine_tune(default_bundle, tmp_path_factory):
     return Bundle.open(folder)
 
 
-def refittable(open_pipeline, default_bundle, folder, flavour="tensorrt-rtx"):
+def refittable(open_pipeline, default_bundle, folder, product="tensorrt-rtx"):
     asked = {"ranges": {"batch": [1, 1, 1]}, "settings": {"refit": True}}
-    PlanStore(folder).keep_settings(flavour, dict.fromkeys(default_bundle.graphs, asked))
-    return open_pipeline(flavour, engines=folder)
+    PlanStore(folder).keep_settings(product, dict.fromkeys(default_bundle.graphs, asked))
+    return open_pipeline(product, engines=folder)
 
 
-def test_weights_are_exchanged_and_come_back(open_pipeline, gpu, default_bundle, fine_tune, tmp_path, flavour):
-    pipeline = refittable(open_pipeline, default_bundle, tmp_path, flavour)
+def test_weights_are_exchanged_and_come_back(open_pipeline, gpu, default_bundle, fine_tune, tmp_path, product):
+    pipeline = refittable(open_pipeline, default_bundle, tmp_path, product)
     plain, whole = {"negative": "n*", "seed": 6, **QUICK}, {"seed": 6, **QUICK}
     first = pipeline(PROMPT, **plain)  # the captioner is not open yet
     built = gpu.trt.built

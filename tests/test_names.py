@@ -49,7 +49,7 @@ KINDS = {
     },
     "plans/product.py": {"module": None},
 }  # fmt: skip
-# What only TensorRT for RTX has; the code asks the flavour before it uses any of it.
+# What only TensorRT for RTX has; the code asks the product before it uses any of it.
 RTX_ONLY = {
     "BuilderFlag.REQUIRE_USER_ALLOCATION",
     "ComputeCapability",

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 from dnp.cli import run
 from dnp.engine.bundle.manifest import GraphSpec, TensorSpec
 from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError, SettingsError
-from dnp.engine.plans.build import BuildSettings, Target, build_plans, memory_needed, target
+from dnp.engine.plans.build import BuildSettings, Target, build_plans, memory_needed, target_for
 from dnp.engine.plans.compiler import compile_plan
 from dnp.engine.plans.plan import PlanSpec
 from dnp.engine.plans.product import TENSORRT_RTX, listening, logger
@@ -79,7 +79,7 @@ def small(tmp_path):
 
 
 def for_sm89() -> Target:
-    return target(TENSORRT_RTX, (89,))
+    return target_for(TENSORRT_RTX, (89,))
 
 
 def test_every_graph_compiles_in_fp16_for_three_architectures(plans, default_fp16):
@@ -90,17 +90,17 @@ def test_every_graph_compiles_in_fp16_for_three_architectures(plans, default_fp1
         assert plan.path.read_bytes()[:4] == b"vtrt"
         assert plan.spec.profile["batch"][0] == 1
         assert plan.spec.profile["batch"][2] >= 8
-        assert 0 < plan.facts["activation_bytes"] <= ACTIVATIONS[plan.spec.graph], plan.facts
-        assert plan.facts["weights_bytes"] > 0
-        assert plan.facts["layers"] > 0
-        assert plan.facts["seconds"] > 0
+        assert 0 < plan.statistics["activation_bytes"] <= ACTIVATIONS[plan.spec.graph], plan.statistics
+        assert plan.statistics["weights_bytes"] > 0
+        assert plan.statistics["layers"] > 0
+        assert plan.statistics["seconds"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", [75, 80, 86, 89, 120, 121])
 def test_the_denoiser_compiles_for_each_architecture_alone(default_fp16, tmp_path, sm):
     (plan,) = build_plans(default_fp16, graphs=["denoise"], settings=BuildSettings(sm=(sm,)), folder=tmp_path)
-    assert plan.facts["activation_bytes"] <= ACTIVATIONS["denoise"]
+    assert plan.statistics["activation_bytes"] <= ACTIVATIONS["denoise"]
 
 
 def unfused(graph: GraphSpec, folder: Path) -> GraphSpec:
@@ -143,9 +143,9 @@ def test_the_bound_on_activations_tells_fused_attention_from_unfused(default_fp1
     ],
 )
 def test_the_compiler_takes_every_setting(small, settings):
-    plan, facts = compile_plan(small, {"batch": Range(1, 2, 3)}, BuildSettings(**settings), for_sm89())
+    plan, statistics = compile_plan(small, {"batch": Range(1, 2, 3)}, BuildSettings(**settings), for_sm89())
     assert bytes(memoryview(plan)[:4]) == b"vtrt"
-    assert facts["weights_bytes"] > 0
+    assert statistics["weights_bytes"] > 0
 
 
 def test_a_plan_that_is_there_is_not_built_again(plans, default_fp16):
@@ -166,7 +166,7 @@ def test_inspect_shows_the_plans(plans, default_fp16, capsys):
     assert "batch 1:8" in told
     assert "activations" in told
     denoise = next(plan for plan in plans if plan.spec.graph == "denoise")
-    most = sum(denoise.facts[name] for name in ("weights_bytes", "activation_bytes", "buffer_bytes"))
+    most = sum(denoise.statistics[name] for name in ("weights_bytes", "activation_bytes", "buffer_bytes"))
     assert f"on the GPU {most / 1e6:.1f} MB at most" in told
     assert run(["inspect", str(default_fp16.path), "--engines", folder, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["plans"]
@@ -305,7 +305,7 @@ def test_two_processes_that_want_the_same_plan_build_it_once(default_fp16, tmp_p
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     told = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], told
-    built = {json.loads(out)["plans"][0]["facts"]["built"] for out, _ in told}
+    built = {json.loads(out)["plans"][0]["statistics"]["built"] for out, _ in told}
     assert len(built) == 1
     assert sum("compiling" in errors for _, errors in told) == 1
     assert len(list(tmp_path.glob("*.plan"))) == 1

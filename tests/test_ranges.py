@@ -1,4 +1,4 @@
-"""fp16's number range: float32 islands and twins, values put back to float32, and whole requests in fp16."""
+"""fp16's number range: float32 regions and references, values put back to float32, and whole requests in fp16."""
 
 import importlib
 import json
@@ -21,10 +21,10 @@ from dnp.export.families import stable_diffusion
 from dnp.export.families.source import read_source
 from dnp.export.fp16 import ranges as ranges_module
 from dnp.export.fp16.float32 import half_values, infer_types
-from dnp.export.fp16.islands import ISLANDS, outside_islands
 from dnp.export.fp16.precision import in_precision
 from dnp.export.fp16.ranges import LIMIT, RangeBackend, RangeCheck, check_ranges, measure
-from dnp.export.fp16.rounding import RoundedBackend
+from dnp.export.fp16.regions import REGIONS, outside_regions
+from dnp.export.fp16.simulation import SimulatedBackend
 from dnp.export.graph import write_graph
 
 PROMPT = "a green star on a plain yellow background"
@@ -135,18 +135,18 @@ def half_graphs(checked, tiny_sd_folder, tmp_path_factory):
 
 
 def test_no_float32_outside_the_stated_islands(half_graphs):
-    assert list(ISLANDS) == list(half_graphs)
+    assert list(REGIONS) == list(half_graphs)
     for name, (path, kept) in half_graphs.items():
-        assert outside_islands(onnx_ir.load(path), ISLANDS[name], kept) == [], name
+        assert outside_regions(onnx_ir.load(path), REGIONS[name], kept) == [], name
 
 
 def test_the_search_finds_whatever_is_not_stated(half_graphs):
     for name, (path, kept) in half_graphs.items():
         if kept:
-            assert outside_islands(onnx_ir.load(path), ISLANDS[name]), name
-        for island in ISLANDS[name]:
-            others = [other for other in ISLANDS[name] if other is not island]
-            assert outside_islands(onnx_ir.load(path), others, kept), (name, island.reason)
+            assert outside_regions(onnx_ir.load(path), REGIONS[name]), name
+        for region in REGIONS[name]:
+            others = [other for other in REGIONS[name] if other is not region]
+            assert outside_regions(onnx_ir.load(path), others, kept), (name, region.reason)
 
 
 def test_attention_multiplies_in_fp16_and_only_its_softmax_is_float32(half_graphs):
@@ -167,11 +167,14 @@ def test_attention_multiplies_in_fp16_and_only_its_softmax_is_float32(half_graph
 
 
 def test_images_and_captions_are_those_of_float32(checked, tmp_path):
-    """Of the twins, that is: the graphs themselves were compared with float32 PyTorch on export."""
+    """Of the references, that is: the graphs themselves were compared with float32 PyTorch on export."""
     bundle = Bundle.open(checked.path)
     options = {"steps": 4, "dns_steps": 4, "seed": 3, "min_length": 4}
-    with Pipeline(bundle, RangeBackend(tmp_path)) as twins, Pipeline(bundle, RoundedBackend(tmp_path)) as rounded:
-        expected, found = twins(PROMPT, **options), rounded(PROMPT, **options)
+    with (
+        Pipeline(bundle, RangeBackend(tmp_path)) as references,
+        Pipeline(bundle, SimulatedBackend(tmp_path)) as simulated,
+    ):
+        expected, found = references(PROMPT, **options), simulated(PROMPT, **options)
     assert found.negatives == expected.negatives
     assert psnr(found.dns_arrays, expected.dns_arrays) > 40 and psnr(found.arrays, expected.arrays) > 40
 
@@ -304,7 +307,7 @@ def test_ctrl_c_while_ranges_are_checked_leaves_nothing(
 def test_the_default_model_stays_far_within_fp16(default_fp16):
     for name, graph in default_fp16.graphs.items():
         assert graph.ranges.share < 0.01 and not graph.ranges.float32 and graph.ranges.error < 0.01, name
-        assert outside_islands(onnx_ir.load(graph.path), ISLANDS[name]) == [], name
+        assert outside_regions(onnx_ir.load(graph.path), REGIONS[name]) == [], name
 
 
 @pytest.mark.slow
@@ -315,7 +318,7 @@ def test_the_default_model_draws_and_says_the_same_in_fp16(
     monkeypatch.syspath_prepend(str(model_folder.parent))
     scenes = importlib.import_module("scenes")
     prompts = [scene.caption() for scene, _, _ in scenes.examples(1, 50, held_out=True)]
-    rounded = Pipeline(default_fp16, RoundedBackend(tmp_path))
+    rounded = Pipeline(default_fp16, SimulatedBackend(tmp_path))
     with Pipeline(default_bundle) as exact, rounded, Pipeline(default_fp16) as cpu:
         wanted = [exact(prompt, seed=seed) for seed, prompt in enumerate(prompts)]
         for name, pipeline in (("rounded", rounded), ("cpu", cpu)):

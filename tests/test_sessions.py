@@ -222,7 +222,7 @@ def test_a_linked_input_is_read_in_place(step, matmul, make, backend):
     spec = TensorSpec(("batch", 4, "width"))
     reader_graph = make("reader", [helper.make_node("Neg", ["x"], ["y"])], {"x": spec}, {"y": spec})
     with open_graph(step, backend) as source, open_graph(reader_graph, backend) as reader:
-        reader.link("x", source.outputs["next_state"])
+        reader.alias("x", source.outputs["next_state"])
         assert reader.inputs["x"] is source.outputs["next_state"]
         for batch, width in [(1, 2), (6, 50), (2, 2), (6, 51)]:
             arrays = fill(source, batch, width)
@@ -255,9 +255,9 @@ def test_a_linked_input_is_read_in_place(step, matmul, make, backend):
 def test_links_may_change_and_cross_backends(step, matmul):
     graph, w = matmul
     with open_graph(graph, "cpu") as one, open_graph(graph, "openvino") as two, open_graph(graph, "cpu") as three:
-        three.link("x", one.outputs["y"])
+        three.alias("x", one.outputs["y"])
         for source in (one, two, one):
-            three.link("x", source.outputs["y"])
+            three.alias("x", source.outputs["y"])
             x = np.random.default_rng(1).standard_normal((2, 64)).astype(np.float32)
             source.reshape(batch=2)
             three.reshape(batch=2)
@@ -294,7 +294,7 @@ def test_a_buffer_of_another_device_is_copied_not_linked(step, backend):
         arrays = fill(session, 2, 3)
         far = ElsewhereBuffer(arrays["state"] + 1)
         with pytest.raises(BackendError, match=r"'far' lies on elsewhere:0.*copy"):
-            session.link("state", far)
+            session.alias("state", far)
         session.inputs["state"].copy(far)
         session.run()
         check(session, {**arrays, "state": arrays["state"] + 1})
@@ -338,12 +338,12 @@ def test_what_does_not_fit_is_refused_with_names_and_shapes(step, backend):
             state.write(np.zeros((2, 4, 3)))
         with pytest.raises(SettingsError, match="'index' holds int64"):
             index.copy(state)
-        with pytest.raises(SettingsError, match="no input 'stat' to link, did you mean 'state'"):
-            session.link("stat", state)
+        with pytest.raises(SettingsError, match="no input 'stat' to alias, did you mean 'state'"):
+            session.alias("stat", state)
         with pytest.raises(SettingsError, match="'index' is int64, 'state' holds float32"):
-            session.link("index", state)
+            session.alias("index", state)
         with pytest.raises(SettingsError, match="its own output"):
-            session.link("state", session.outputs["next_state"])
+            session.alias("state", session.outputs["next_state"])
         with pytest.raises(TypeError):
             session.inputs["state"] = state
 
@@ -630,7 +630,7 @@ def test_carried_outputs_are_the_next_run_s_inputs(step, backend):
     with open_graph(step, backend) as session, open_graph(step, backend) as by_hand:
         for opened in (session, by_hand):
             fill(opened, 2, 3)
-        session.carry("state", "next_state")
+        session.feed_back("state", "next_state")
         for _ in range(3):
             session.run()
             by_hand.run()
@@ -639,17 +639,17 @@ def test_carried_outputs_are_the_next_run_s_inputs(step, backend):
         assert session.bucket("rows", 7) == 7
         session.prepare()
         for wrong, told in (
-            (("stat", "next_state"), "no input 'stat' to carry, did you mean 'state'?"),
+            (("stat", "next_state"), "no input 'stat' to feed back, did you mean 'state'?"),
             (("state", "next"), "no output 'next' to carry"),
-            (("state", "next_index"), "cannot be carried into 'state'"),
+            (("state", "next_index"), "cannot be fed back into 'state'"),
         ):
             with pytest.raises(SettingsError, match=re.escape(told)):
-                session.carry(*wrong)
-        with pytest.raises(SettingsError, match="takes over 'next_state', and cannot be linked"):
-            session.link("state", by_hand.outputs["next_state"])
-        by_hand.link("state", session.outputs["next_state"])
-        with pytest.raises(SettingsError, match="is linked, nothing can be carried into it"):
-            by_hand.carry("state", "next_state")
+                session.feed_back(*wrong)
+        with pytest.raises(SettingsError, match="takes over 'next_state', and cannot be aliased"):
+            session.alias("state", by_hand.outputs["next_state"])
+        by_hand.alias("state", session.outputs["next_state"])
+        with pytest.raises(SettingsError, match="is aliased, nothing can be fed back into it"):
+            by_hand.feed_back("state", "next_state")
 
 
 def test_cores_are_those_that_this_process_may_use(monkeypatch, tmp_path):

@@ -133,10 +133,10 @@ def inspect(bundle: Path | None, engines: Path | None, layers: bool, as_json: bo
     opened = Bundle.default() if bundle is None else Bundle.open(bundle)
     plans = plans_of(opened, engines)
     if layers:
-        from dnp.engine.plans.product import FLAVOURS
+        from dnp.engine.plans.product import PRODUCTS
 
         for plan in plans:
-            if plan["spec"]["flavour"] in FLAVOURS:
+            if plan["spec"]["backend"] in PRODUCTS:
                 plan["layers"] = plan_layers(opened, plan)
     page = _bundle_page(opened) + "\n\nplans\n" + plan_table(plans)
     page += "".join(f"\n\nlayers of {plan['file']}\n{plan['layers']}" for plan in plans if "layers" in plan)

@@ -70,7 +70,7 @@ def build(
     from dnp.engine.backends.onnxruntime.cpu import NAME, build_cpu_plans
     from dnp.engine.bundle.bundle import Bundle
     from dnp.engine.plans.build import BuildSettings, build_plans
-    from dnp.engine.plans.product import FLAVOURS
+    from dnp.engine.plans.product import PRODUCTS
     from dnp.engine.plans.profile import BATCH
 
     opened = Bundle.default() if bundle is None else Bundle.open(bundle)
@@ -87,7 +87,7 @@ def build(
         weight_streaming=weight_streaming,
         refit=refit,
     )
-    if opened.precision == "fp32" and backend in FLAVOURS:
+    if opened.precision == "fp32" and backend in PRODUCTS:
         click.echo(f"dnp: {opened.name} computes in fp32; an export with --precision fp16 is faster on a GPU", err=True)
     ranges = {name: _range(name, text) for name, text in sizes.items() if text is not None}
     if "batch" in ranges and ranges["batch"].high > BATCH:
@@ -145,14 +145,14 @@ def plan_layers(bundle: Bundle, plan: dict[str, Any]) -> str:
     from dnp.engine.backends.session import BackendOptions
     from dnp.engine.errors import BackendError
     from dnp.engine.plans.plan import PlanSpec
-    from dnp.engine.plans.product import flavour_of
+    from dnp.engine.plans.product import product_of
     from dnp.engine.plans.store import PlanStore
 
     spec = PlanSpec(**plan["spec"])
     found, reason = PlanStore(Path(plan["path"]).parent).find(spec)
     if found is None:
         raise BackendError(f"{reason or 'it is gone'}; build it again: dnp build")
-    backend: Any = open_backend(flavour_of(spec.flavour).name, BackendOptions(eager=True))
+    backend: Any = open_backend(product_of(spec.backend).name, BackendOptions(eager=True))
     with closing(backend):
         layers: str = backend.layers(bundle.graph(spec.graph), found)
     return layers
@@ -160,41 +160,41 @@ def plan_layers(bundle: Bundle, plan: dict[str, Any]) -> str:
 
 def plan_table(plans: list[dict[str, Any]]) -> str:
     """The plans for people."""
-    from dnp.engine.plans.product import FLAVOURS
+    from dnp.engine.plans.product import PRODUCTS
 
     lines = []
     for plan in plans:
-        spec, facts = plan["spec"], plan["facts"]
+        spec, statistics = plan["spec"], plan["statistics"]
         sizes = ", ".join(f"{s} {':'.join(map(str, dict.fromkeys(r)))}" for s, r in spec["profile"].items())
         flags = ", ".join(f"{n}={value}" for n, value in spec["flags"].items() if value and n != "revision")
         memory = f"plan {_mb(plan['bytes'])}"
-        if spec["flavour"] in FLAVOURS:
+        if spec["backend"] in PRODUCTS:
             memory += (
-                f"; on the GPU {_mb(_most(facts))} at most: weights {_mb(facts.get('weights_bytes'))}, activations "
-                f"{_mb(facts.get('activation_bytes'))} (scratch {_mb(facts.get('scratch_bytes'))}), "
-                f"buffers {_mb(facts.get('buffer_bytes'))}"
+                f"; on the GPU {_mb(_most(statistics))} at most: weights {_mb(statistics.get('weights_bytes'))}, "
+                f"activations {_mb(statistics.get('activation_bytes'))} "
+                f"(scratch {_mb(statistics.get('scratch_bytes'))}), buffers {_mb(statistics.get('buffer_bytes'))}"
             )
         else:
-            memory += f", weights {_mb(facts.get('weights_bytes'))}, mapped into memory"
+            memory += f", weights {_mb(statistics.get('weights_bytes'))}, mapped into memory"
         lines += [
-            f"{spec['graph']:<15}{spec['flavour']} {spec['version']}, {spec['architecture']}, {spec['precision']}"
+            f"{spec['graph']:<15}{spec['product']} {spec['version']}, {spec['architecture']}, {spec['precision']}"
             + (f", {flags}" if flags else ""),
             f"{'':<15}profile   {sizes or 'every size'}",
             f"{'':<15}memory    {memory}",
-            f"{'':<15}built     in {facts.get('seconds')} s, {facts.get('built')}, {plan['file']}",
+            f"{'':<15}built     in {statistics.get('seconds')} s, {statistics.get('built')}, {plan['file']}",
         ]
-    gpu = [plan for plan in plans if plan["spec"]["flavour"] in FLAVOURS]
+    gpu = [plan for plan in plans if plan["spec"]["backend"] in PRODUCTS]
     if len(gpu) > 1 and len({plan["spec"]["graph"] for plan in gpu}) == len(gpu):
-        lines += _together([plan["facts"] for plan in gpu])
+        lines += _together([plan["statistics"] for plan in gpu])
     text = "\n".join(lines) or "no plans; make them with: dnp build"
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)  # sidecars can be edited
 
 
-def _together(facts: list[dict[str, Any]]) -> list[str]:
+def _together(statistics: list[dict[str, Any]]) -> list[str]:
     """What all plans of a pipeline take on the GPU: activations share one piece of memory."""
-    if any(name not in of_plan for of_plan in facts for name in _PARTS):
+    if any(name not in of_plan for of_plan in statistics for name in _PARTS):
         return []
-    weights, buffers, activations = ([int(of_plan[name]) for of_plan in facts] for name in _PARTS)
+    weights, buffers, activations = ([int(of_plan[name]) for of_plan in statistics] for name in _PARTS)
     total = sum(weights) + sum(buffers) + max(activations)
     return [
         f"{'together':<15}on the GPU {_mb(total)} at most at the largest sizes: weights {_mb(sum(weights))}, buffers "
@@ -208,7 +208,7 @@ def _entry(plan: Plan) -> dict[str, Any]:
         "path": str(plan.path),
         "bytes": plan.nbytes,
         "spec": asdict(plan.spec),
-        "facts": dict(plan.facts),
+        "statistics": dict(plan.statistics),
     }
 
 
@@ -227,9 +227,9 @@ def _architectures(text: str | None) -> tuple[int, ...]:
         raise click.BadParameter(f"{text!r} is no list of numbers such as 89,120", param_hint="--sm") from None
 
 
-def _most(facts: dict[str, Any]) -> int | None:
+def _most(statistics: dict[str, Any]) -> int | None:
     """Bytes on a GPU while the plan runs at its largest sizes; None where a part of it is not known."""
-    parts = [facts.get(name) for name in _PARTS]
+    parts = [statistics.get(name) for name in _PARTS]
     return None if None in parts else sum(part for part in parts if part is not None)
 
 

@@ -267,7 +267,7 @@ class DeviceSession(StoredSession[DeviceBuffer]):
         """See ``Session.reshape``."""
         self._require_open()
         dims = self._checked(dims)
-        self.admit(**dims)
+        self.validate(**dims)
         self._cuda.activate()
         shapes = self._own(dims)
         for buffer, shape in shapes:
@@ -276,16 +276,16 @@ class DeviceSession(StoredSession[DeviceBuffer]):
             buffer.shape_to(shape)
         self._dims = dims
 
-    def link(self, name: str, buffer: Buffer) -> None:
-        """See ``Session.link``."""
-        super().link(name, buffer)
+    def alias(self, name: str, buffer: Buffer) -> None:
+        """See ``Session.alias``."""
+        super().alias(name, buffer)
         self._drop()
 
-    def carry(self, into: str, output: str) -> None:
-        """See ``Session.carry``."""
-        before = dict(self._carried)
-        super().carry(into, output)
-        if self._carried != before:
+    def feed_back(self, into: str, output: str) -> None:
+        """See ``Session.feed_back``."""
+        before = dict(self._fed_back)
+        super().feed_back(into, output)
+        if self._fed_back != before:
             self._drop()
 
     def close(self) -> None:
@@ -310,14 +310,14 @@ class DeviceSession(StoredSession[DeviceBuffer]):
         self._backend.warn_about("recording", f"{self._where}: runs without CUDA graphs from now on: {reason}")
 
     def _check_inputs(self, dims: Mapping[str, int]) -> None:
-        """Raises SettingsError when a linked buffer has another shape than this session is about to read."""
-        for name in self._linked:
+        """Raises SettingsError when an aliased buffer has another shape than this session is about to read."""
+        for name in self._aliased:
             expected = self.graph.inputs[name].resolve(dims)
             if self._inputs[name].shape != expected:
                 raise self._unlike(name, expected, self._inputs[name])
 
-    def _start_carrying(self) -> None:
-        for into, output in self._carried.items():
+    def _start_feedback(self) -> None:
+        for into, output in self._fed_back.items():
             target, source = self._inputs[into], self._outputs[output]
             self._cuda.on_device(target.address, source.address, source.nbytes, self._device.stream)
 

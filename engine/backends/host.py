@@ -73,7 +73,7 @@ class HostSession(StoredSession[HostBuffer]):
     """A session on a library that computes in ordinary memory, on the buffers it is told to use.
 
     A backend says how to bind one array to one name, and how to run; everything else is here. What is bound
-    is compared with the buffers at every run, so a linked buffer may grow or move without telling its readers.
+    is compared with the buffers at every run, so an aliased buffer may grow or move without telling its readers.
     """
 
     def __init__(self, graph: GraphSpec, backend: str) -> None:
@@ -122,7 +122,7 @@ class HostSession(StoredSession[HostBuffer]):
             self._execute()
         except Exception as error:
             raise BackendError(f"{self._where} failed on {self.backend} with {dims}: {first_line(error)}") from error
-        for into, output in self._carried.items():
+        for into, output in self._fed_back.items():
             np.copyto(self._inputs[into].view, self._outputs[output].view)
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ class HostSession(StoredSession[HostBuffer]):
             self._bound[name] = view
 
 
-def check_border(graph: GraphSpec, found: Mapping[str, Mapping[str, tuple[str, tuple[Any, ...]]]]) -> None:
+def check_signature(graph: GraphSpec, found: Mapping[str, Mapping[str, tuple[str, tuple[Any, ...]]]]) -> None:
     """Hold the inputs and outputs that a library found in the file against the manifest's.
 
     ``found["inputs"][name]`` is a numpy dtype name and a shape, in which only the integers are compared.

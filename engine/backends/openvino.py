@@ -9,7 +9,7 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
-from dnp.engine.backends.host import HostSession, check_border, first_line
+from dnp.engine.backends.host import HostSession, check_signature, first_line
 from dnp.engine.backends.session import Array, Backend, BackendOptions
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import REMEDY, nearest
@@ -93,7 +93,7 @@ class OpenVinoSession(HostSession):
             raise BackendError(
                 f"OpenVINO was asked for {DEVICE} in {precision} and runs {', '.join(devices)} in {runs_in}"
             )
-        check_border(graph, {"inputs": _tensors(compiled.inputs), "outputs": _tensors(compiled.outputs)})
+        check_signature(graph, {"inputs": _tensors(compiled.inputs), "outputs": _tensors(compiled.outputs)})
         self._tensor = ov.Tensor
         self._request = compiled.create_infer_request()
         self._results: dict[str, Any] = {}

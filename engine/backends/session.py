@@ -121,8 +121,8 @@ class Session(ABC):
 
     def __init__(self, graph: GraphSpec, backend: str) -> None:
         self.graph, self.backend = graph, backend
-        self._linked: set[str] = set()
-        self._carried: dict[str, str] = {}  # output by input
+        self._aliased: set[str] = set()
+        self._fed_back: dict[str, str] = {}  # output by input
         self._dims: dict[str, int] | None = None
         self._closed = False
 
@@ -142,7 +142,7 @@ class Session(ABC):
         """
 
     @abstractmethod
-    def link(self, name: str, buffer: Buffer) -> None:
+    def alias(self, name: str, buffer: Buffer) -> None:
         """Read another session's ``buffer`` in place: ``inputs[name]`` is that buffer from now on.
 
         Its shape is the other session's affair, and must be the one this session expects whenever it runs.
@@ -155,27 +155,27 @@ class Session(ABC):
     def close(self) -> None:
         """Free the graph and the buffers. Only ``close`` itself may be called afterwards."""
 
-    def carry(self, into: str, output: str) -> None:
+    def feed_back(self, into: str, output: str) -> None:
         """From now on each run ends with ``inputs[into]`` taking over ``outputs[output]``, where they lie.
 
         What a loop carries from run to run is part of the run, so a device needs nothing from the host in between.
 
-        Raises SettingsError when the names, shapes or dtypes do not fit, or when the input is linked.
+        Raises SettingsError when the names, shapes or dtypes do not fit, or when the input is aliased.
         """
         self._require_open()
         for name, side, specs in ((into, "input", self.graph.inputs), (output, "output", self.graph.outputs)):
             if name not in specs:
-                raise SettingsError(f"{self._where}: no {side} {name!r} to carry, {nearest(name, specs)}")
+                raise SettingsError(f"{self._where}: no {side} {name!r} to feed back, {nearest(name, specs)}")
         to, source = self.graph.inputs[into], self.graph.outputs[output]
         if to != source:
             raise SettingsError(
-                f"{self._where}: {output!r} is {source.to_dict()}, and cannot be carried into {into!r}, {to.to_dict()}"
+                f"{self._where}: {output!r} is {source.to_dict()}, and cannot be fed back into {into!r}, {to.to_dict()}"
             )
-        if into in self._linked:
-            raise SettingsError(f"{self._where}: input {into!r} is linked, nothing can be carried into it")
-        self._carried[into] = output
+        if into in self._aliased:
+            raise SettingsError(f"{self._where}: input {into!r} is aliased, nothing can be fed back into it")
+        self._fed_back[into] = output
 
-    def admit(self, **dims: int) -> None:  # noqa: B027  ordinary memory takes any size
+    def validate(self, **dims: int) -> None:  # noqa: B027  ordinary memory takes any size
         """Raises SettingsError when this session cannot run at these sizes; symbols may be left out."""
 
     def nearest(self, symbol: str, size: int) -> int:
@@ -235,10 +235,10 @@ class Session(ABC):
             raise SettingsError(f"{self._where}: no size given for {', '.join(missing)}")
         return {name: int(dims[name]) for name in self.graph.symbols}
 
-    def _check_link(self, name: str, buffer: Buffer, *, reachable: bool) -> None:
-        """Raises what ``link`` raises."""
+    def _check_alias(self, name: str, buffer: Buffer, *, reachable: bool) -> None:
+        """Raises what ``alias`` raises."""
         if name not in self.graph.inputs:
-            raise SettingsError(f"{self._where}: no input {name!r} to link, {nearest(name, self.graph.inputs)}")
+            raise SettingsError(f"{self._where}: no input {name!r} to alias, {nearest(name, self.graph.inputs)}")
         if not reachable:
             raise BackendError(
                 f"{self._where}: {buffer.name!r} lies on {buffer.device}, out of reach here; copy it instead"
@@ -250,15 +250,15 @@ class Session(ABC):
         wanted = np.dtype(self.graph.inputs[name].dtype)
         if buffer.dtype != wanted:
             raise SettingsError(f"{self._where}: input {name!r} is {wanted}, {buffer.name!r} holds {buffer.dtype}")
-        if name in self._carried:
+        if name in self._fed_back:
             raise SettingsError(
-                f"{self._where}: input {name!r} takes over {self._carried[name]!r}, and cannot be linked"
+                f"{self._where}: input {name!r} takes over {self._fed_back[name]!r}, and cannot be aliased"
             )
 
     def _unlike(self, name: str, expected: tuple[int, ...], buffer: Buffer) -> SettingsError:
         return SettingsError(
             f"{self._where}: input {name!r} must be {list(expected)} for {self._dims}, but "
-            f"the linked {buffer.name!r} is {list(buffer.shape)}; give both sessions the same sizes"
+            f"the aliased {buffer.name!r} is {list(buffer.shape)}; give both sessions the same sizes"
         )
 
     def _require_open(self) -> None:
@@ -292,7 +292,7 @@ B = TypeVar("B", bound=StoredBuffer)
 
 
 class StoredSession(Session, Generic[B]):
-    """A session with a buffer of its own for every input and output, but for the inputs that are linked."""
+    """A session with a buffer of its own for every input and output, but for the inputs that are aliased."""
 
     def __init__(self, graph: GraphSpec, backend: str) -> None:
         super().__init__(graph, backend)
@@ -313,15 +313,15 @@ class StoredSession(Session, Generic[B]):
     def _release(self) -> None:
         """Drop what the library holds."""
 
-    def link(self, name: str, buffer: Buffer) -> None:
-        """See ``Session.link``."""
+    def alias(self, name: str, buffer: Buffer) -> None:
+        """See ``Session.alias``."""
         self._require_open()
         reached = self._reach(buffer)
-        self._check_link(name, buffer, reachable=reached is not None)
+        self._check_alias(name, buffer, reachable=reached is not None)
         assert reached is not None
-        if name not in self._linked:
+        if name not in self._aliased:
             self._inputs[name].free()
-            self._linked.add(name)
+            self._aliased.add(name)
         self._inputs[name] = reached
 
     def close(self) -> None:
@@ -337,13 +337,13 @@ class StoredSession(Session, Generic[B]):
 
     def _own(self, dims: Mapping[str, int]) -> list[tuple[B, tuple[int, ...]]]:
         """The buffers that are not another session's, and their shapes at these sizes."""
-        inputs = [(self._inputs[n], spec) for n, spec in self.graph.inputs.items() if n not in self._linked]
+        inputs = [(self._inputs[n], spec) for n, spec in self.graph.inputs.items() if n not in self._aliased]
         outputs = [(self._outputs[n], spec) for n, spec in self.graph.outputs.items()]
         return [(buffer, spec.resolve(dims)) for buffer, spec in [*inputs, *outputs]]
 
     def _free_buffers(self) -> None:
         for name, buffer in [*self._inputs.items(), *self._outputs.items()]:
-            if name not in self._linked:
+            if name not in self._aliased:
                 with suppress(BackendError):  # after a device's error that lasts; what can be freed is
                     buffer.free()
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dnp.engine.backends.device import DeviceBackend, DeviceSession
-from dnp.engine.backends.host import check_border
+from dnp.engine.backends.host import check_signature
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import BackendError, OutputError
-from dnp.engine.plans.build import BuildSettings, build_command, obtain, target, wanted_plan
+from dnp.engine.plans.build import BuildSettings, build_command, obtain, target_for, wanted_plan
 from dnp.engine.plans.compiler import compile_plan
 from dnp.engine.plans.plan import FOLDER, Plan
-from dnp.engine.plans.product import TENSORRT, TENSORRT_RTX, Flavour, Log, listening, logger
+from dnp.engine.plans.product import TENSORRT, TENSORRT_RTX, Log, Product, listening, logger
 from dnp.engine.plans.profile import Limits, any_profile, from_dict, largest, limits_of, smallest
 from dnp.engine.plans.store import PlanStore
 from dnp.engine.system.files import write_together
@@ -54,10 +54,10 @@ class TrtSession(DeviceSession):
         cache: Path | None,
         weights: int,
     ) -> None:
-        super().__init__(graph, backend, f"{backend.flavour.title} {backend.module.__version__}")
+        super().__init__(graph, backend, f"{backend.product.title} {backend.module.__version__}")
         self._limits = limits
         self.least, self.most = smallest(limits.profile), largest(limits.profile)
-        self._flavour, self._trt, self._cache_file = backend.flavour, backend.module, cache
+        self._flavour, self._trt, self._cache_file = backend.product, backend.module, cache
         self._loose: _Run | None = None
         self._prepared: dict[tuple[int, ...], _Run] = {}
         self._saved = b""  # the runtime cache as it lies beside the plan
@@ -103,15 +103,15 @@ class TrtSession(DeviceSession):
         self._engine.weight_streaming_budget_v2 = share
         self._want_scratch()  # it depends on how many are streamed
 
-    def admit(self, **dims: int) -> None:
-        """See ``Session.admit``."""
+    def validate(self, **dims: int) -> None:
+        """See ``Session.validate``."""
         self._limits.check(self.graph.name, dims)
 
     def bucket(self, symbol: str, size: int) -> int:
         """See ``Session.bucket``: sampler tables are run at one or two lengths, whatever the sampler."""
         if symbol not in ("rows", "draws") or symbol not in self.most or (symbol == "draws" and size == 1):
             return size
-        self.admit(**{symbol: size})
+        self.validate(**{symbol: size})
         return self.most[symbol]
 
     def prepare(self) -> None:
@@ -202,7 +202,7 @@ class TrtSession(DeviceSession):
                 run.dims = dims
             if not run.context.execute_async_v3(int(self._device.stream)):
                 raise BackendError(f"{self._where} failed on {self.backend} with {dims}: {log.errors()}")
-        self._start_carrying()
+        self._start_feedback()
 
     def _context(self) -> Any:
         self._settle()
@@ -257,7 +257,7 @@ class TrtSession(DeviceSession):
             self._backend.warn_about("cache", f"{self._where}: the runtime cache is not kept: {error}")
 
     def _check_engine(self) -> None:
-        """Hold what the plan says of its border against the manifest."""
+        """Hold the plan's inputs and outputs against the manifest's."""
         engine, found = self._engine, {"inputs": {}, "outputs": {}}  # type: ignore[var-annotated]
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
@@ -265,7 +265,7 @@ class TrtSession(DeviceSession):
             dtype = engine.get_tensor_dtype(name).name
             shape = tuple(None if size < 0 else size for size in engine.get_tensor_shape(name))
             found[side][name] = (_DTYPES.get(dtype, dtype.lower()), shape)
-        check_border(self.graph, found)
+        check_signature(self.graph, found)
 
     def _remedy(self, log: Log, otherwise: str) -> str:
         """What to do about a call that gave nothing, going by what TensorRT said."""
@@ -293,21 +293,23 @@ class TrtSession(DeviceSession):
 class TrtBackend(DeviceBackend):
     """Plans on one GPU, with one scratch memory for all of them."""
 
-    flavour: Flavour
+    product: Product
     remedy = "build plans of smaller largest sizes (dnp build --batch, --height, --width, --rows)"
 
     def _load(self) -> Any:
-        return self.flavour.load()
+        return self.product.load()
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> TrtSession:
         """See ``Backend.session``. Builds the plan when there is none that can be used, which takes its time."""
         if bundle is None:
             profile = any_profile(graph)
-            built, facts = compile_plan(graph, profile, BuildSettings(), target(self.flavour, (), self.options.device))
-            weights = int(facts.get("weights_bytes", 0))
+            built, statistics = compile_plan(
+                graph, profile, BuildSettings(), target_for(self.product, (), self.options.device)
+            )
+            weights = int(statistics.get("weights_bytes", 0))
             return TrtSession(graph, memoryview(built), Limits(profile), self, None, weights)
         store = PlanStore(self.options.engines or bundle.path / FOLDER)
-        wanted = wanted_plan(bundle, graph, self.flavour, store, self.options.device)
+        wanted = wanted_plan(bundle, graph, self.product, store, self.options.device)
         plan = obtain(bundle, graph, *wanted, store, report=_log.warning)
         folder = store.folder if self.options.engines else None
         command = build_command(bundle, plan.spec, folder, self.options.device)
@@ -327,7 +329,7 @@ class TrtBackend(DeviceBackend):
                 data = opened.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             except (OSError, ValueError) as error:  # it was there a moment ago
                 raise BackendError(f"{plan.path} cannot be read any more ({error}); open it again") from error
-            weights = 0 if streamed else int(plan.facts.get("weights_bytes", len(data)))
+            weights = 0 if streamed else int(plan.statistics.get("weights_bytes", len(data)))
             return TrtSession(graph, data, limits, self, cache, weights)
 
 
@@ -335,11 +337,11 @@ class TensorRtBackend(TrtBackend):
     """TensorRT, on the GPU that the plans are built on."""
 
     name = "tensorrt"
-    flavour = TENSORRT
+    product = TENSORRT
 
 
 class TensorRtRtxBackend(TrtBackend):
     """TensorRT for RTX, whose plans can be built anywhere."""
 
     name = "tensorrt-rtx"
-    flavour = TENSORRT_RTX
+    product = TENSORRT_RTX

@@ -23,7 +23,7 @@ FP16_LARGEST: Final = 65504.0
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor at a graph's border. A shape entry is an integer, ``"batch"`` or ``"4*height"``."""
+    """An input or output of a graph. A shape entry is an integer, ``"batch"`` or ``"4*height"``."""
 
     shape: Shape
     dtype: Literal["float32", "float16", "int64", "uint8"] = "float32"
@@ -222,7 +222,7 @@ def parse(data: Any, root: Path) -> Manifest:
     return manifest
 
 
-def graph_borders(
+def graph_signatures(
     text: TextSpec, latents: LatentSpec, caption: CaptionSpec, precision: str
 ) -> dict[str, tuple[dict[str, TensorSpec], dict[str, TensorSpec]]]:
     """The contract of the five graphs: inputs and outputs of each, in order, for a model of these sizes."""
@@ -306,9 +306,9 @@ def _check_numbers(m: Manifest, where: str) -> None:
 
 
 def _check_graphs(m: Manifest, where: str) -> None:
-    borders = graph_borders(m.text, m.latents, m.caption, m.precision)
-    same_names(m.graphs, borders, f"{where}: graphs")
-    for name, sides in borders.items():
+    signatures = graph_signatures(m.text, m.latents, m.caption, m.precision)
+    same_names(m.graphs, signatures, f"{where}: graphs")
+    for name, sides in signatures.items():
         for side, expected in zip(("inputs", "outputs"), sides, strict=True):
             found, key = getattr(m.graphs[name], side), f"{where}: graphs.{name}.{side}"
             same_names(found, expected, key)

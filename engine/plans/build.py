@@ -1,6 +1,6 @@
 """Which plans TensorRT is asked for: for what GPUs, sizes and settings, and what opening a session looks for.
 
-``compiler.py`` makes them. One module for both flavours.
+``compiler.py`` makes them. One module for both products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dnp.engine.bundle.schema import shown
 from dnp.engine.errors import BackendError, SettingsError
 from dnp.engine.plans.compiler import REVISION, compile_plan
 from dnp.engine.plans.plan import FOLDER, Plan, PlanSpec, Progress, Report
-from dnp.engine.plans.product import FLAVOURS, Flavour, flavour_of
+from dnp.engine.plans.product import PRODUCTS, Product, product_of
 from dnp.engine.plans.profile import Profile, Range, buffer_bytes, default_profile, from_dict, to_dict
 from dnp.engine.plans.store import PlanStore
 from dnp.engine.system import cuda
@@ -72,39 +72,39 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Target:
-    """What plans are compiled for: a flavour, its version, and the architectures."""
+    """What plans are compiled for: a product, its version, and the architectures."""
 
-    flavour: Flavour
+    product: Product
     version: str
     sm: tuple[int, ...]
     architecture: str
     device: int = 0
 
 
-def target(flavour: Flavour, sm: Sequence[int] = (), device: int = 0) -> Target:
+def target_for(product: Product, sm: Sequence[int] = (), device: int = 0) -> Target:
     """What to compile for: the architectures named, the present GPU's when none is.
 
-    Raises BackendError when there is no GPU and none was named, when it is too old, or for what the flavour does not
+    Raises BackendError when there is no GPU and none was named, when it is too old, or for what the product does not
     compile for.
     """
-    module = flavour.load()
-    if sm and not flavour.portable:
-        raise BackendError(f"{flavour.title} compiles for the GPU that is present; --sm is for tensorrt-rtx")
+    module = product.load()
+    if sm and not product.portable:
+        raise BackendError(f"{product.title} compiles for the GPU that is present; --sm is for tensorrt-rtx")
     if sm:
         for number in sm:
-            if number not in flavour.architectures:
-                raise BackendError(f"{flavour.title} does not compile for SM {number}; {_known(flavour)}")
-        return Target(flavour, module.__version__, tuple(sm), ",".join(f"sm{number}" for number in sorted(sm)))
-    other = "; name the architectures to compile for, e.g. --sm 89,120" if flavour.portable else ""
-    gpu = _require_gpu(device, f"{flavour.title} compiles for the GPU that is present", other)
+            if number not in product.architectures:
+                raise BackendError(f"{product.title} does not compile for SM {number}; {_known(product)}")
+        return Target(product, module.__version__, tuple(sm), ",".join(f"sm{number}" for number in sorted(sm)))
+    other = "; name the architectures to compile for, e.g. --sm 89,120" if product.portable else ""
+    gpu = _require_gpu(device, f"{product.title} compiles for the GPU that is present", other)
     gpu.check_age()
-    if flavour.portable and gpu.sm not in flavour.architectures:
+    if product.portable and gpu.sm not in product.architectures:
         raise BackendError(
-            f"{gpu.name} (SM {gpu.sm}) is none of those that {flavour.title} compiles for; {_known(flavour)}; "
+            f"{gpu.name} (SM {gpu.sm}) is none of those that {product.title} compiles for; {_known(product)}; "
             "use the backend 'tensorrt' on this card"
         )
-    architecture = f"sm{gpu.sm}" if flavour.portable else f"sm{gpu.sm} {gpu.name}"
-    return Target(flavour, module.__version__, (gpu.sm,) if flavour.portable else (), architecture, device)
+    architecture = f"sm{gpu.sm}" if product.portable else f"sm{gpu.sm} {gpu.name}"
+    return Target(product, module.__version__, (gpu.sm,) if product.portable else (), architecture, device)
 
 
 def _require_gpu(device: int, why: str, otherwise: str = "") -> cuda.GpuProperties:
@@ -117,7 +117,7 @@ def _require_gpu(device: int, why: str, otherwise: str = "") -> cuda.GpuProperti
 
 def build_plans(
     bundle: Bundle,
-    flavour: str = "tensorrt-rtx",
+    backend: str = "tensorrt-rtx",
     *,
     graphs: Sequence[str] = (),
     ranges: Mapping[str, Range] | None = None,
@@ -144,32 +144,32 @@ def build_plans(
         Cancelled: ``progress`` returned ``False``. Plans that were complete by then are kept, and none is half.
     """
     wanted = settings or BuildSettings()
-    goal = target(flavour_of(flavour), wanted.sm, device)
+    target = target_for(product_of(backend), wanted.sm, device)
     if wanted.refit:
         _require_gpu(device, "plans that can be refitted are built where the GPU is")
     store = PlanStore(folder or bundle.path / FOLDER)
     chosen = bundle.chosen(graphs)
-    kept, changed = store.settings(flavour), {}
+    kept, changed = store.settings(backend), {}
     profiles = []
     for graph in chosen:
-        before, _ = _asked(store, kept, graph, flavour)
+        before, _ = _asked(store, kept, graph, backend)
         asked = {**before, **(ranges or {})}  # sizes that were asked for before stay, unless others are asked for
         try:
             profiles.append(default_profile(bundle, graph, asked))
         except SettingsError as error:
             default_profile(bundle, graph, ranges)  # the fault may be in those asked for now
-            raise store.damaged(flavour, error) from error
-        changed[graph.name] = {"ranges": to_dict(asked), "settings": asdict(replace(wanted, sm=goal.sm))}
+            raise store.damaged(backend, error) from error
+        changed[graph.name] = {"ranges": to_dict(asked), "settings": asdict(replace(wanted, sm=target.sm))}
     plans = [
-        obtain(bundle, graph, profile, wanted, goal, store, force=force, report=report, progress=progress)
+        obtain(bundle, graph, profile, wanted, target, store, force=force, report=report, progress=progress)
         for graph, profile in zip(chosen, profiles, strict=True)
     ]
-    store.keep_settings(flavour, changed)
+    store.keep_settings(backend, changed)
     return plans
 
 
 def _asked(
-    store: PlanStore, kept: Mapping[str, Any], graph: GraphSpec, flavour: str
+    store: PlanStore, kept: Mapping[str, Any], graph: GraphSpec, backend: str
 ) -> tuple[dict[str, Range], BuildSettings]:
     """What ``dnp build`` was asked for, for one graph. Raises BackendError when it cannot be read."""
     entry = kept.get(graph.name, {})
@@ -178,39 +178,39 @@ def _asked(
         asked = BuildSettings(**{**settings, "sm": tuple(settings.get("sm", ()))})
         return ranges, asked
     except (TypeError, AttributeError, SettingsError) as error:
-        raise store.damaged(flavour, error) from error
+        raise store.damaged(backend, error) from error
 
 
 def wanted_plan(
-    bundle: Bundle, graph: GraphSpec, flavour: Flavour, store: PlanStore, device: int = 0
+    bundle: Bundle, graph: GraphSpec, product: Product, store: PlanStore, device: int = 0
 ) -> tuple[Profile, BuildSettings, Target]:
     """What ``dnp build`` was last asked for, if that was for the present GPU; what was asked for before, if there is a
     plan for it that was; the defaults otherwise.
 
     Raises what ``target`` raises, and BackendError when what was asked for cannot be read.
     """
-    ranges, settings = _asked(store, store.settings(flavour.name), graph, flavour.name)
+    ranges, settings = _asked(store, store.settings(product.name), graph, product.name)
     try:
         profile: Profile = default_profile(bundle, graph, ranges)
     except SettingsError as error:
-        raise store.damaged(flavour.name, error) from error
-    here = target(flavour, (), device)
-    if not flavour.portable:
+        raise store.damaged(product.name, error) from error
+    here = target_for(product, (), device)
+    if not product.portable:
         return profile, settings, here
     if not set(here.sm) <= set(settings.sm):
-        earlier = _earlier(bundle, graph, flavour, store, here.sm)
+        earlier = _earlier(bundle, graph, product, store, here.sm)
         if earlier is None:
             return profile, replace(settings, sm=here.sm), here
         profile, settings = earlier
-    return profile, settings, target(flavour, settings.sm, device)
+    return profile, settings, target_for(product, settings.sm, device)
 
 
 def _earlier(
-    bundle: Bundle, graph: GraphSpec, flavour: Flavour, store: PlanStore, sm: tuple[int, ...]
+    bundle: Bundle, graph: GraphSpec, product: Product, store: PlanStore, sm: tuple[int, ...]
 ) -> tuple[Profile, BuildSettings] | None:
     """What the newest plan of this very graph was built with, of those for these architectures."""
-    plans = [plan for plan in store.plans() if (plan.spec.graph, plan.spec.flavour) == (graph.name, flavour.name)]
-    for plan in sorted(plans, key=lambda plan: str(plan.facts.get("built")), reverse=True):
+    plans = [plan for plan in store.plans() if (plan.spec.graph, plan.spec.backend) == (graph.name, product.name)]
+    for plan in sorted(plans, key=lambda plan: str(plan.statistics.get("built")), reverse=True):
         spec = plan.spec
         try:
             settings = settings_of(spec)
@@ -224,7 +224,7 @@ def _earlier(
 
 def settings_of(spec: PlanSpec) -> BuildSettings:
     """What a plan of TensorRT was built with. Raises SettingsError, ValueError or TypeError for other plans."""
-    sm = spec.architecture.split(",") if FLAVOURS[spec.flavour].portable else ()
+    sm = spec.architecture.split(",") if PRODUCTS[spec.backend].portable else ()
     flags = {name: value for name, value in spec.flags.items() if name != "revision"}
     return BuildSettings(sm=tuple(int(name.removeprefix("sm")) for name in sm), **flags)
 
@@ -235,7 +235,7 @@ def build_command(bundle: Bundle, spec: PlanSpec, engines: Path | None, device: 
     ``engines`` is the folder of the plans where it is not the bundle's own.
     """
     settings = settings_of(spec)
-    words = ["dnp", "build", str(bundle.path), "--backend", spec.flavour]
+    words = ["dnp", "build", str(bundle.path), "--backend", spec.backend]
     words += ["--engines", str(engines)] if engines else []
     words += ["--device", str(device)] if device else []
     words += ["--sm", ",".join(map(str, settings.sm))] if settings.sm else []
@@ -250,7 +250,7 @@ def obtain(
     graph: GraphSpec,
     profile: Profile,
     settings: BuildSettings,
-    goal: Target,
+    target: Target,
     store: PlanStore,
     *,
     force: bool = False,
@@ -261,19 +261,19 @@ def obtain(
     spec = PlanSpec(
         graph=graph.name,
         graph_sha256=bundle.graph_sha256(graph.name),
-        flavour=goal.flavour.name,
-        version=goal.version,
-        architecture=goal.architecture,
+        backend=target.product.name,
+        version=target.version,
+        architecture=target.architecture,
         precision=bundle.precision,
         profile=to_dict(profile),
         flags={**settings.flags, "revision": REVISION},
     )
 
     def make() -> Plan:
-        cache_file = store.folder / f".timing-{goal.version}-{spec.architecture.replace(' ', '-')}.cache"
-        timings = None if goal.flavour.portable else cache_file
-        data, facts = compile_plan(graph, profile, settings, goal, timings=timings, progress=progress)
-        return store.write(spec, data, facts)
+        cache_file = store.folder / f".timing-{target.version}-{spec.architecture.replace(' ', '-')}.cache"
+        timings = None if target.product.portable else cache_file
+        data, statistics = compile_plan(graph, profile, settings, target, timings=timings, progress=progress)
+        return store.write(spec, data, statistics)
 
     return store.obtain(
         spec, make, needs=lambda: memory_needed(graph, profile), force=force, report=report, progress=progress
@@ -292,5 +292,5 @@ def memory_needed(graph: GraphSpec, profile: Profile) -> str:
     )
 
 
-def _known(flavour: Flavour) -> str:
-    return f"it knows {', '.join(map(str, flavour.architectures))}"
+def _known(product: Product) -> str:
+    return f"it knows {', '.join(map(str, product.architectures))}"

@@ -1,4 +1,4 @@
-"""From a graph to a plan: parse, profile, compile. One module for both flavours of TensorRT.
+"""From a graph to a plan: parse, profile, compile. One module for both products of TensorRT.
 
 Networks are strongly typed: the arithmetic is what the ONNX file says, there is no precision flag. Weights are read
 by the parser from the path, so graphs beyond 2 GB of weights are nothing special.
@@ -38,18 +38,18 @@ def compile_plan(
     graph: GraphSpec,
     profile: Profile,
     settings: BuildSettings,
-    goal: Target,
+    target: Target,
     *,
     timings: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The plan as a buffer, and the facts: bytes of weights, activations, scratch and, at the largest sizes, buffers;
-    layers, seconds, peak memory.
+    """The plan as a buffer, and its statistics: bytes of weights, activations, scratch and, at the largest sizes,
+    buffers; layers, seconds, peak memory.
 
     The compiler runs in a thread of its own, so that this one can tell how it goes and answer a Ctrl-C.
     Raises as ``build_plans``.
     """
-    build = _Build(graph, profile, settings, goal, timings)
+    build = _Build(graph, profile, settings, target, timings)
 
     def tick() -> None:
         tell(progress, build.state())
@@ -66,9 +66,9 @@ class _Build:
     """One run of the compiler, for a thread of its own."""
 
     def __init__(
-        self, graph: GraphSpec, profile: Profile, settings: BuildSettings, goal: Target, timings: Path | None
+        self, graph: GraphSpec, profile: Profile, settings: BuildSettings, target: Target, timings: Path | None
     ) -> None:
-        self.graph, self.profile, self.settings, self.goal, self.timings = graph, profile, settings, goal, timings
+        self.graph, self.profile, self.settings, self.target, self.timings = graph, profile, settings, target, timings
         self.cancelled = False
         self.phases: dict[str, tuple[int, int]] = {}  # steps done, steps in all; innermost last
         self._started = time.perf_counter()
@@ -90,9 +90,9 @@ class _Build:
             raise BackendError(f"compiling {self.graph.name!r} failed: {error}") from error
 
     def _compile(self) -> tuple[Any, dict[str, Any]]:
-        trt = self.goal.flavour.load()
-        if not self.goal.flavour.portable:
-            cuda.open_cuda(self.goal.device).activate()  # each thread has a device of its own
+        trt = self.target.product.load()
+        if not self.target.product.portable:
+            cuda.open_cuda(self.target.device).activate()  # each thread has a device of its own
         with listening(trt) as log:
             builder = trt.Builder(logger(trt))
             network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -113,7 +113,7 @@ class _Build:
             }
 
     def _config(self, trt: Any, builder: Any) -> Any:
-        settings, flavour = self.settings, self.goal.flavour
+        settings, product = self.settings, self.target.product
         config = builder.create_builder_config()
         if settings.optimization_level is not None:
             config.builder_optimization_level = settings.optimization_level
@@ -124,11 +124,11 @@ class _Build:
         if settings.refit:
             config.set_flag(trt.BuilderFlag.REFIT)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names for `dnp inspect --layers`
-        if flavour.portable:
+        if product.portable:
             if not settings.weight_streaming:  # the two exclude each other
                 config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # recording runs wants it
-            config.num_compute_capabilities = len(self.goal.sm)
-            for index, number in enumerate(self.goal.sm):
+            config.num_compute_capabilities = len(self.target.sm)
+            for index, number in enumerate(self.target.sm):
                 config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
         if self.timings is not None:
@@ -143,7 +143,7 @@ class _Build:
                 sizes = [{s: getattr(r, which) for s, r in self.profile.items()} for which in ("low", "best", "high")]
                 profile.set_shape(name, *(tensor.resolve(dims) for dims in sizes))
         if config.add_optimization_profile(profile) < 0:
-            raise BackendError(f"{flavour.title} takes no such sizes for {self.graph.name!r}: {dict(self.profile)}")
+            raise BackendError(f"{product.title} takes no such sizes for {self.graph.name!r}: {dict(self.profile)}")
         return config
 
     def _keep_timings(self, path: Path, cache: Any) -> None:
@@ -159,7 +159,7 @@ class _Build:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         said = "; ".join(f"{e.node_operator() or 'the file'}: {e.code().name} {e.desc()}" for e in errors[:3])
         return BundleError(
-            f"{self.graph.path}: {self.goal.flavour.title} cannot read it: {said or 'no reason given'}; {REMEDY}"
+            f"{self.graph.path}: {self.target.product.title} cannot read it: {said or 'no reason given'}; {REMEDY}"
         )
 
     def _build_error(self, said: str) -> Exception:
@@ -169,8 +169,8 @@ class _Build:
         if "OutOfMemory" in said or "out of memory" in said.lower():
             hints = "; lower the largest sizes of the profile (--batch, --height, --width), or raise --workspace"
         return BackendError(
-            f"{self.goal.flavour.title} {self.goal.version} cannot compile {self.graph.name!r} "
-            f"for {self.goal.architecture}: {said}{hints}"
+            f"{self.target.product.title} {self.target.version} cannot compile {self.graph.name!r} "
+            f"for {self.target.architecture}: {said}{hints}"
         )
 
 

@@ -23,7 +23,7 @@ class PlanSpec:
     Attributes:
         graph: its name.
         graph_sha256: of the ONNX file, and of its weights where they lie beside it.
-        flavour, version: the compiler, in full: plans do not survive a change of version.
+        backend, version: the compiler, in full: plans do not survive a change of version.
         architecture: what it is compiled for, as ``sm89`` or ``sm89,sm120``; with ``tensorrt`` also the GPU's name;
             with ``cpu`` the processor's name and vector units.
         precision: the bundle's, which is in the graph's hash too; here to be read.
@@ -33,7 +33,7 @@ class PlanSpec:
 
     graph: str
     graph_sha256: str
-    flavour: str
+    backend: str
     version: str
     architecture: str
     precision: str
@@ -83,7 +83,7 @@ def tell(progress: Progress | None, state: BuildProgress) -> None:
 
 
 def cost(started: float) -> dict[str, Any]:
-    """The facts about a build that began at ``started`` of ``time.perf_counter`` and ends now: what it took, and when.
+    """The statistics of a build that began at ``started`` of ``time.perf_counter`` and ends now: its cost, and when.
 
     The memory is the largest that the process ever had.
     """
@@ -102,13 +102,13 @@ class Plan:
         path: the plan itself; its sidecar lies beside it.
         nbytes: its size, without that of weights in a file of their own.
         spec: what it is.
-        facts: what building it cost and what it will need, by the module that builds it.
+        statistics: what building it cost and what it will need, by the module that builds it.
     """
 
     path: Path
     nbytes: int
     spec: PlanSpec
-    facts: dict[str, Any]
+    statistics: dict[str, Any]
 
 
 def _short(value: Any) -> str:

@@ -19,7 +19,7 @@ from dnp.engine.system.imports import load
 
 
 @dataclass(frozen=True)
-class Flavour:
+class Product:
     """One of the two products.
 
     Attributes:
@@ -45,8 +45,8 @@ class Flavour:
         return load(self.module, package=self.package, extra=self.name, purpose=purpose, has="Builder")
 
 
-TENSORRT: Final = Flavour("tensorrt", "tensorrt", "tensorrt", "TensorRT", portable=False, architectures=())
-TENSORRT_RTX: Final = Flavour(
+TENSORRT: Final = Product("tensorrt", "tensorrt", "tensorrt", "TensorRT", portable=False, architectures=())
+TENSORRT_RTX: Final = Product(
     "tensorrt-rtx",
     "tensorrt-rtx-cu13",
     "tensorrt_rtx",
@@ -54,16 +54,16 @@ TENSORRT_RTX: Final = Flavour(
     portable=True,
     architectures=(75, 80, 86, 89, 120, 121),
 )
-FLAVOURS: Final = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)}
+PRODUCTS: Final = {product.name: product for product in (TENSORRT, TENSORRT_RTX)}
 
 
-def flavour_of(name: str) -> Flavour:
-    """The flavour called ``name``. Raises BackendError when there is none."""
+def product_of(name: str) -> Product:
+    """The product called ``name``. Raises BackendError when there is none."""
     if name == "cpu":
         raise BackendError("plans of the backend 'cpu' are made by dnp.engine.build_cpu_plans, which takes no sizes")
-    if name not in FLAVOURS:
-        raise BackendError(f"{name!r} compiles no plans, {nearest(name, ('cpu', *FLAVOURS))}")
-    return FLAVOURS[name]
+    if name not in PRODUCTS:
+        raise BackendError(f"{name!r} compiles no plans, {nearest(name, ('cpu', *PRODUCTS))}")
+    return PRODUCTS[name]
 
 
 @cache

@@ -47,7 +47,7 @@ class _Sidecar(FileRecord):
     """What the file beside a plan holds: the plan's record, and what it is."""
 
     spec: PlanSpec
-    facts: dict[str, Any]
+    statistics: dict[str, Any]
     weights: _WeightsFile | None = None
 
 
@@ -82,7 +82,7 @@ class PlanStore:
                 damage = _damage(self.folder / sidecar.weights.file, sidecar.weights, _record_in_blocks)
         except OSError as error:
             return None, f"{path} cannot be read ({error.strerror or error})"
-        return (None, damage) if damage else (Plan(path, sidecar.size, sidecar.spec, sidecar.facts), "")
+        return (None, damage) if damage else (Plan(path, sidecar.size, sidecar.spec, sidecar.statistics), "")
 
     def obtain(
         self,
@@ -112,7 +112,7 @@ class PlanStore:
                 report(f"{spec.graph}: {needs()}")
             return make()
 
-    def write(self, spec: PlanSpec, data: Any, facts: Mapping[str, Any]) -> Plan:
+    def write(self, spec: PlanSpec, data: Any, statistics: Mapping[str, Any]) -> Plan:
         """Store a plan, the sidecar first; both get their names only when they are complete.
 
         Raises OutputError when the folder cannot be written.
@@ -120,9 +120,9 @@ class PlanStore:
         path = self._path(spec)
         view = memoryview(data)
         digest = hashlib.sha256(view).hexdigest()
-        sidecar = {"spec": asdict(spec), "facts": dict(facts), "size": len(view), "sha256": digest}
+        sidecar = {"spec": asdict(spec), "statistics": dict(statistics), "size": len(view), "sha256": digest}
         write_together({path.with_suffix(".json"): _json(sidecar), path: view})
-        return Plan(path, len(view), spec, dict(facts))
+        return Plan(path, len(view), spec, dict(statistics))
 
     @contextmanager
     def room(self, spec: PlanSpec) -> Iterator[tuple[Path, Path]]:
@@ -141,7 +141,7 @@ class PlanStore:
         with folder as name:
             yield Path(name, f"{stem}.plan"), Path(name, f"{stem}.{secrets.token_hex(4)}{WEIGHTS}")
 
-    def take(self, spec: PlanSpec, plan: Path, weights: Path, facts: Mapping[str, Any]) -> Plan:
+    def take(self, spec: PlanSpec, plan: Path, weights: Path, statistics: Mapping[str, Any]) -> Plan:
         """Move a plan, and its weights where there are any, from their ``room`` to their place.
 
         A plan that was there before stays as good as it was until all of the new one is on the disk. Raises OutputError
@@ -153,7 +153,7 @@ class PlanStore:
         try:
             refuse_folder(path)
             own = file_record(plan)
-            sidecar = {"spec": asdict(spec), "facts": dict(facts), **asdict(own)}
+            sidecar = {"spec": asdict(spec), "statistics": dict(statistics), **asdict(own)}
             if weights.exists():
                 sidecar["weights"] = {"file": weights.name, **asdict(_record_in_blocks(weights))}
                 moved = {weights: self.folder / weights.name, **moved}
@@ -168,7 +168,7 @@ class PlanStore:
                 (self.folder / weights.name).unlink()
             raise OutputError(f"cannot write {path}: {error.strerror or error}; name another folder") from error
         self._forget_weights(path, weights.name)
-        return Plan(path, own.size, spec, dict(facts))
+        return Plan(path, own.size, spec, dict(statistics))
 
     @contextmanager
     def building(self, spec: PlanSpec, stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
@@ -209,17 +209,17 @@ class PlanStore:
                 with suppress(OSError, ValueError, RecursionError):
                     sidecar = self._read(path)
                     if path == self._path(sidecar.spec):
-                        found.append(Plan(path, sidecar.size, sidecar.spec, sidecar.facts))
+                        found.append(Plan(path, sidecar.size, sidecar.spec, sidecar.statistics))
         return found
 
     def prune(self, keep: Sequence[Plan]) -> list[Path]:
-        """Remove the other plans of the graphs and the flavour of ``keep``, with all that lies beside them.
+        """Remove the other plans of the graphs and the backend of ``keep``, with all that lies beside them.
 
         Returns the plans that were removed. Raises OutputError.
         """
-        kinds = {(plan.spec.graph, plan.spec.flavour) for plan in keep}
+        kinds = {(plan.spec.graph, plan.spec.backend) for plan in keep}
         kept = {plan.path for plan in keep}
-        gone = [p.path for p in self.plans() if (p.spec.graph, p.spec.flavour) in kinds and p.path not in kept]
+        gone = [p.path for p in self.plans() if (p.spec.graph, p.spec.backend) in kinds and p.path not in kept]
         for path in gone:
             try:
                 with self._locked(path.stem):
@@ -229,38 +229,38 @@ class PlanStore:
                 raise self._unwritable(error) from error
         return gone
 
-    def settings(self, flavour: str) -> dict[str, Any]:
+    def settings(self, backend: str) -> dict[str, Any]:
         """What ``dnp build`` was asked for, by graph: what opening a session looks for. Empty when it never was.
 
         Raises BackendError when the file is damaged.
         """
         try:
-            found = json.loads(self._settings_file(flavour).read_text(encoding="utf-8"))
+            found = json.loads(self._settings_file(backend).read_text(encoding="utf-8"))
             if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
                 raise ValueError("no object of objects")
         except (FileNotFoundError, NotADirectoryError):  # a folder that cannot be one is told when it is written to
             return {}
         except OSError as error:
-            raise BackendError(f"{self._settings_file(flavour)} cannot be read: {error}") from error
+            raise BackendError(f"{self._settings_file(backend)} cannot be read: {error}") from error
         except (ValueError, RecursionError) as error:
-            raise self.damaged(flavour, error) from error
+            raise self.damaged(backend, error) from error
         return found
 
-    def keep_settings(self, flavour: str, settings: Mapping[str, Any]) -> None:
+    def keep_settings(self, backend: str, settings: Mapping[str, Any]) -> None:
         """Have ``settings`` of these graphs read from now on; what was kept of others stays. Raises OutputError."""
-        settings, before = json.loads(json.dumps(settings)), self.settings(flavour)
+        settings, before = json.loads(json.dumps(settings)), self.settings(backend)
         if {**before, **settings} == before:  # the folder may be one that can only be read
             return
-        with self._locked(flavour):
-            write_together({self._settings_file(flavour): _json({**self.settings(flavour), **settings})})
+        with self._locked(backend):
+            write_together({self._settings_file(backend): _json({**self.settings(backend), **settings})})
 
-    def damaged(self, flavour: str, error: Exception) -> BackendError:
+    def damaged(self, backend: str, error: Exception) -> BackendError:
         """The error for settings that cannot be used."""
-        path = self._settings_file(flavour)
+        path = self._settings_file(backend)
         return BackendError(f"{path} is damaged ({error}); remove it, and build the plans again: dnp build")
 
-    def _settings_file(self, flavour: str) -> Path:
-        return self.folder / f"{flavour}.json"
+    def _settings_file(self, backend: str) -> Path:
+        return self.folder / f"{backend}.json"
 
     def _path(self, spec: PlanSpec) -> Path:
         return self.folder / f"{spec.graph}-{spec.key}.plan"
@@ -310,9 +310,9 @@ class PlanStore:
             raise ValueError(f"{told.name}: nested too deep") from None
         except BundleError as error:
             raise ValueError(str(error).removesuffix(f"; {REMEDY}")) from None
-        for name, value in sidecar.facts.items():
+        for name, value in sidecar.statistics.items():
             if name.endswith("_bytes") and (type(value) is not int or not 0 <= value < 1 << 63):
-                raise ValueError(f"{told.name}: facts: {name}: must be a number of bytes, not {shown(value)}")
+                raise ValueError(f"{told.name}: statistics: {name}: must be a number of bytes, not {shown(value)}")
         if sidecar.weights is not None and Path(sidecar.weights.file).name != sidecar.weights.file:
             raise ValueError(f"{told.name}: weights: file: must be a file's name, not {shown(sidecar.weights.file)}")
         return sidecar
@@ -322,7 +322,7 @@ class PlanStore:
         candidates = [
             (sum(getattr(plan.spec, field.name) == getattr(spec, field.name) for field in fields(spec)), plan)
             for plan in self.plans()
-            if (plan.spec.graph, plan.spec.flavour) == (spec.graph, spec.flavour)
+            if (plan.spec.graph, plan.spec.backend) == (spec.graph, spec.backend)
         ]
         if not candidates:
             return ""

@@ -16,7 +16,7 @@ from dnp.engine.errors import ExportError
 from dnp.export.families.blip_modules import CaptionStep, EncodeImage, OriginalDecoder, OriginalEncoder
 from dnp.export.fp16.precision import Precision, in_precision
 from dnp.export.graph import Array, Dims, GraphExport
-from dnp.export.graph import Tensor as Border
+from dnp.export.graph import Tensor as Tensor
 from dnp.runtime.captioning.resize import resize_matrices
 
 MAX_CAPTION = 64  # cache slots, unless the model has fewer positions: real BLIP has 512, its captions about 20 tokens
@@ -123,11 +123,11 @@ def blip_graphs(parts: BlipParts, precision: Precision) -> list[GraphExport]:
         name="encode_image",
         module=EncodeImage(half.vision_model, half.text_decoder, parts.mean, parts.std).eval(),
         inputs={
-            "image": Border(("batch", "image_height", "image_width", 3), "uint8"),
-            "resize_columns": Border(("image_width", size)),
-            "resize_rows": Border((size, "image_height")),
+            "image": Tensor(("batch", "image_height", "image_width", 3), "uint8"),
+            "resize_columns": Tensor(("image_width", size)),
+            "resize_rows": Tensor((size, "image_height")),
         },
-        outputs=dict.fromkeys(("cross_keys", "cross_values"), Border(("batch", layers, heads, tokens, width), cache)),
+        outputs=dict.fromkeys(("cross_keys", "cross_values"), Tensor(("batch", layers, heads, tokens, width), cache)),
         fresh_inputs=images,
         example={"batch": 2, "image_height": size + 8, "image_width": size + 16},
         checks=[
@@ -139,13 +139,13 @@ def blip_graphs(parts: BlipParts, precision: Precision) -> list[GraphExport]:
         reference=OriginalEncoder(model.vision_model, model.text_decoder, parts.mean, parts.std).eval(),
     )
 
-    own = Border(("batch", layers, heads, slots, width), cache)
-    cross = Border(("images", layers, heads, tokens, width), cache)
-    integers = Border(("batch",), "int64")
+    own = Tensor(("batch", layers, heads, slots, width), cache)
+    cross = Tensor(("images", layers, heads, tokens, width), cache)
+    integers = Tensor(("batch",), "int64")
 
     def states(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
-        def normal(border: Border) -> Array:
-            return rng.standard_normal(border.resolve(dims)).astype(border.dtype)
+        def normal(tensor: Tensor) -> Array:
+            return rng.standard_normal(tensor.resolve(dims)).astype(tensor.dtype)
 
         ends = [0, slots - 1]  # the first and the last position are always among those tried
         return {
@@ -163,7 +163,7 @@ def blip_graphs(parts: BlipParts, precision: Precision) -> list[GraphExport]:
         module=CaptionStep(half.text_decoder).eval(),
         inputs={"token": integers, "position": integers, "parent": integers, "keys": own, "values": own,
                 "cross_keys": cross, "cross_values": cross},
-        outputs={"logits": Border(("batch", spec["vocab"])), "next_token": integers,
+        outputs={"logits": Tensor(("batch", spec["vocab"])), "next_token": integers,
                  "next_keys": own, "next_values": own},
         fresh_inputs=states,
         example={"batch": 6, "images": 2},

@@ -1,4 +1,4 @@
-"""An fp16 graph's float32 twin, and an fp16 graph some of whose values stay float32: two passes over ONNX graphs.
+"""An fp16 graph's float32 reference, and an fp16 graph some of whose values stay float32: two passes over ONNX graphs.
 
 Graphs are changed in place, and hold no subgraphs (``If``, ``Loop``), as torch exports ours.
 """
@@ -22,9 +22,9 @@ def infer_types(model: ir.Model) -> None:
 
     Raises ExportError when the rules are broken, as by an operator with fp16 and float32 operands.
     """
-    borders = [(value, value.shape) for value in [*model.graph.inputs, *model.graph.outputs]]
+    ends = [(value, value.shape) for value in [*model.graph.inputs, *model.graph.outputs]]
     shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=False)
-    for value, shape in borders:
+    for value, shape in ends:
         value.shape = shape
     unknown = [v.name for node in model.graph for v in node.outputs if v.name and v.dtype is None]
     if unknown:
@@ -46,7 +46,7 @@ def half_values(model: ir.Model) -> list[str]:
 def widen(model: ir.Model) -> None:
     """Make an fp16 graph compute in float32 from end to end: every name, node and number stays, fp16 becomes float32.
 
-    The weights are those of the fp16 graph, so what a twin computes differs from it by arithmetic alone.
+    The weights are those of the fp16 graph, so what a reference computes differs from it by arithmetic alone.
     """
     for value in model.graph.initializers.values():
         if value.const_value is not None and value.const_value.dtype == HALF:
@@ -72,7 +72,7 @@ def keep_float32(model: ir.Model, values: Collection[str]) -> None:
     Every node that makes or takes one computes in float32: its other fp16 operands, weights included, get a Cast
     before it, its other fp16 results one behind it. A Cast that makes one casts to float32 instead.
 
-    Raises ExportError for a value that the graph does not have, or that crosses its border in fp16.
+    Raises ExportError for a value that the graph does not have, or that is one of its fp16 inputs or outputs.
     """
     infer_types(model)
     outputs = {value.name: value for node in model.graph for value in node.outputs if value.name}

@@ -1,4 +1,4 @@
-"""fp16 arithmetic with float32 islands, made in torch so that each border is a ``Cast`` in the graph.
+"""fp16 arithmetic with float32 regions, made in torch so that each change of type is a ``Cast`` in the graph.
 
 TensorRT 11 and TensorRT-RTX build strongly typed networks: the precision is what the ONNX file says.
 """

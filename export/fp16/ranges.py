@@ -1,7 +1,7 @@
 """How much of fp16's number range whole DNP requests need, and the values that need more put back to float32.
 
-The requests run on the float32 twin of each graph (``float32.widen``), which shows magnitudes that fp16 could not
-hold. Beside it, on the same inputs, its rounded form (``rounding``) shows the error of one run of the fp16 graph.
+The requests run on the float32 reference of each graph (``float32.widen``), which shows magnitudes that fp16 could not
+hold. Beside it, on the same inputs, its simulated form (``rounding``) shows the error of one run of the fp16 graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.bundle.manifest import FP16_LARGEST, GraphSpec, Ranges, TensorSpec
 from dnp.engine.errors import DnpError, ExportError, SettingsError
 from dnp.export.fp16.float32 import half_values, keep_float32, widen
-from dnp.export.fp16.rounding import rounded_graph, write_twin
+from dnp.export.fp16.simulation import simulated_graph, write_reference
 from dnp.export.passes.attention import read_model
 from dnp.export.passes.onnx_file import write_model
 from dnp.runtime.pipeline.pipeline import Pipeline, drive
@@ -37,7 +37,7 @@ PROMPTS: Final = ("a photograph of an astronaut riding a horse", "a large red ci
 FILLER: Final = "an intricate oil painting of a crowded harbour at sunset, with golden light on the waves, "
 MOST_STEPS: Final = 1000
 
-LARGEST: Final = "largest_magnitudes"  # the twin's additional output
+LARGEST: Final = "largest_magnitudes"  # the reference's additional output
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ def check_ranges(bundle: Bundle, check: RangeCheck, whole: Callable[[str], None]
     """Measure every graph of an fp16 bundle that is being made, and put back to float32 what passes ``LIMIT``.
 
     The graph files are rewritten. ``whole`` is called with the name of each graph of which more than ``SHARE`` would
-    have to stay float32, and has to replace its file by a float32 one; only where nothing crosses the border in fp16.
+    have to stay float32, and has to replace its file by a float32 one; only where no input or output is fp16.
 
     Raises ExportError when a request cannot be run, when a graph overflows even in float32, or when a value that
-    passes the limit crosses a border in fp16.
+    passes the limit is an fp16 input or output.
     """
     seen = measure(bundle, check)
     found = {name: _beyond(bundle.graphs[name], graph) for name, graph in seen.items()}
@@ -115,7 +115,7 @@ def check_ranges(bundle: Bundle, check: RangeCheck, whole: Callable[[str], None]
 
 
 def measure(bundle: Bundle, check: RangeCheck) -> dict[str, Measured]:
-    """Run the requests of ``check`` on the float32 twins of the bundle's graphs: what they showed, by graph.
+    """Run the requests of ``check`` on the float32 references of the bundle's graphs: what they showed, by graph.
 
     Raises ExportError when a request cannot be run.
     """
@@ -137,7 +137,7 @@ def measure(bundle: Bundle, check: RangeCheck) -> dict[str, Measured]:
 
 
 class RangeBackend(Backend):
-    """Opens each graph with its float32 twin, which is written to ``folder``; ``measured`` grows with every run."""
+    """Opens each graph as its float32 reference, written to ``folder``; ``measured`` grows with every run."""
 
     name = "cpu"
 
@@ -152,19 +152,19 @@ class RangeBackend(Backend):
         names = half_values(model)
         widen(model)
         watch(model, names)
-        twin = write_twin(model, graph, self._folder / f"{graph.name}.onnx")
+        reference = write_reference(model, graph, self._folder / f"{graph.name}.onnx")
         if names:
-            twin = replace(twin, outputs={**twin.outputs, LARGEST: TensorSpec((len(names),))})
+            reference = replace(reference, outputs={**reference.outputs, LARGEST: TensorSpec((len(names),))})
         self.measured[graph.name] = Measured(dict.fromkeys(names, 0.0))
-        half = OrtSession(rounded_graph(graph, self._folder), self.options)
-        return RangeSession(twin, half, self.measured[graph.name], self.options)
+        half = OrtSession(simulated_graph(graph, self._folder), self.options)
+        return RangeSession(reference, half, self.measured[graph.name], self.options)
 
 
 class RangeSession(OrtSession):
-    """The float32 twin of an fp16 graph, in its place: each run also runs the rounded graph, on the same inputs."""
+    """The float32 reference of an fp16 graph; each run also runs the graph in simulated fp16, on the same inputs."""
 
-    def __init__(self, twin: GraphSpec, half: OrtSession, measured: Measured, options: BackendOptions) -> None:
-        super().__init__(twin, options)
+    def __init__(self, reference: GraphSpec, half: OrtSession, measured: Measured, options: BackendOptions) -> None:
+        super().__init__(reference, options)
         self._half = half
         self._measured = measured
 
@@ -216,7 +216,7 @@ def watch(model: ir.Model, names: Sequence[str]) -> None:
 
 
 def _beyond(graph: GraphSpec, measured: Measured) -> list[str]:
-    """The values that pass the limit. Raises ExportError where float32 does not hold one, or a border is fp16."""
+    """The values beyond the limit. Raises ExportError where float32 does not hold one, or it is an input or output."""
     values = [name for name, magnitude in measured.largest.items() if not magnitude <= LIMIT]
     for name in values:
         magnitude = measured.largest[name]

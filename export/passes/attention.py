@@ -146,7 +146,7 @@ class _Match:
         return ir.node("MultiHeadAttention", operands, attributes, domain=_contrib.domain, name=self.last.name)
 
     def is_whole(self) -> bool:
-        """Whether it is float32 ``[B, tokens, heads·d]`` at all borders, and nothing moves from one image to another.
+        """Whether it is float32 ``[B, tokens, heads·d]`` on all sides, and nothing moves from one image to another.
 
         Types and ranks are known.
         """

@@ -34,7 +34,7 @@ def save_graph(model: ir.Model, path: Path, shapes: Mapping[str, tuple[int | str
         raise ExportError(f"{path.name}: attention was not translated")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_model(model, path)
-    _log.debug("%s: %d nodes, %d bytes", path, *file_facts(path))
+    _log.debug("%s: %d nodes, %d bytes", path, *file_statistics(path))
 
 
 def write_model(model: ir.Model, path: Path) -> None:
@@ -46,7 +46,7 @@ def write_model(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=external)
 
 
-def file_facts(path: Path) -> tuple[int, int]:
+def file_statistics(path: Path) -> tuple[int, int]:
     """The nodes of the graph at ``path``, and the bytes on disk, weights beside it included."""
     beside = path.with_name(f"{path.name}.data")
     size = path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
@@ -59,14 +59,14 @@ def clean(model: ir.Model) -> None:
     model.doc_string = model.graph.doc_string = None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
-    borders = {id(value) for value in [*model.graph.inputs, *model.graph.outputs]}
+    ends = {id(value) for value in [*model.graph.inputs, *model.graph.outputs]}
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        _forget(value, keep_type=id(value) in borders)  # a weight knows its own type
+        _forget(value, keep_type=id(value) in ends)  # a weight knows its own type
     for node in model.graph.all_nodes():
         node.doc_string = None
         node.metadata_props.clear()
         for value in node.outputs:
-            _forget(value, keep_type=id(value) in borders)
+            _forget(value, keep_type=id(value) in ends)
 
 
 def compact(model: ir.Model) -> None:

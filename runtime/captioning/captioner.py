@@ -33,9 +33,9 @@ class Captioner:
         self._encode, self._step = encode, step
         self.tokenizer = CaptionTokenizer(bundle)
         for name in ("cross_keys", "cross_values"):
-            step.link(name, encode.outputs[name])
-        step.carry("keys", "next_keys")
-        step.carry("values", "next_values")
+            step.alias(name, encode.outputs[name])
+        step.feed_back("keys", "next_keys")
+        step.feed_back("values", "next_values")
 
     def prepare(self, batches: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
         """Warm up for so many images at once, the most first, of each of ``sizes``, as (height, width) in pixels or the
@@ -56,20 +56,20 @@ class Captioner:
             self._step.inputs["position"].write(np.zeros(batch, np.int64))
             self._step.prepare()
 
-    def admit(self, height: int, width: int) -> None:
+    def validate(self, height: int, width: int) -> None:
         """Raises SettingsError when images of this size cannot be captioned here."""
-        self._encode.admit(image_height=height, image_width=width)
+        self._encode.validate(image_height=height, image_width=width)
 
     def takes(self, batch: int) -> bool:
         """Whether so many images can be captioned greedily at once."""
         sizes = ((self._encode, "batch"), (self._step, "batch"), (self._step, "images"))
         return all(session.least.get(s, 1) <= batch <= session.most.get(s, batch) for session, s in sizes)
 
-    def admit_images(self, count: int, most: int, beams: int) -> None:
+    def validate_images(self, count: int, most: int, beams: int) -> None:
         """Raises SettingsError when some part of ``count`` images, ``most`` at a time, cannot be captioned here."""
         for batch in part_sizes(count, most):
-            self._encode.admit(batch=batch)
-            self._step.admit(batch=batch * beams, images=batch)
+            self._encode.validate(batch=batch)
+            self._step.validate(batch=batch * beams, images=batch)
 
     def most(self, beams: int) -> int:
         """The most images to caption at once with so many beams each."""

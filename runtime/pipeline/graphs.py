@@ -60,7 +60,7 @@ class Graphs:
         """Latents, read where ``denoise`` leaves them, to images."""
         latents = self.denoise.outputs["latents"]
         session = self._session("decode_latents")
-        session.link("latents", latents)
+        session.alias("latents", latents)
         return session
 
     @cached_property
@@ -101,7 +101,7 @@ class Graphs:
         new = [size for size in dict.fromkeys(sizes) if size not in self._sizes]
         for height, width in new:
             Request("a size", height=height, width=width).resolve(self.bundle)
-            self.admit(height, width, captioner=captioner)
+            self.validate(height, width, captioner=captioner)
         before = self._sizes, self._prepared
         if new:
             captioner = captioner or "captions" in self._prepared
@@ -157,25 +157,25 @@ class Graphs:
                 decode.reshape(batch=batch, height=shape[1], width=shape[2])
                 decode.prepare()
 
-    def admit_images(self, count: int, *, captioner: bool, beams: int) -> None:
+    def validate_images(self, count: int, *, captioner: bool, beams: int) -> None:
         """Raises SettingsError when the graphs are compiled for other batches than those of so many images."""
         for batch in part_sizes(count, self.batch):
             for session in self._sampling:
-                session.admit(batch=batch)
+                session.validate(batch=batch)
         if captioner:
-            self.captioner.admit_images(count, self.captioned(beams), beams)
+            self.captioner.validate_images(count, self.captioned(beams), beams)
 
     def captioned(self, beams: int) -> int:
         """The most images captioned at once with so many beams each."""
         return min(self.batch, self.captioner.most(beams))
 
-    def admit(self, height: int, width: int, *, captioner: bool) -> None:
+    def validate(self, height: int, width: int, *, captioner: bool) -> None:
         """Raises SettingsError when the graphs are compiled for other image sizes than this one, in pixels."""
         pixels = self.bundle.latents.pixels
         for session in (self.denoise, self.decode):
-            session.admit(height=height // pixels, width=width // pixels)
+            session.validate(height=height // pixels, width=width // pixels)
         if captioner:
-            self.captioner.admit(height, width)
+            self.captioner.validate(height, width)
 
     def refit(self, other: Bundle) -> None:
         """Take over the weights of ``other``; see ``Pipeline.refit``."""

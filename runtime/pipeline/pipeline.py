@@ -105,9 +105,9 @@ class Pipeline:
         graphs.opening = 0.0  # told now
         for table in tables:
             graphs.denoise.bucket("rows", len(table.rows))
-        graphs.admit_images(request.images, captioner=request.runs_dns, beams=request.beams)
+        graphs.validate_images(request.images, captioner=request.runs_dns, beams=request.beams)
         assert request.height is not None and request.width is not None
-        graphs.admit(request.height, request.width, captioner=request.runs_dns)
+        graphs.validate(request.height, request.width, captioner=request.runs_dns)
         return clock
 
     def warm_up(self, *, captioner: bool = True, sizes: Sequence[tuple[int, int]] = ()) -> None:

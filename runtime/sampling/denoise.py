@@ -47,8 +47,8 @@ def load_samples(session: Session, samples: Sequence[Sample], latents_shape: tup
         for row in sample.table.noise_rows:
             noise[b, row] = generator.randn((1, *latents_shape))[0]
 
-    session.carry("state", "next_state")
-    session.carry("index", "next_index")
+    session.feed_back("state", "next_state")
+    session.feed_back("index", "next_index")
     _, height, width = latents_shape
     session.reshape(batch=batch, rows=tables.shape[1], draws=draws, height=height, width=width)
     session.inputs["table"].write(tables)

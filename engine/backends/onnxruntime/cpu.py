@@ -66,7 +66,7 @@ def plan_spec(bundle: Bundle, graph: GraphSpec) -> PlanSpec:
     return PlanSpec(
         graph=graph.name,
         graph_sha256=bundle.graph_sha256(graph.name),
-        flavour=NAME,
+        backend=NAME,
         version=import_onnxruntime().__version__,
         architecture=f"{platform.machine()} {processor_name()} ({units})",
         precision=bundle.precision,

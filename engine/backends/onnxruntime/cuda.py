@@ -121,7 +121,7 @@ class CudaSession(DeviceSession):
             remedy = f"; {self._backend.remedy}" if _is_about_memory(error) else ""
             told = f"{self._where} failed on {self.backend} with {dims}: {first_line(error)}{remedy}"
             raise BackendError(told) from error
-        self._start_carrying()
+        self._start_feedback()
 
     def _bind(self) -> None:
         number = self._number

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dnp.engine.backends.host import HostSession, check_border, first_line
+from dnp.engine.backends.host import HostSession, check_signature, first_line
 from dnp.engine.backends.session import Array, BackendOptions
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import REMEDY
@@ -30,7 +30,7 @@ def import_onnxruntime(extra: str = "cpu") -> Any:
 
 
 class OrtSession(HostSession):
-    """A graph on ONNX Runtime's CPU provider, with IO binding: a run allocates nothing at the border.
+    """A graph on ONNX Runtime's CPU provider, with IO binding: a run allocates no input or output.
 
     ``plan`` is the graph as ONNX Runtime optimised it before, and taken as it is. ``settings`` are the library's, those
     of ``cpu_settings`` when ``None``.
@@ -82,10 +82,10 @@ class OrtSession(HostSession):
 
 
 def check_session(graph: GraphSpec, session: onnxruntime.InferenceSession) -> None:
-    """``check_border`` for what ONNX Runtime found in the file, on whichever provider."""
+    """``check_signature`` for what ONNX Runtime found in the file, on whichever provider."""
     sides = {"inputs": session.get_inputs(), "outputs": session.get_outputs()}
     found = {side: {v.name: (_dtype(v.type), tuple(v.shape)) for v in values} for side, values in sides.items()}
-    check_border(graph, found)
+    check_signature(graph, found)
 
 
 def cpu_settings(ort: Any, options: BackendOptions) -> Any:

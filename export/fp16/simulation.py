@@ -1,8 +1,8 @@
 """fp16 graphs on a processor, with fp16's rounding and overflow.
 
 ONNX Runtime's and OpenVINO's CPU kernels compute an fp16 graph in float32 and drop the casts in between, so they give
-finite numbers where a GPU overflows (microsoft/onnxruntime issue 8787). A *rounded* graph is the float32 twin with an
-explicit rounding of every value that is fp16: each node sums in float32 and stores fp16, as GPUs do.
+finite numbers where a GPU overflows (microsoft/onnxruntime issue 8787). A graph in *simulated fp16* is the float32
+reference with an explicit rounding of every value that is fp16: each node sums in float32 and stores fp16, as GPUs do.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dnp.export.passes.attention import read_model
 from dnp.export.passes.onnx_file import write_model
 
 
-def rounded_graph(graph: GraphSpec, folder: Path) -> GraphSpec:
-    """Write the rounded form of an fp16 graph into ``folder``, with float32 borders; ``graph`` itself when it has no
-    fp16 value.
+def simulated_graph(graph: GraphSpec, folder: Path) -> GraphSpec:
+    """Write an fp16 graph in simulated fp16 into ``folder``, with float32 inputs and outputs; ``graph`` itself when it
+    has no fp16 value.
     """
     model = read_model(graph.path)
     names = half_values(model)
@@ -33,10 +33,10 @@ def rounded_graph(graph: GraphSpec, folder: Path) -> GraphSpec:
     names += [str(value.name) for value in model.graph.inputs if value.dtype == HALF]
     widen(model)
     round_values(model, names)
-    return write_twin(model, graph, folder / f"{graph.name}-rounded.onnx")
+    return write_reference(model, graph, folder / f"{graph.name}-simulated.onnx")
 
 
-def write_twin(model: ir.Model, graph: GraphSpec, path: Path) -> GraphSpec:
+def write_reference(model: ir.Model, graph: GraphSpec, path: Path) -> GraphSpec:
     """Write ``model``, made of ``graph`` with float32 in the place of fp16, to ``path``."""
     write_model(model, path)
     return replace(graph, path=path, inputs=_wide(graph.inputs), outputs=_wide(graph.outputs))
@@ -67,7 +67,7 @@ def round_values(model: ir.Model, names: list[str]) -> None:
         value.name, rounded.name = f"{name}.exact", name
 
 
-class RoundedBackend(Backend):
+class SimulatedBackend(Backend):
     """Runs whole requests as a GPU would run the fp16 graphs of a bundle; the rounded graphs are put in ``folder``."""
 
     name = "cpu"
@@ -78,7 +78,7 @@ class RoundedBackend(Backend):
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> OrtSession:
         """See ``Backend.session``."""
-        return OrtSession(rounded_graph(graph, self._folder), self.options)
+        return OrtSession(simulated_graph(graph, self._folder), self.options)
 
 
 def _wide(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

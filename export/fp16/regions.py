@@ -1,4 +1,4 @@
-"""Where an fp16 graph computes in float32, and why: the islands, stated per graph, and the search for others."""
+"""Where an fp16 graph computes in float32, and why: the regions, stated per graph, and the search for others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOVES = frozenset({"Cast", "Concat", "Expand", "Gather", "Reshape", "Shape", "S
 
 
 @dataclass(frozen=True)
-class Island:
+class Float32Region:
     """A float32 region of an fp16 graph: nodes joined by float32 values that depend on the graph's inputs.
 
     Attributes:
@@ -28,55 +28,55 @@ class Island:
     operators: frozenset[str] = frozenset()
 
 
-NORMALISATION = Island(
+NORMALISATION = Float32Region(
     "the square of an activation overflows fp16 from 256 on, so statistics need float32",
     frozenset({"InstanceNormalization", "LayerNormalization"}),
     frozenset({"Add", "Mul"}),  # the scale and shift of a group normalisation
 )
-SOFTMAX = Island(
+SOFTMAX = Float32Region(
     "the softmax alone, with its mask; Q Kᵀ and the product with V are fp16, or TensorRT loses its fused kernel",
     frozenset({"Softmax"}),
     frozenset({"Where"}),
 )
-SAMPLER = Island(
+SAMPLER = Float32Region(
     "state, table, guidance and update add up over the steps; a timestep's sine and cosine need all its digits",
     frozenset({"state", "table", "noise", "next_state", "latents"}),
     frozenset({"Add", "Cos", "Mul", "ReduceSum", "Sin", "Sub"}),
 )
-BORDER = Island("what crosses the border is float32", frozenset({"base_context", "prompt_context", "context"}))
-SCALING = Island("the latents come in float32 and are scaled before they are cast", frozenset({"latents"}),
+SIGNATURE = Float32Region("what goes in and out is float32", frozenset({"base_context", "prompt_context", "context"}))
+SCALING = Float32Region("the latents come in float32 and are scaled before they are cast", frozenset({"latents"}),
                  frozenset({"Div"}))  # fmt: skip
-LEVELS = Island(
+LEVELS = Float32Region(
     "fp16 cannot tell the grey levels of a bright pixel apart before they are rounded",
     frozenset({"image"}),
     frozenset({"Add", "Clip", "Div", "Mul", "Round"}),
 )
-RESIZE = Island(
+RESIZE = Float32Region(
     "the resize is exact in whole numbers and 22 bits, and the normalisation of pixels follows it",
     frozenset({"image", "resize_columns", "resize_rows"}),
     frozenset({"Add", "Clip", "Div", "Floor", "MatMul", "Mul", "Round", "Sub"}),
 )
-LOGITS = Island("fp16 has a step of 1/128 at 10, which would tie the best candidates", frozenset({"logits"}),
+LOGITS = Float32Region("fp16 has a step of 1/128 at 10, which would tie the best candidates", frozenset({"logits"}),
                 frozenset({"ArgMax", "Gemm"}))  # fmt: skip
 
-ISLANDS: Mapping[str, tuple[Island, ...]] = {
-    "encode_text": (NORMALISATION, SOFTMAX, BORDER),
-    "denoise": (SAMPLER, BORDER, NORMALISATION, SOFTMAX),
+REGIONS: Mapping[str, tuple[Float32Region, ...]] = {
+    "encode_text": (NORMALISATION, SOFTMAX, SIGNATURE),
+    "denoise": (SAMPLER, SIGNATURE, NORMALISATION, SOFTMAX),
     "decode_latents": (SCALING, LEVELS, NORMALISATION, SOFTMAX),
     "encode_image": (RESIZE, NORMALISATION, SOFTMAX),
     "caption_step": (LOGITS, NORMALISATION, SOFTMAX),
 }
 
 
-def outside_islands(model: ir.Model, islands: Collection[Island], kept: Collection[str] = ()) -> list[str]:
-    """The nodes with float32 operands or results that lie in no stated island, as ``operator output``.
+def outside_regions(model: ir.Model, regions: Collection[Float32Region], kept: Collection[str] = ()) -> list[str]:
+    """The nodes with float32 operands or results that lie in no stated region, as ``operator output``.
 
-    ``kept`` are the values put back to float32 because they overflow: a region that holds one is stated by that.
+    ``kept`` are the values put back to float32 because they overflow: what is connected to one is stated by that.
     A Cast of float32 weights to fp16 lies outside too, for such weights should be stored as fp16.
     """
     infer_types(model)
     varying = set(model.graph.inputs)
-    regions: list[tuple[set[ir.Value], list[ir.Node]]] = []
+    connected: list[tuple[set[ir.Value], list[ir.Node]]] = []
     stray = []
     for node in model.graph:
         operands = [value for value in node.inputs if value is not None]
@@ -89,24 +89,24 @@ def outside_islands(model: ir.Model, islands: Collection[Island], kept: Collecti
         if not touched:
             continue
         nodes = [node]
-        for region in [region for region in regions if not touched.isdisjoint(region[0])]:
-            regions.remove(region)
-            touched |= region[0]
-            nodes = region[1] + nodes
-        regions.append((touched, nodes))
-    for values, nodes in regions:
-        borders = {v.name for v in [*model.graph.inputs, *model.graph.outputs] if _touches(v, nodes)}
+        for earlier in [earlier for earlier in connected if not touched.isdisjoint(earlier[0])]:
+            connected.remove(earlier)
+            touched |= earlier[0]
+            nodes = earlier[1] + nodes
+        connected.append((touched, nodes))
+    for values, nodes in connected:
+        ends = {v.name for v in [*model.graph.inputs, *model.graph.outputs] if _touches(v, nodes)}
         put_back = any(value.name in kept for value in values)
-        if not put_back and not any(_holds(island, nodes, borders) for island in islands):
+        if not put_back and not any(_holds(region, nodes, ends) for region in regions):
             stray += nodes
     return [f"{node.op_type} {node.outputs[0].name}" for node in stray]
 
 
-def _touches(border: ir.Value, nodes: list[ir.Node]) -> bool:
-    return any(value is border for node in nodes for value in [*node.inputs, *node.outputs])
+def _touches(end: ir.Value, nodes: list[ir.Node]) -> bool:
+    return any(value is end for node in nodes for value in [*node.inputs, *node.outputs])
 
 
-def _holds(island: Island, nodes: list[ir.Node], borders: set[str | None]) -> bool:
+def _holds(region: Float32Region, nodes: list[ir.Node], ends: set[str | None]) -> bool:
     operators = {node.op_type for node in nodes}
-    marked = not island.marks.isdisjoint(operators) or not island.marks.isdisjoint(borders)
-    return marked and operators <= island.marks | island.operators | _MOVES
+    marked = not region.marks.isdisjoint(operators) or not region.marks.isdisjoint(ends)
+    return marked and operators <= region.marks | region.operators | _MOVES
