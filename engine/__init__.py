@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     )
     from dnp.engine.backends.session import Backend, BackendOptions, Buffer, Session
     from dnp.engine.bundle.bundle import Bundle, seal
-    from dnp.engine.bundle.manifest import GraphSpec, TensorSpec
+    from dnp.engine.bundle.contract import TensorSpec
+    from dnp.engine.bundle.manifest import GraphSpec
     from dnp.engine.plans.build import build_plans
 
 _HOMES = {
@@ -31,7 +32,7 @@ _HOMES = {
     "Bundle": "bundle.bundle",
     "GraphSpec": "bundle.manifest",
     "Session": "backends.session",
-    "TensorSpec": "bundle.manifest",
+    "TensorSpec": "bundle.contract",
     "backend_names": "backends.registry",
     "build_cpu_plans": "backends.onnxruntime.cpu",
     "build_plans": "plans.build",

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from dnp.engine import open_graph
-from dnp.engine.bundle.manifest import GraphSpec, Ranges, TensorSpec
+from dnp.engine.bundle.contract import TensorSpec
+from dnp.engine.bundle.manifest import GraphSpec, Ranges
 from dnp.engine.errors import ExportError
 from dnp.export.fp16.simulation import simulated_graph
 from dnp.export.memory import PeakMemory

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dnp.engine.bundle.bundle import Bundle, file_record, manifest_digest, seal
-from dnp.engine.bundle.manifest import CaptionSpec, LatentSpec, TensorSpec, TextSpec, graph_signatures
+from dnp.engine.bundle.contract import TensorSpec
+from dnp.engine.bundle.manifest import CaptionSpec, LatentSpec, TextSpec, graph_signatures
 from dnp.engine.errors import BundleError, SettingsError
 
 TEXT = TextSpec(length=5, dim=6, bos=0, eos=1, pad=1, tokenizer="tokenizers/prompt.json")

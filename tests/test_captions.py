@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from dnp.engine.backends.registry import open_graph
-from dnp.engine.bundle.manifest import CaptionSpec, GraphSpec, TensorSpec
+from dnp.engine.bundle.contract import TensorSpec
+from dnp.engine.bundle.manifest import CaptionSpec, GraphSpec
 from dnp.engine.errors import ExportError, SettingsError
 from dnp.export.families.blip import blip_graphs, caption_manifest, caption_tokenizer, load_blip
 from dnp.export.families.blip_modules import resize_exactly

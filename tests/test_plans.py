@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, save
 
 from dnp.cli import run
-from dnp.engine.bundle.manifest import GraphSpec, TensorSpec
+from dnp.engine.bundle.contract import TensorSpec
+from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError, SettingsError
 from dnp.engine.plans.build import BuildSettings, Target, build_plans, memory_needed, target_for
 from dnp.engine.plans.compiler import compile_plan

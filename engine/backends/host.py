@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dnp.engine.backends.session import Array, Buffer, StoredBuffer, StoredSession
-from dnp.engine.bundle.manifest import GraphSpec, TensorSpec
+from dnp.engine.bundle.contract import TensorSpec
+from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import REMEDY
 from dnp.engine.errors import BackendError, BundleError, SettingsError
 

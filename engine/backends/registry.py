@@ -13,7 +13,8 @@ import numpy as np
 
 from dnp.engine.backends.session import Backend, BackendOptions, Session
 from dnp.engine.bundle.bundle import Bundle
-from dnp.engine.bundle.manifest import GraphSpec, TensorSpec
+from dnp.engine.bundle.contract import TensorSpec
+from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import nearest
 from dnp.engine.errors import BackendError, SettingsError
 from dnp.engine.system.imports import install_line, installed

@@ -1,4 +1,8 @@
-"""A bundle: the folder that is a deployment. ``Bundle.open`` trusts nothing in it; ``seal`` finishes one."""
+"""A bundle: the folder that is a deployment. ``Bundle.open`` trusts nothing in it; ``seal`` finishes one.
+
+``bundle.json`` lists every other file with its SHA-256, and ``bundle.sha256`` holds that of ``bundle.json``'s bytes, as
+``sha256sum --check bundle.sha256`` reads it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from dnp.engine.errors import BundleError, SettingsError
 from dnp.engine.system.files import write_together
 
 MANIFEST: Final = "bundle.json"
-_DIGEST: Final = "sha256"
+SEAL: Final = "bundle.sha256"
 _MOST_BYTES: Final = 16 << 20  # of a manifest; a real one has some kilobytes
 _CHUNK: Final = 4 << 20
 _RECOPY: Final = "copy the bundle again, or export it again"
@@ -54,16 +58,12 @@ class Bundle(Manifest):
             raise BundleError(f"bundle {str(path)!r} does not exist, and nor does the working directory") from error
         raw = _read_manifest(root)
         try:
-            data = json.loads(raw)
-            digest = data.pop(_DIGEST, None) if isinstance(data, dict) else None
-            manifest = parse(data, root)
-            edited = digest != manifest_digest(data)
+            manifest = parse(json.loads(raw), root)
         except RecursionError:
             raise BundleError(f"{root / MANIFEST}: nested too deeply for a manifest; {_RECOPY}") from None
         except ValueError as error:
             raise BundleError(f"{root / MANIFEST}: not valid JSON ({error}); {_RECOPY}") from error
-        if edited:
-            raise BundleError(f"{root / MANIFEST}: edited since it was written, its own SHA-256 differs; {_RECOPY}")
+        _check_seal(root, raw)
         _verify(root, manifest.files)
         shared = {f.name: getattr(manifest, f.name) for f in fields(Manifest)}
         return cls(**shared, path=root, fingerprint=hashlib.sha256(raw).hexdigest()[:16])
@@ -82,8 +82,8 @@ class Bundle(Manifest):
     def graph_sha256(self, graph: str) -> str:
         """One hash for a graph's file and the weights beside it, from the hashes that ``open`` verified."""
         file = self.graph(graph).path.relative_to(self.path).as_posix()
-        own = {name: record.sha256 for name, record in self.files.items() if name in (file, f"{file}.data")}
-        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+        own = [name for name in (file, f"{file}.data") if name in self.files]
+        return hashlib.sha256("".join(f"{self.files[name].sha256}  {name}\n" for name in own).encode()).hexdigest()
 
     def unlike(self, other: Bundle) -> list[str]:
         """The graphs that ``other`` has in another form, or with other weights."""
@@ -91,14 +91,20 @@ class Bundle(Manifest):
 
     def check_same_model(self, other: Bundle) -> None:
         """Raises SettingsError, naming what differs, unless all that may differ are weights, schedule and defaults."""
-        for name in ("family", "precision", "text", "latents", "caption"):
-            mine, its = getattr(self, name), getattr(other, name)
-            files = [spec.tokenizer for spec in (mine, its) if hasattr(spec, "tokenizer")]
-            if mine != its or (files and self.files[files[0]] != other.files[files[1]]):
-                raise SettingsError(
-                    f"{other.path} is of another model than {self.path}: {name!r} differs, and weights are exchanged "
-                    "only between exports of equal sizes, tokenizers and precision; open a pipeline on it instead"
-                )
+        unlike = [
+            name
+            for name in ("family", "precision", "text", "conditioning", "guidance", "latents", "caption")
+            if getattr(self, name) != getattr(other, name)
+        ]
+        texts = [file for file in self._tokenizers() if self.files[file] != other.files.get(file)]
+        if found := unlike or texts:
+            raise SettingsError(
+                f"{other.path} is of another model than {self.path}: {found[0]!r} differs, and weights are exchanged "
+                "only between exports of equal sizes, tokenizers and precision; open a pipeline on it instead"
+            )
+
+    def _tokenizers(self) -> list[str]:
+        return [*(tokenizer.file for tokenizer in self.text.tokenizers), self.caption.tokenizer]
 
     def graph(self, name: str) -> GraphSpec:
         """The graph called ``name``. Raises BundleError naming the known ones."""
@@ -113,7 +119,7 @@ class Bundle(Manifest):
 
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write ``folder/bundle.json``, last and atomically: ``manifest``, size and hash of every file, and its own hash.
+    """Write ``folder/bundle.json``, last and atomically: ``manifest``, size and hash of every file; its seal lies beside.
 
     Compiled plans (``engines/``) and hidden files are left out. Raises BundleError when ``Bundle.open`` would
     not take the manifest.
@@ -124,21 +130,15 @@ def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
         for path in folder.rglob("*")
         if path.is_file() and not path.name.startswith(".") and path.relative_to(folder).parts[0] != "engines"
     )
-    names = [name for name in names if name != MANIFEST]
+    names = [name for name in names if name not in (MANIFEST, SEAL)]
     with ThreadPoolExecutor() as pool:
         records = pool.map(lambda name: file_record(folder / name), names)
         listed = {name: asdict(record) for name, record in zip(names, records, strict=True)}
     whole = {**manifest, "files": listed}
     parse(whole, folder)
-    whole[_DIGEST] = manifest_digest(whole)
-    text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_together({folder / MANIFEST: text.encode()})
-
-
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of what ``bundle.json`` says, its own digest left out, however it is laid out."""
-    said = {key: value for key, value in manifest.items() if key != _DIGEST}
-    return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    raw = (json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    digest = f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST}\n"
+    write_together({folder / SEAL: digest.encode(), folder / MANIFEST: raw})
 
 
 def file_record(path: Path) -> FileRecord:
@@ -164,6 +164,17 @@ def _read_manifest(root: Path) -> bytes:
         return manifest.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         raise BundleError(f"{str(manifest)!r} cannot be read: {error}") from error
+
+
+def _check_seal(root: Path, raw: bytes) -> None:
+    """Raises BundleError unless ``bundle.sha256`` holds the SHA-256 of the manifest's bytes."""
+    seal = root / SEAL
+    try:
+        held = seal.read_bytes()[:64].decode("ascii", "replace")
+    except OSError as error:
+        raise BundleError(f"{seal}: cannot be read ({error.strerror}); {_RECOPY}") from error
+    if held != hashlib.sha256(raw).hexdigest():
+        raise BundleError(f"{root / MANIFEST}: edited since it was written, {SEAL} has another SHA-256; {_RECOPY}")
 
 
 def _verify(root: Path, files: Mapping[str, FileRecord]) -> None:

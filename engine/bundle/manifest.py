@@ -1,45 +1,23 @@
 """What ``bundle.json`` holds, as frozen dataclasses, and the check that turns JSON into them.
 
-The one place that knows the schema: the keys, what the five graphs must take and give, and what is refused.
+The one place that knows the keys, and what is refused; what the graphs must take and give is in ``contract.py``.
 Everything wrong with a manifest is a ``BundleError`` that names the key, the value and the remedy.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from dnp.engine.bundle.columns import ROW, SLOTS
-from dnp.engine.bundle.schema import REMEDY, SHAPE_ENTRY, Bytes, Id, Shape, Size, mapping, record, same_names, shown
-from dnp.engine.errors import BundleError, SettingsError
+from dnp.engine.bundle.contract import TensorSpec, signatures
+from dnp.engine.bundle.schema import REMEDY, Bytes, Id, Shape, Size, mapping, record, same_names, shown
+from dnp.engine.errors import BundleError
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 FP16_LARGEST: Final = 65504.0
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """An input or output of a graph. A shape entry is an integer, ``"batch"`` or ``"4*height"``."""
-
-    shape: Shape
-    dtype: Literal["float32", "float16", "int64", "uint8"] = "float32"
-
-    def resolve(self, dims: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape in integers. Raises SettingsError when a symbol has no value in ``dims``."""
-        return tuple(entry if isinstance(entry, int) else _evaluate(entry, dims) for entry in self.shape)
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        """The symbols of the shape, in order, each once."""
-        return tuple(dict.fromkeys(_split(e)[1] for e in self.shape if isinstance(e, str)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The tensor as ``bundle.json`` holds it."""
-        return {"shape": list(self.shape), "dtype": self.dtype}
 
 
 @dataclass(frozen=True)
@@ -105,20 +83,63 @@ class GraphSpec:
 
 
 @dataclass(frozen=True)
-class TextSpec:
-    """The prompt encoder: ``length`` tokens in, ``[B, length, dim]`` out."""
+class TokenizerSpec:
+    """A prompt tokenizer: its file, and the ids that begin, end and fill a window."""
 
-    length: Size
-    dim: Size
+    file: str
     bos: Id
     eos: Id
     pad: Id
-    tokenizer: str
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """The prompt encoder: windows of ``length`` tokens, by one tokenizer for each input of ``encode_text``.
+
+    Attributes:
+        empty: what ∅ is: the empty string ``encoded``, or ``zeros`` in its place, as Stable Diffusion XL was trained.
+    """
+
+    length: Size
+    tokenizers: tuple[TokenizerSpec, ...]
+    empty: Literal["encoded", "zeros"]
+
+
+@dataclass(frozen=True)
+class ConditioningSpec:
+    """Something that the network is conditioned on, for each place and role.
+
+    Attributes:
+        shape: of one entry, in which ``tokens`` is the length of the prompt.
+        source: ``text``, an output of ``encode_text`` of the same name; or ``size``, six numbers: height and width of
+            the image, its crop's top and left, height and width again (arXiv 2307.01952).
+    """
+
+    shape: Shape
+    source: Literal["text", "size"]
+
+
+@dataclass(frozen=True)
+class GuidanceSpec:
+    """What the ``denoise`` graph can do with the network's rows.
+
+    Attributes:
+        roles: how many a place has: 2 are the negative prompt and the prompt, 3 a third one besides.
+        methods: whether the graph has the reductions of guidance methods.
+        embedded: whether the guidance scale is an input of the network, as of some distilled models.
+    """
+
+    roles: Annotated[int, 2, 3]
+    methods: bool
+    embedded: bool
 
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """Latents ``[B, channels, h, w]``: default and largest sizes; a latent is ``pixels`` by ``pixels`` pixels."""
+    """Latents ``[channels, h, w]``: default and largest sizes, multiples of ``multiple``.
+
+    A latent is ``vae_scale_factor`` by ``vae_scale_factor`` pixels.
+    """
 
     channels: Size
     height: Size
@@ -126,7 +147,7 @@ class LatentSpec:
     multiple: Size
     max_height: Size
     max_width: Size
-    pixels: Size
+    vae_scale_factor: Size
 
 
 @dataclass(frozen=True)
@@ -148,15 +169,20 @@ class CaptionSpec:
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """What a request uses where it says nothing: guidance w of the final pass, s of the DNS pass."""
+class PassDefaults:
+    """What a pass uses where a request says nothing. ``guidance`` is w of the final pass, s of the DNS pass."""
 
     sampler: str
     steps: Size
     guidance: float
-    dns_sampler: str
-    dns_steps: Size
-    dns_guidance: float
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request uses where it says nothing, pass by pass."""
+
+    final: PassDefaults
+    dns: PassDefaults
 
 
 @dataclass(frozen=True)
@@ -173,10 +199,12 @@ class Manifest:
 
     schema: Size
     name: str
-    family: Literal["stable-diffusion-1"]
+    family: str
     precision: Literal["fp32", "fp16"]
     created_with: dict[str, str]
     text: TextSpec
+    conditioning: dict[str, ConditioningSpec]
+    guidance: GuidanceSpec
     latents: LatentSpec
     schedule: dict[str, Any]
     caption: CaptionSpec
@@ -207,82 +235,25 @@ def parse(data: Any, root: Path) -> Manifest:
             f"{where}: written in schema {shown(schema)}, dnp-engine {version('dnp-engine')} reads up to "
             f"schema {SCHEMA}; upgrade it: pip install --upgrade dnp-engine"
         )
+    if schema < SCHEMA:
+        raise BundleError(
+            f"{where}: written in schema {schema}, by an earlier dnp-engine; this one reads schema {SCHEMA}: export "
+            "the model anew, dnp export SOURCE OUT --captioner BLIP"
+        )
     entries = mapping(_GraphEntry, data.get("graphs", {}), f"{where}: graphs")
     graphs = {
         name: GraphSpec(name, root / e.file, e.inputs, e.outputs, e.parity, e.ranges) for name, e in entries.items()
     }
     manifest = record(Manifest, data, where, ready={"graphs": graphs})
     listed = [(f"graphs.{name}.file", entry.file) for name, entry in entries.items()]
-    listed += [("text.tokenizer", manifest.text.tokenizer), ("caption.tokenizer", manifest.caption.tokenizer)]
+    listed += [("text.tokenizers", tokenizer.file) for tokenizer in manifest.text.tokenizers]
+    listed.append(("caption.tokenizer", manifest.caption.tokenizer))
     for key, file in listed:
         if file not in manifest.files:
             raise BundleError(f"{where}: {key} names {shown(file)}, which 'files' does not list; {REMEDY}")
     _check_numbers(manifest, where)
     _check_graphs(manifest, where)
     return manifest
-
-
-def graph_signatures(
-    text: TextSpec, latents: LatentSpec, caption: CaptionSpec, precision: str
-) -> dict[str, tuple[dict[str, TensorSpec], dict[str, TensorSpec]]]:
-    """The contract of the five graphs: inputs and outputs of each, in order, for a model of these sizes."""
-    grid: Shape = (latents.channels, "height", "width")
-    cache: Literal["float16", "float32"] = "float16" if precision == "fp16" else "float32"
-
-    def f32(*shape: int | str) -> TensorSpec:
-        return TensorSpec(shape)
-
-    def kv(positions: int, rows: str = "batch") -> TensorSpec:
-        return TensorSpec((rows, caption.layers, caption.heads, positions, caption.head_dim), cache)
-
-    ids, index = TensorSpec(("batch", text.length), "int64"), TensorSpec(("batch",), "int64")
-    context, state = f32("batch", text.length, text.dim), f32("batch", SLOTS, *grid)
-    own, cross, per_image = kv(caption.length), kv(caption.tokens), kv(caption.tokens, "images")
-    photo = TensorSpec(("batch", "image_height", "image_width", 3), "uint8")
-    sides = ("height", "width") if latents.pixels == 1 else tuple(f"{latents.pixels}*{s}" for s in ("height", "width"))
-    return {
-        "encode_text": ({"ids": ids}, {"context": context}),
-        "denoise": (
-            {
-                "state": state,
-                "index": index,
-                "table": f32("batch", "rows", ROW),
-                "noise": f32("batch", "draws", *grid),
-                "base_context": context,
-                "prompt_context": context,
-            },
-            {"next_state": state, "next_index": index, "latents": f32("batch", *grid)},
-        ),
-        "decode_latents": (
-            {"latents": f32("batch", *grid)},
-            {"image": TensorSpec(("batch", *sides, 3), "uint8")},
-        ),
-        "encode_image": (
-            {
-                "image": photo,
-                "resize_columns": f32("image_width", caption.image_size),
-                "resize_rows": f32(caption.image_size, "image_height"),
-            },
-            {"cross_keys": cross, "cross_values": cross},
-        ),
-        "caption_step": (
-            {
-                "token": index,
-                "position": index,
-                "parent": index,
-                "keys": own,
-                "values": own,
-                "cross_keys": per_image,
-                "cross_values": per_image,
-            },
-            {
-                "logits": f32("batch", caption.vocab),
-                "next_token": index,
-                "next_keys": own,
-                "next_values": own,
-            },
-        ),
-    }
 
 
 def _check_numbers(m: Manifest, where: str) -> None:
@@ -306,28 +277,15 @@ def _check_numbers(m: Manifest, where: str) -> None:
 
 
 def _check_graphs(m: Manifest, where: str) -> None:
-    signatures = graph_signatures(m.text, m.latents, m.caption, m.precision)
-    same_names(m.graphs, signatures, f"{where}: graphs")
-    for name, sides in signatures.items():
-        for side, expected in zip(("inputs", "outputs"), sides, strict=True):
-            found, key = getattr(m.graphs[name], side), f"{where}: graphs.{name}.{side}"
-            same_names(found, expected, key)
-            for tensor, spec in expected.items():
+    expected = signatures(m)
+    same_names(m.graphs, expected, f"{where}: graphs")
+    for name, signature in expected.items():
+        for side in ("inputs", "outputs"):
+            found, wanted = getattr(m.graphs[name], side), getattr(signature, side)
+            same_names(found, wanted, f"{where}: graphs.{name}.{side}")
+            for tensor, spec in wanted.items():
                 if found[tensor] != spec:
                     raise BundleError(
-                        f"{key}.{tensor} is {found[tensor].to_dict()} and must be {spec.to_dict()}; {REMEDY}"
+                        f"{where}: graphs.{name}.{side}.{tensor} is {found[tensor].to_dict()} and must be "
+                        f"{spec.to_dict()}; {REMEDY}"
                     )
-
-
-def _split(entry: str) -> tuple[int, str]:
-    match = SHAPE_ENTRY.fullmatch(entry)
-    if match is None:
-        raise SettingsError(f"{entry!r} is no shape entry; write an integer, 'symbol' or '4*symbol'")
-    return int(match[1] or 1), match[2]
-
-
-def _evaluate(entry: str, dims: Mapping[str, int]) -> int:
-    factor, symbol = _split(entry)
-    if symbol not in dims:
-        raise SettingsError(f"the size {symbol!r} is not given, which the shape entry {entry!r} needs")
-    return factor * dims[symbol]

@@ -26,8 +26,8 @@ T = TypeVar("T")
 def record(kind: type[T], data: Any, where: str, ready: Mapping[str, Any] | None = None) -> T:
     """A dataclass from a JSON object that has its fields as keys, and no others.
 
-    Fields may be text, numbers, ``Id``, ``Size``, ``Bytes``, ``Shape``, choices (``Literal``), dataclasses, or dicts of
-    these, lists of text or of integers, or an optional dataclass.
+    Fields may be text, truth values, numbers, ``Id``, ``Size``, ``Bytes``, ``Shape``, choices (``Literal``),
+    dataclasses, or dicts of these, lists of text, of integers or of dataclasses, or an optional dataclass.
     ``where`` opens each message; the values in ``ready`` are used as they are. Raises BundleError.
     """
     ready = ready or {}
@@ -88,6 +88,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return value if arguments[1] is Any else {k: _value(arguments[1], v, f"{where}.{k}") for k, v in entries}
     if origin in (Union, UnionType):  # an optional record: left out, never null
         return _value(arguments[0], value, where)
+    if origin is tuple and isinstance(value, list) and is_dataclass(arguments[0]):
+        return tuple(_value(arguments[0], entry, f"{where}[{number}]") for number, entry in enumerate(value))
     if origin is tuple and isinstance(value, list):
         fits = _is_text if arguments[0] is str else _is_entry
         if all(fits(entry) for entry in value):
@@ -100,7 +102,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is float and _is_number(value):
         return float(value)
-    if kind is str and isinstance(value, str):
+    if kind in (str, bool) and isinstance(value, kind):
         return value
     raise BundleError(f"{where}: must be {_wanted(kind)}, not {shown(value)}; {REMEDY}")
 
@@ -109,6 +111,8 @@ def _wanted(kind: Any) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple and arguments[0] is str:
         return "a list of names"
+    if origin is tuple and is_dataclass(arguments[0]):
+        return "a list of objects"
     if origin is list:
         return "a list of integers"
     if origin is tuple:
@@ -117,7 +121,7 @@ def _wanted(kind: Any) -> str:
         return f"one of {', '.join(arguments)}"
     if origin is Annotated:
         return f"an integer from {arguments[1]}"
-    return "text" if kind is str else "a finite number"
+    return {str: "text", bool: "true or false"}.get(kind, "a finite number")
 
 
 def _is_integer(value: Any) -> bool:
