@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dnp.engine.bundle.schema import shown
 from dnp.engine.errors import SettingsError
-from dnp.runtime.sampling.samplers import SamplerTable, is_guidance, sampler_table
-from dnp.runtime.sampling.schedule import NoiseSchedule
-from dnp.runtime.tokenizer import check_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dnp.engine.bundle.bundle import Bundle
 
 MAX_IMAGES = 256
 Guidance = float | Sequence[float]
@@ -27,7 +22,7 @@ Guidance = float | Sequence[float]
 
 @dataclass(frozen=True)
 class Request:
-    """One request, in full. What is left ``None`` is taken from the bundle's defaults by ``resolve``.
+    """One request, in a user's words. What is left ``None`` is taken from the bundle's defaults.
 
     The DNS pass and the final pass have settings of their own; both start from the noise of ``seed`` unless
     ``dns_seed`` says otherwise. Image ``i`` of several uses ``seed + i``, as a list of diffusers generators would.
@@ -36,11 +31,15 @@ class Request:
         prompt: p, what the image should show.
         negative: n*, written by a person; skips DNS and captioning.
         dnp: False for plain classifier-free guidance against the empty prompt ∅.
+        windows: how many windows of the text encoder (75 tokens, of Stable Diffusion) a prompt may fill.
         compare: also sample the plain image, for looking at beside the DNP one.
         guidance: w of the final pass, a number or one number a step.
         dns_guidance: s of the DNS pass, ``eps = eps(∅) + s·(eps(∅) − eps(p))`` (arXiv 2411.05473).
         eta, dns_eta: DDIM's share of fresh noise, 0 to 1.
         spacing: timestep spacing (``leading``, ``linspace``, ``trailing``); None is the sampler's usual one.
+        embedded_guidance: the guidance scale that the network of a distilled model takes as an input.
+        methods: parameters of guidance methods in the final pass, for bundles exported with them: ``rescale`` (φ),
+            ``norm_limit`` and ``parallel`` (APG's r and η), ``zero_star`` (1: CFG-Zero*), ``norm_cap``.
         beams, prefix, min_length, max_length: the captioner's search, lengths in tokens.
     """
 
@@ -50,6 +49,7 @@ class Request:
     compare: bool = False
     seed: int = 0
     images: int = 1
+    windows: int = 1
     height: int | None = None
     width: int | None = None
     sampler: str | None = None
@@ -57,6 +57,8 @@ class Request:
     guidance: Guidance | None = None
     eta: float = 0.0
     spacing: str | None = None
+    embedded_guidance: float = 1.0
+    methods: dict[str, float] = field(default_factory=dict)
     dns_seed: int | None = None
     dns_sampler: str | None = None
     dns_steps: int | None = None
@@ -85,81 +87,10 @@ class Request:
         """Every setting by name, ready for JSON."""
         return asdict(self)
 
-    def resolve(self, bundle: Bundle) -> Request:
-        """This request with nothing left open: defaults filled in from ``bundle``, everything checked.
-
-        Raises SettingsError for whatever cannot be honoured, before any work is done.
-        """
-        latents, defaults = bundle.latents, bundle.defaults
-        given = replace(self, **{field.name: _plain(getattr(self, field.name)) for field in fields(self)})
-        full = replace(
-            given,
-            height=latents.height * latents.pixels if given.height is None else given.height,
-            width=latents.width * latents.pixels if given.width is None else given.width,
-            sampler=defaults.sampler if given.sampler is None else given.sampler,
-            steps=defaults.steps if given.steps is None else given.steps,
-            guidance=_plain_numbers("guidance", defaults.guidance if given.guidance is None else given.guidance),
-            dns_seed=given.seed if given.dns_seed is None else given.dns_seed,
-            dns_sampler=defaults.dns_sampler if given.dns_sampler is None else given.dns_sampler,
-            dns_steps=defaults.dns_steps if given.dns_steps is None else given.dns_steps,
-            dns_guidance=_plain_numbers(
-                "dns_guidance", defaults.dns_guidance if given.dns_guidance is None else given.dns_guidance
-            ),
-            max_length=bundle.caption.max_length if given.max_length is None else given.max_length,
-        )
-        full._check(bundle)
-        return full
-
     @property
     def runs_dns(self) -> bool:
         """Whether n* has to be found: DNP is on and nobody wrote one."""
         return self.dnp and self.negative is None
-
-    def final_table(self, schedule: NoiseSchedule) -> SamplerTable:
-        """The sampler table of the final pass; of a resolved request."""
-        assert self.sampler is not None and self.steps is not None and self.guidance is not None
-        return sampler_table(schedule, self.sampler, self.steps, self.guidance, eta=self.eta, spacing=self.spacing)
-
-    def dns_table(self, schedule: NoiseSchedule) -> SamplerTable:
-        """The sampler table of the DNS pass: the guidance column is −s; of a resolved request."""
-        assert self.dns_sampler is not None and self.dns_steps is not None and self.dns_guidance is not None
-        s = self.dns_guidance
-        w = [-v for v in s] if isinstance(s, Sequence) else -s
-        try:
-            return sampler_table(
-                schedule, self.dns_sampler, self.dns_steps, w, eta=self.dns_eta, spacing=self.dns_spacing
-            )
-        except SettingsError as error:
-            raise SettingsError(f"DNS pass: {error}") from error
-
-    def _check(self, bundle: Bundle) -> None:
-        _check_words("prompt", self.prompt)
-        if self.negative is not None:
-            _check_words("negative prompt", self.negative)
-            if not self.dnp:
-                raise SettingsError("a negative prompt was given, but DNP is switched off; drop one of the two")
-        for flag in ("dnp", "compare"):
-            if not isinstance(getattr(self, flag), bool):
-                raise SettingsError(f"{flag} must be true or false, not {getattr(self, flag)!r}")
-        _check_integer("images", self.images, 1, MAX_IMAGES)
-        _check_integer("seed", self.seed, 0, 2**63 - MAX_IMAGES)
-        _check_integer("dns_seed", self.dns_seed, 0, 2**63 - MAX_IMAGES)
-        latents = bundle.latents
-        grain = latents.multiple * latents.pixels
-        for name, size, most in (
-            ("height", self.height, latents.max_height * latents.pixels),
-            ("width", self.width, latents.max_width * latents.pixels),
-        ):
-            _check_integer(name, size, grain, most)
-            assert size is not None
-            if size % grain:
-                raise SettingsError(
-                    f"{name} {size} does not fit the latents; use a multiple of {grain}, "
-                    f"such as {max(grain, round(size / grain) * grain)}"
-                )
-        schedule = NoiseSchedule.from_config(bundle.schedule)
-        self.final_table(schedule)
-        self.dns_table(schedule)  # also where DNS does not run: what is stored with a picture is always valid
 
 
 @dataclass(frozen=True)
@@ -227,33 +158,3 @@ def to_images(arrays: npt.NDArray[np.uint8]) -> list[Image]:
     from PIL import Image
 
     return [Image.fromarray(array) for array in arrays]
-
-
-def _plain(value: Any) -> Any:
-    """A scalar of numpy as one that JSON can hold; anything else as it is."""
-    if isinstance(value, np.floating):
-        return float(value)  # a long double stays one under item()
-    return value.item() if isinstance(value, np.generic | np.ndarray) and value.ndim == 0 else value
-
-
-def _plain_numbers(name: str, guidance: Guidance) -> Guidance:
-    """Numbers that JSON can hold, whatever numpy or tuple they came as. Raises SettingsError for what is no number."""
-    if isinstance(guidance, np.ndarray | list | tuple):
-        return [_plain_number(name, value) for value in guidance]
-    return _plain_number(name, guidance)
-
-
-def _plain_number(name: str, value: Any) -> float:
-    if not is_guidance(value):
-        raise SettingsError(f"{name} must be a finite number (or one a step), not {shown(value)}")
-    return float(value)
-
-
-def _check_words(name: str, text: object) -> None:
-    if not check_text(text, name).strip():
-        raise SettingsError(f"the {name} is empty; say what the image should {'not ' * (name != 'prompt')}show")
-
-
-def _check_integer(name: str, value: object, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise SettingsError(f"{name} must be an integer from {least} to {most}, not {shown(value)}")

@@ -41,46 +41,49 @@ def check_text(text: object, name: str = "prompt") -> str:
 
 
 class PromptTokenizer:
-    """The text encoder's tokenizer: CLIP's byte-level BPE, cut and padded to the length the model was trained with."""
+    """One tokenizer of the text encoder: CLIP's byte-level BPE, cut and padded to the windows that the model takes."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._tokenizer = _load(bundle.path / bundle.text.tokenizer)
+    def __init__(self, bundle: Bundle, number: int = 0) -> None:
+        spec = bundle.text.tokenizers[number]
+        self._tokenizer = _load(bundle.path / spec.file)
         self._length = bundle.text.length
-        self._pad = bundle.text.pad
+        self._spec = spec
         empty = self._tokenizer.encode("").ids
-        if empty != [bundle.text.bos, bundle.text.eos]:
+        if empty != [spec.bos, spec.eos]:
             raise BundleError(
-                f"{bundle.path / bundle.text.tokenizer} makes {empty} of the empty prompt, where the model wants "
-                f"[{bundle.text.bos}, {bundle.text.eos}]; export the model again"
+                f"{bundle.path / spec.file} makes {empty} of the empty prompt, where the model wants "
+                f"[{spec.bos}, {spec.eos}]; export the model again"
             )
 
-    def encode(self, prompts: Sequence[str]) -> npt.NDArray[np.int64]:
-        """``prompts`` as int64 ids ``[B, L]``: begin, at most L − 2 tokens, end, padding.
+    def encode(self, prompts: Sequence[str], windows: int = 1) -> npt.NDArray[np.int64]:
+        """``prompts`` as int64 ids ``[B, windows · L]``: each window has begin, at most L − 2 tokens, end, padding.
 
-        Equal to transformers' ``CLIPTokenizer(prompts, padding="max_length", truncation=True, max_length=L)``.
-        Raises SettingsError for what ``check_text`` refuses.
+        Of one window, equal to ``CLIPTokenizer(prompts, padding="max_length", truncation=True, max_length=L)`` of
+        transformers. Tokens that fill no window are cut off. Raises SettingsError for what ``check_text`` refuses.
         """
         if isinstance(prompts, str | bytes):
             raise SettingsError(f"encode takes a list of prompts, not one: {reprlib.repr(prompts)}")
-        ids = np.full((len(prompts), self._length), self._pad, np.int64)
-        for row, encoding in zip(ids, self._encode(prompts), strict=True):
-            tokens = encoding.ids
-            if len(tokens) > self._length:
-                tokens = [*tokens[: self._length - 1], tokens[-1]]
-            row[: len(tokens)] = tokens
-        return ids
+        room = self._length - 2
+        ids = np.full((len(prompts), windows, self._length), self._spec.pad, np.int64)
+        for of_prompt, encoding in zip(ids, self._encode(prompts), strict=True):
+            tokens = encoding.ids[1:-1]
+            for number, window in enumerate(of_prompt):
+                part = [self._spec.bos, *tokens[number * room : (number + 1) * room], self._spec.eos]
+                window[: len(part)] = part
+        return ids.reshape(len(prompts), windows * self._length)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> str:
         """The text of one row of ids, begin, end and padding left out; lower case, as the tokenizer sees it."""
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         return text.replace("</w>", " ").strip()
 
-    def truncated(self, prompt: str) -> str | None:
+    def truncated(self, prompt: str, windows: int = 1) -> str | None:
         """The end of ``prompt`` that ``encode`` cuts off, as it was written; ``None`` when everything fits."""
         (encoding,) = self._encode([prompt])
-        if len(encoding.ids) <= self._length:
+        room = windows * (self._length - 2)
+        if len(encoding.ids) - 2 <= room:
             return None
-        return prompt[encoding.offsets[self._length - 1][0] :]
+        return prompt[encoding.offsets[room + 1][0] :]
 
     def _encode(self, prompts: Sequence[str]) -> list[Encoding]:
         return list(self._tokenizer.encode_batch([check_text(prompt) for prompt in prompts]))

@@ -119,7 +119,7 @@ class Bundle(Manifest):
 
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write ``folder/bundle.json``, last and atomically: ``manifest``, size and hash of every file; its seal lies beside.
+    """Write ``folder/bundle.json``, last and atomically: ``manifest``, and size and hash of every file.
 
     Compiled plans (``engines/``) and hidden files are left out. Raises BundleError when ``Bundle.open`` would
     not take the manifest.

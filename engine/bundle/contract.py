@@ -185,7 +185,8 @@ def _caption_step(m: Manifest) -> Signature:
     """The token at ``position`` of each sequence in, the next one chosen and written beside it.
 
     ``tokens`` before ``prompt_length`` are given and stay; the end token is not chosen before ``min_length``. With
-    ``tokens``, ``position`` and the caches fed back, a greedy caption needs nothing of the host until it is read.
+    ``tokens``, ``position`` and the caches fed back, a greedy caption needs nothing of the host until it is read. Beam
+    search writes ``tokens`` itself; ``parent`` puts the caches, and nothing else, in the order of its beams.
     """
     number = TensorSpec(("sequences",), "int64")
     tokens, own = TensorSpec(("sequences", m.caption.length), "int64"), _cache(m, "sequences", m.caption.length)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,19 +14,37 @@ from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.bundle.schema import shown
 from dnp.engine.errors import DnpError, SettingsError
 from dnp.runtime.captioning.resize import resize_matrices
-from dnp.runtime.captioning.search import BeamSearch, GreedySearch, Search
+from dnp.runtime.captioning.search import BeamSearch, greedy_ids
 from dnp.runtime.tokenizer import CaptionTokenizer
 
 Images = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
-MAX_BEAMS = 16
+MAX_BEAMS: Final = 16
+_LOOK: Final = 4  # tokens between two looks of the host, where each look waits for a device
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """How a caption is searched for. Lengths count tokens as transformers does, begin token and prefix included.
+
+    Attributes:
+        beams: 1 is greedy search.
+        prefix: what each caption begins with.
+        max_length: where it ends at the latest.
+    """
+
+    beams: int
+    prefix: str
+    min_length: int
+    max_length: int
 
 
 class Captioner:
     """Captions images with the sessions ``encode`` (``encode_image``) and ``step`` (``caption_step``) of one bundle.
 
-    The caches never leave the device: the cross-attention keys are read where ``encode`` wrote them, and a step's
-    caches are carried to the next step, whose ``parent`` input puts them in the order of the surviving beams.
+    Caches, tokens and position never leave the device: the cross-attention keys are read where ``encode`` wrote them,
+    and what a step gives is fed back to the next one.
     """
 
     def __init__(self, bundle: Bundle, encode: Session, step: Session) -> None:
@@ -34,163 +53,157 @@ class Captioner:
         self.tokenizer = CaptionTokenizer(bundle)
         for name in ("cross_keys", "cross_values"):
             step.alias(name, encode.outputs[name])
-        step.feed_back("keys", "next_keys")
-        step.feed_back("values", "next_values")
+        for name in ("tokens", "position", "keys", "values"):
+            step.feed_back(name, f"next_{name}")
 
-    def prepare(self, batches: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
-        """Warm up for so many images at once, the most first, of each of ``sizes``, as (height, width) in pixels or the
-        nearest that there are, captioned greedily.
-        """
-        nearest = self._encode.nearest
-        shapes = [(nearest("image_height", height), nearest("image_width", width)) for height, width in sizes]
-        for height, width in shapes:  # what grows has grown before anything is recorded, for it moves
-            for batch in batches[:1]:
-                self._encode.reshape(batch=batch, image_height=height, image_width=width)
-        for batch in batches:
-            for height, width in shapes:
-                self._see(np.zeros((batch, height, width, 3), np.uint8))
-                self._encode.prepare()
-            self._step.reshape(batch=batch, images=batch)
-            self._step.inputs["token"].write(np.full(batch, self._spec.bos, np.int64))
-            self._step.inputs["parent"].write(np.arange(batch, dtype=np.int64))
-            self._step.inputs["position"].write(np.zeros(batch, np.int64))
-            self._step.prepare()
-
-    def validate(self, height: int, width: int) -> None:
-        """Raises SettingsError when images of this size cannot be captioned here."""
-        self._encode.validate(image_height=height, image_width=width)
-
-    def takes(self, batch: int) -> bool:
-        """Whether so many images can be captioned greedily at once."""
-        sizes = ((self._encode, "batch"), (self._step, "batch"), (self._step, "images"))
-        return all(session.least.get(s, 1) <= batch <= session.most.get(s, batch) for session, s in sizes)
-
-    def validate_images(self, count: int, most: int, beams: int) -> None:
-        """Raises SettingsError when some part of ``count`` images, ``most`` at a time, cannot be captioned here."""
-        for batch in part_sizes(count, most):
-            self._encode.validate(batch=batch)
-            self._step.validate(batch=batch * beams, images=batch)
-
-    def most(self, beams: int) -> int:
-        """The most images to caption at once with so many beams each."""
-        rows, images = (session.most.get("batch", 1 << 30) for session in (self._step, self._encode))
-        return max(1, min(rows // beams, images))
-
-    def captions(
-        self,
-        images: Images,
-        *,
-        beams: int = 1,
-        prefix: str = "",
-        min_length: int = 0,
-        max_length: int | None = None,
-    ) -> list[str]:
-        """One caption for each of ``images``, uint8 ``[B, H, W, 3]`` of any size.
-
-        Equal to transformers' ``BlipForConditionalGeneration.generate(num_beams=beams)`` on the processor's output.
-        Lengths count tokens as transformers does, the begin token and the prefix included; the caption ends at
-        ``max_length`` at the latest, which is the bundle's own when it is ``None``. See ``check`` for what is refused.
-        """
-        return _last(self.steps(images, beams=beams, prefix=prefix, min_length=min_length, max_length=max_length))
-
-    def steps(
-        self,
-        images: Images,
-        *,
-        there: Buffer | None = None,
-        beams: int = 1,
-        prefix: str = "",
-        min_length: int = 0,
-        max_length: int | None = None,
-    ) -> Generator[int, None, list[str]]:
-        """``captions`` token by token: yields the length so far after each token, returns the captions.
-
-        ``there`` is a buffer that holds ``images`` already, where they need not come from the host.
-        """
-        tokens = self.tokens(
-            images, there=there, beams=beams, prefix=prefix, min_length=min_length, max_length=max_length
-        )
-
-        def decoded() -> Generator[int, None, list[str]]:
-            return [self.tokenizer.decode(ids) for ids in (yield from tokens)]
-
-        return decoded()
-
-    def tokens(
-        self,
-        images: Images,
-        *,
-        there: Buffer | None = None,
-        beams: int = 1,
-        prefix: str = "",
-        min_length: int = 0,
-        max_length: int | None = None,
-    ) -> Generator[int, None, list[list[int]]]:
-        """``steps``, returning the ids as ``generate`` does: begin token, prefix, caption, end token unless cut off.
-
-        Bad arguments are refused at once, before the first step is asked for.
-        """
-        _check_images(images)
-        prompt = self.check(beams=beams, prefix=prefix, min_length=min_length, max_length=max_length)
-        most = self._spec.max_length if max_length is None else max_length
-        limits = (self._spec.eos, min_length, most)
-        search: Search = (
-            GreedySearch(prompt, len(images), *limits)
-            if beams == 1
-            else BeamSearch(prompt, len(images), beams, *limits)
-        )
-        return self._search(images, there, prompt, beams, search)
-
-    def check(
+    def settings(
         self, *, beams: int = 1, prefix: str = "", min_length: int = 0, max_length: int | None = None
-    ) -> list[int]:
-        """The ids that every caption begins with: the begin token and the prefix.
+    ) -> CaptionSettings:
+        """The settings with nothing left open: ``max_length`` is the bundle's own when it is ``None``.
 
         Raises SettingsError for ``beams`` outside 1..16, for a ``max_length`` beyond the caches, and for lengths that
         leave no room: prefix < max_length and min_length <= max_length.
         """
         spec = self._spec
         most = spec.max_length if max_length is None else max_length
+        room = self._step.limits.nearest("sequences", MAX_BEAMS)
         for name, value, low, high in (
-            ("beams", beams, 1, min(MAX_BEAMS, self._step.most.get("batch", MAX_BEAMS), max(1, (spec.vocab - 1) // 2))),
+            ("beams", beams, 1, min(MAX_BEAMS, room, max(1, (spec.vocab - 1) // 2))),
             ("max_length", most, 2, spec.length),
             ("min_length", min_length, 0, most),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise SettingsError(f"{name} must be a whole number from {low} to {high}, not {shown(value)}")
-        prompt = [spec.bos, *self.tokenizer.encode(prefix)]
-        if len(prompt) >= most:
+        given = len(self.tokenizer.encode(prefix))
+        if given + 1 >= most:
             raise SettingsError(
-                f"the caption prefix has {len(prompt) - 1} tokens, which leaves no room for a caption of at most "
+                f"the caption prefix has {given} tokens, which leaves no room for a caption of at most "
                 f"{most} tokens, the begin token included: shorten it, or raise max_length (up to {spec.length})"
             )
-        return prompt
+        return CaptionSettings(beams, prefix, min_length, most)
 
-    def _search(
-        self, images: Images, there: Buffer | None, prompt: list[int], beams: int, search: Search
+    def capture(self, batches: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
+        """Capture greedy captions of so many images at once, the most first, of each of ``sizes``.
+
+        Sizes are (height, width) in pixels; the nearest that there are is taken.
+        """
+        nearest = self._encode.limits.nearest
+        shapes = [(nearest("image_height", height), nearest("image_width", width)) for height, width in sizes]
+        for height, width in shapes:  # what grows has grown before anything is captured, for it moves
+            for batch in batches[:1]:
+                self._encode.reshape(batch=batch, image_height=height, image_width=width)
+        for batch in batches:
+            for height, width in shapes:
+                self._see(np.zeros((batch, height, width, 3), np.uint8))
+                self._encode.capture(batch=batch, image_height=height, image_width=width)
+            self._begin([self._spec.bos], batch, 1, 0)
+            self._step.capture(sequences=batch, images=batch)
+
+    def validate(self, height: int, width: int) -> None:
+        """Raises SettingsError when images of this size cannot be captioned here."""
+        self._encode.limits.check(image_height=height, image_width=width)
+
+    def takes(self, batch: int) -> bool:
+        """Whether so many images can be captioned greedily at once."""
+        sizes = ((self._encode, "batch"), (self._step, "sequences"), (self._step, "images"))
+        return all(session.limits.nearest(symbol, batch) == batch for session, symbol in sizes)
+
+    def validate_images(self, count: int, most: int, beams: int) -> None:
+        """Raises SettingsError when some part of ``count`` images, ``most`` at a time, cannot be captioned here."""
+        for batch in part_sizes(count, most):
+            self._encode.limits.check(batch=batch)
+            self._step.limits.check(sequences=batch * beams, images=batch)
+
+    def most(self, beams: int) -> int:
+        """The most images to caption at once with so many beams each."""
+        sequences = self._step.limits.nearest("sequences", 1 << 30)
+        return max(1, min(sequences // beams, self._encode.limits.nearest("batch", 1 << 30)))
+
+    def captions(self, images: Images, settings: CaptionSettings) -> list[str]:
+        """One caption for each of ``images``, uint8 ``[B, H, W, 3]`` of any size.
+
+        Equal to transformers' ``BlipForConditionalGeneration.generate(num_beams=beams)`` on the processor's output.
+        """
+        return _last(self.steps(images, settings))
+
+    def steps(
+        self, images: Images, settings: CaptionSettings, there: Buffer | None = None
+    ) -> Generator[int, None, list[str]]:
+        """``captions`` bit by bit: yields the length so far, returns the captions.
+
+        ``there`` is a buffer that holds ``images`` already, where they need not come from the host.
+        """
+        ids = yield from self.tokens(images, settings, there)
+        return [self.tokenizer.decode(one) for one in ids]
+
+    def tokens(
+        self, images: Images, settings: CaptionSettings, there: Buffer | None = None
     ) -> Generator[int, None, list[list[int]]]:
+        """``steps``, returning the ids as ``generate`` does: begin token, prefix, caption, end token unless cut off."""
+        _check_images(images)
         self._see(images, there)
-        step, rows = self._step, len(images) * beams
-        step.reshape(batch=rows, images=len(images))
-        token, parent = np.full(rows, prompt[0], np.int64), np.arange(rows, dtype=np.int64)
+        prompt = [self._spec.bos, *self.tokenizer.encode(settings.prefix)]
+        self._begin(prompt, len(images), settings.beams, settings.min_length)
+        search = self._greedily if settings.beams == 1 else self._with_beams
+        return (yield from search(prompt, len(images), settings))
+
+    def _greedily(
+        self, prompt: list[int], images: int, settings: CaptionSettings
+    ) -> Generator[int, None, list[list[int]]]:
+        """The graph itself chooses; the host looks now and then whether all have ended."""
+        every = _LOOK if self._step.asynchronous else 1
+        for length in range(2, settings.max_length + 1):
+            self._run(first=length == 2)
+            if length <= len(prompt):
+                continue
+            if (length - len(prompt)) % every and length < settings.max_length:
+                continue
+            found = self._step.outputs["next_tokens"].read()[:, :length].tolist()
+            ids = [greedy_ids(row, len(prompt), self._spec.eos) for row in found]
+            yield length
+            if all(len(row) < length or row[-1] == self._spec.eos for row in ids):
+                break
+        return ids
+
+    def _with_beams(
+        self, prompt: list[int], images: int, settings: CaptionSettings
+    ) -> Generator[int, None, list[list[int]]]:
+        """The host chooses, token by token."""
+        search = BeamSearch(prompt, images, settings.beams, self._spec.eos, settings.min_length, settings.max_length)
         length = 1  # tokens that the decoder has seen after this step, so one more than the token's position
         while not search.done:
-            step.inputs["token"].write(token)
-            step.inputs["parent"].write(parent)
-            step.inputs["position"].write(np.full(rows, length - 1, np.int64))
-            step.run()
-            if length == 1 and not np.isfinite(step.outputs["logits"].read()).all():
-                raise DnpError(
-                    "what the captioner computes of the image are no longer finite numbers; use a bundle of higher "
-                    "precision, or export it with --check-ranges"
-                )
-            if length < len(prompt):
-                token = np.full(rows, prompt[length], np.int64)
-            else:
-                token, parent = search.advance(step.outputs["logits"].read, step.outputs["next_token"].read)
+            self._run(first=length == 1)
+            if length >= len(prompt):
+                parent = search.advance(self._step.outputs["logits"].read())
+                self._step.inputs["tokens"].write(self._padded(search.running))
+                self._step.inputs["parent"].write(parent)
             length += 1
             yield length
         return search.results()
+
+    def _begin(self, prompt: list[int], images: int, beams: int, min_length: int) -> None:
+        """Shape the decoder, and put it before the first token."""
+        sequences, inputs = images * beams, self._step.inputs
+        self._step.reshape(sequences=sequences, images=images)
+        inputs["tokens"].write(self._padded(np.tile(np.array(prompt, np.int64), (sequences, 1))))
+        for name, number in (("position", 0), ("prompt_length", len(prompt)), ("min_length", min_length)):
+            inputs[name].write(np.full(sequences, number, np.int64))
+        inputs["parent"].write(np.arange(sequences, dtype=np.int64))
+
+    def _padded(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Ids ``[..., length]`` as the graph's ``tokens`` ``[sequences, M]``."""
+        rows = ids.reshape(-1, ids.shape[-1])
+        tokens = np.full((len(rows), self._spec.length), self._spec.pad, np.int64)
+        tokens[:, : rows.shape[1]] = rows
+        return tokens
+
+    def _run(self, *, first: bool) -> None:
+        self._step.run()
+        if first and not np.isfinite(self._step.outputs["logits"].read()).all():
+            raise DnpError(
+                "what the captioner computes of the image are no longer finite numbers; use a bundle of higher "
+                "precision, or export it with --check-ranges"
+            )
 
     def _see(self, images: Images, there: Buffer | None = None) -> None:
         """Run the image encoder; its results stay where they are."""
@@ -219,10 +232,10 @@ def _check_images(images: Any) -> None:
         raise SettingsError(f"there is nothing to caption in images of {list(images.shape)}")
 
 
-def _last(steps: Generator[Any, None, list[str]]) -> list[str]:
+def _last(steps: Generator[Any, None, T]) -> T:
     while True:
         try:
             next(steps)
         except StopIteration as stop:
-            result: list[str] = stop.value
+            result: T = stop.value
             return result

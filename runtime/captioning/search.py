@@ -1,4 +1,4 @@
-"""Which token comes next: greedy and beam search over the logits of ``caption_step``, in numpy.
+"""Which token comes next: beam search over the logits of ``caption_step``, in numpy. Greedily the graph chooses itself.
 
 Matched token for token: transformers' ``generate`` with ``do_sample=False`` and its defaults (``length_penalty=1.0``,
 ``early_stopping=False``), as of transformers 5. Images never influence each other.
@@ -6,62 +6,21 @@ Matched token for token: transformers' ``generate`` with ``do_sample=False`` and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
-Read = Callable[[], npt.NDArray[Any]]
 
 _NEVER = np.float32(-1e9)  # transformers' score of what must not be chosen
 
 
-class Search(Protocol):
-    """What the captioner's loop asks of a search. Its rows are ``images × beams``, those of one image adjacent."""
-
-    done: bool
-
-    def advance(self, logits: Read, best: Read) -> tuple[Ids, Ids]:
-        """Choose a token for each row: returns ``token`` and ``parent``, both int64 ``[rows]``.
-
-        ``logits`` reads float32 ``[rows, vocab]`` and ``best`` their argmax; a search reads what it needs.
-        """
-
-    def results(self) -> list[list[int]]:
-        """The ids of each image: prompt, tokens chosen, and the end token unless the length ran out."""
-
-
-class GreedySearch:
-    """Takes the likeliest token, always: one row an image."""
-
-    def __init__(self, prompt: list[int], images: int, end: int, min_length: int, max_length: int) -> None:
-        self._ids = [list(prompt) for _ in range(images)]
-        self._open = np.ones(images, bool)
-        self._end, self._min_length, self._max_length = end, min_length, max_length
-        self._length = len(prompt)
-        self.done = self._length >= max_length
-
-    def advance(self, logits: Read, best: Read) -> tuple[Ids, Ids]:
-        """See ``Search``. Rows that have ended go on unheard."""
-        if self._length < self._min_length:
-            scores = np.array(logits())
-            scores[:, self._end] = -np.inf
-            token = scores.argmax(axis=1)
-        else:
-            token = best()
-        for row in np.flatnonzero(self._open):
-            self._ids[row].append(int(token[row]))
-        self._open &= token != self._end
-        self._length += 1
-        self.done = self._length >= self._max_length or not self._open.any()
-        return token, np.arange(len(token))
-
-    def results(self) -> list[list[int]]:
-        """See ``Search``."""
-        return self._ids
+def greedy_ids(tokens: list[int], prompt: int, end: int) -> list[int]:
+    """The ids of one sequence, as far as it was chosen: cut behind the first end token after the prompt's."""
+    chosen = tokens[prompt:]
+    return tokens[: prompt + chosen.index(end) + 1] if end in chosen else tokens
 
 
 class BeamSearch:
@@ -82,10 +41,18 @@ class BeamSearch:
         self._improving = np.ones(images, bool)
         self.done = self._length >= max_length
 
-    def advance(self, logits: Read, best: Read) -> tuple[Ids, Ids]:
-        """See ``Search``. ``parent`` counts rows of the whole batch."""
+    @property
+    def running(self) -> Ids:
+        """The beginnings that go on, int64 ``[images, beams, length]``."""
+        return self._running
+
+    def advance(self, logits: npt.NDArray[Any]) -> Ids:
+        """Choose a token for each sequence, by logits float32 ``[images · beams, vocab]``.
+
+        Returns the sequence that each one continues, int64 ``[images · beams]``, counted over the whole batch.
+        """
         images, beams = self._scores.shape
-        scores = _log_softmax(logits())
+        scores = _log_softmax(logits)
         vocab = scores.shape[-1]
         if self._length < self._min_length:
             scores[:, self._end] = -np.inf
@@ -106,10 +73,10 @@ class BeamSearch:
         self._improving &= self._may_improve()
         self.done = self._length >= self._max_length or not self._improving.any()
         rows = np.take_along_axis(parent, go_on, axis=1) + beams * np.arange(images)[:, None]
-        return self._running[:, :, -1].reshape(-1), rows.reshape(-1)
+        return rows.reshape(-1)
 
     def results(self) -> list[list[int]]:
-        """See ``Search``."""
+        """The ids of each image: prompt, tokens chosen, and the end token unless the length ran out."""
         return [ended[0][1] for ended in self._ended]
 
     def _collect(self, top: Scores, candidates: Ids, ends: npt.NDArray[np.bool_]) -> None:

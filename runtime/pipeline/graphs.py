@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from types import MappingProxyType
 from typing import Final
 
-from dnp.engine.backends.session import Backend, Session
+import numpy as np
+import numpy.typing as npt
+
+from dnp.engine.backends.session import Backend, Buffer, Session
 from dnp.engine.bundle.bundle import Bundle
+from dnp.engine.bundle.contract import BATCH
 from dnp.engine.errors import DnpError
-from dnp.engine.plans.profile import BATCH
 from dnp.runtime.captioning.captioner import Captioner, part_sizes
+from dnp.runtime.job import Job, resolve
+from dnp.runtime.pipeline.conditioning import Conditioner
 from dnp.runtime.request import Request
-from dnp.runtime.sampling.denoise import Sample, load_samples
-from dnp.runtime.sampling.samplers import sampler_table
+from dnp.runtime.sampling.denoise import Denoiser
 from dnp.runtime.sampling.schedule import NoiseSchedule
+from dnp.runtime.tokenizer import PromptTokenizer
 
 _OPENERS: Final = {  # what opens a graph, with what it stands on
-    "encode_text": "encode_text",
-    "denoise": "denoise",
+    "encode_text": "conditioner",
+    "denoise": "denoiser",
     "decode_latents": "decode",
     "encode_image": "captioner",
     "caption_step": "captioner",
@@ -41,27 +47,29 @@ class Graphs:
         self.opening = 0.0
         self.closed = False
         self._sessions: dict[str, Session] = {}  # by graph
-        latents = bundle.latents
-        self._sizes = [(latents.height * latents.pixels, latents.width * latents.pixels)]  # that runs are recorded for
-        self._prepared: set[str] = set()
+        latents, scale = bundle.latents, bundle.latents.vae_scale_factor
+        self._sizes = [(latents.height * scale, latents.width * scale)]  # those that are captured
+        self._captured: set[str] = set()
 
     @cached_property
-    def encode_text(self) -> Session:
-        """Ids to a context."""
-        return self._session("encode_text")
+    def tokenizers(self) -> list[PromptTokenizer]:
+        """The prompt tokenizers of the bundle."""
+        return [PromptTokenizer(self.bundle, number) for number in range(len(self.bundle.text.tokenizers))]
 
     @cached_property
-    def denoise(self) -> Session:
-        """One step of any sampler."""
-        return self._session("denoise")
+    def conditioner(self) -> Conditioner:
+        """Texts to what the network is conditioned on."""
+        return Conditioner(self.bundle, self._session("encode_text"), self.tokenizers)
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        """One step of any samplers."""
+        return Denoiser(self._session("denoise"))
 
     @cached_property
     def decode(self) -> Session:
-        """Latents, read where ``denoise`` leaves them, to images."""
-        latents = self.denoise.outputs["latents"]
-        session = self._session("decode_latents")
-        session.alias("latents", latents)
-        return session
+        """Latents to images."""
+        return self._session("decode_latents")
 
     @cached_property
     def captioner(self) -> Captioner:
@@ -69,13 +77,23 @@ class Graphs:
         return Captioner(self._plans, self._session("encode_image"), self._session("caption_step"))
 
     @property
+    def sessions(self) -> Mapping[str, Session]:
+        """Those that are open, by graph."""
+        return MappingProxyType(self._sessions)
+
+    @property
     def batch(self) -> int:
         """The most images sampled at once."""
-        return min(BATCH, *(session.most.get("batch", BATCH) for session in self._sampling))
+        encode, denoise, decode = self._sampling
+        return min(
+            encode.limits.nearest("batch", BATCH),
+            denoise.limits.nearest("places", BATCH),
+            decode.limits.nearest("batch", BATCH),
+        )
 
     @property
     def _sampling(self) -> tuple[Session, Session, Session]:
-        return self.encode_text, self.denoise, self.decode
+        return self._open("encode_text"), self._open("denoise"), self._open("decode_latents")
 
     def _session(self, graph: str) -> Session:
         self.require_open()
@@ -93,89 +111,114 @@ class Graphs:
         return self._sessions[graph]
 
     def warm_up(self, *, captioner: bool, sizes: Sequence[tuple[int, int]] = ()) -> None:
-        """Open the graphs and prepare them for every batch size and image size; see ``Pipeline.warm_up``."""
+        """Open the graphs and capture them for every batch size and image size; see ``Pipeline.warm_up``."""
         self.require_open()
-        self.decode  # noqa: B018  reads the latents of the denoise session, so that one is opened too
+        self._sampling  # noqa: B018
         if captioner:
             self.captioner  # noqa: B018
         new = [size for size in dict.fromkeys(sizes) if size not in self._sizes]
+        schedule = NoiseSchedule.from_config(self.bundle.schedule)
         for height, width in new:
-            Request("a size", height=height, width=width).resolve(self.bundle)
-            self.validate(height, width, captioner=captioner)
-        before = self._sizes, self._prepared
+            self.validate(resolve(Request("a size", height=height, width=width, dnp=captioner), self.bundle, schedule))
+        before = self._sizes, self._captured
         if new:
-            captioner = captioner or "captions" in self._prepared
-            self._sizes, self._prepared = [*self._sizes, *new], set()
+            captioner = captioner or "captions" in self._captured
+            self._sizes, self._captured = [*self._sizes, *new], set()
         try:
-            self._prepare(captioner=captioner)
+            self._capture(captioner=captioner)
         except BaseException:
-            self._sizes, self._prepared = before  # a size that cannot be had is not tried again with each request
+            self._sizes, self._captured = before  # a size that cannot be had is not tried again with each request
             raise
 
-    def _prepare(self, *, captioner: bool) -> None:
-        todo = ({"sampling", "captions"} if captioner else {"sampling"}) - self._prepared
+    def _capture(self, *, captioner: bool) -> None:
+        todo = ({"sampling", "captions"} if captioner else {"sampling"}) - self._captured
         if not todo:
             return
-        least = max(session.least.get("batch", 1) for session in self._sampling)
-        batches = [batch for batch in self.backend.batches if least <= batch <= self.batch]
-        if "sampling" in todo:
-            self._prepare_sampling(batches)
-            self._prepared.add("sampling")
-        if "captions" in todo:
-            self.captioner.prepare([batch for batch in batches if self.captioner.takes(batch)], self._sizes)
-            self._prepared.add("captions")
-        for session in self._sessions.values():
-            session.prepared()
-
-    def _prepare_sampling(self, batches: Sequence[int]) -> None:
-        """Prepare the three sessions for ``batches``, the largest first, and every size or the nearest that they have.
-
-        A run's sizes depend on the sampler only in whether it draws noise on the way.
-        """
-        schedule = NoiseSchedule.from_config(self.bundle.schedule)
-        tables = [sampler_table(schedule, sampler, 2, 1.0) for sampler in ("euler_a", "ddim")]  # most noise first
-        latents, denoise, decode = self.bundle.latents, self.denoise, self.decode
-        shapes = [
-            (
-                latents.channels,
-                denoise.nearest("height", height // latents.pixels),
-                denoise.nearest("width", width // latents.pixels),
-            )
-            for height, width in self._sizes
+        batches = [batch for batch in self.backend.batches if batch <= self.batch]
+        batches = [
+            batch for batch in batches if all(s.limits.nearest("batch", batch) == batch for s in self._sampling[::2])
         ]
-        for shape in shapes:  # what grows has grown before anything is recorded, for it moves
-            for batch in batches[:1]:
-                load_samples(denoise, [Sample(tables[0], 0)] * batch, shape)
-                decode.reshape(batch=batch, height=shape[1], width=shape[2])
-        for batch in batches:
-            self.encode_text.reshape(batch=batch)
-            self.encode_text.prepare()
-            for shape in shapes:
-                for table in tables:
-                    load_samples(denoise, [Sample(table, 0)] * batch, shape)
-                    denoise.prepare()
-                decode.reshape(batch=batch, height=shape[1], width=shape[2])
-                decode.prepare()
+        if "sampling" in todo:
+            self._capture_sampling(batches)
+            self._captured.add("sampling")
+        if "captions" in todo:
+            self.captioner.capture([batch for batch in batches if self.captioner.takes(batch)], self._sizes)
+            self._captured.add("captions")
 
-    def validate_images(self, count: int, *, captioner: bool, beams: int) -> None:
-        """Raises SettingsError when the graphs are compiled for other batches than those of so many images."""
-        for batch in part_sizes(count, self.batch):
-            for session in self._sampling:
-                session.validate(batch=batch)
-        if captioner:
-            self.captioner.validate_images(count, self.captioned(beams), beams)
+    def _capture_sampling(self, batches: Sequence[int]) -> None:
+        """Capture the three sessions for ``batches``, the largest first, and every size or the nearest that they have.
+
+        A step's sizes depend on the samplers only in whether they draw noise on the way.
+        """
+        if not batches:
+            return
+        scale = self.bundle.latents.vae_scale_factor
+        nearest = self.denoiser.session.limits.nearest
+        shapes = [
+            (nearest("height", height // scale), nearest("width", width // scale)) for height, width in self._sizes
+        ]
+        rows = {self.denoiser.session.limits.fit("rows", count) for batch in batches for count in (batch, 2 * batch)}
+        for noise_steps in (
+            2,
+            1,
+        ):  # the most memory first: what grows has grown before anything is captured, for it moves
+            for height, width in shapes:
+                self._open_places(batches[0], height, width, noise_steps)
+                self.decode.reshape(**self._decode_sizes(batches[0]))
+        for noise_steps in (2, 1):
+            for height, width in shapes:
+                self._open_places(batches[0], height, width, noise_steps)
+                for count in sorted(rows, reverse=True):
+                    self.denoiser.capture(count)
+        for height, width in shapes:
+            self._open_places(batches[0], height, width, 1)
+            for batch in batches:
+                self.decode.capture(**self._decode_sizes(batch))
+        for batch in batches:
+            self._open("encode_text").capture(batch=batch, tokens=self.bundle.text.length)
+
+    def _open_places(self, places: int, height: int, width: int, noise_steps: int) -> None:
+        tokens = self.bundle.text.length
+        self.denoiser.open(places, steps=2, noise_steps=noise_steps, height=height, width=width, tokens=tokens)
+
+    def _decode_sizes(self, batch: int) -> dict[str, int]:
+        places, _, height, width = self.denoiser.latents.shape
+        return {"places": places, "batch": batch, "height": height, "width": width}
+
+    def decoded(self, latents: Buffer, places: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """The latents of some places, of a buffer of the denoiser's, as images uint8 ``[B, H, W, 3]``."""
+        self.require_open()
+        self.decode.reshape(**self._decode_sizes(len(places)))
+        self.decode.inputs["latents"].copy(latents)
+        self.decode.inputs["decoded"].write(np.array(places, np.int64))
+        self.decode.run()
+        return self.decode.outputs["image"].read().astype(np.uint8, copy=False)
+
+    def validate(self, job: Job) -> None:
+        """Raises SettingsError when the graphs are compiled for other sizes than the job's."""
+        scale = self.bundle.latents.vae_scale_factor
+        height, width = job.height // scale, job.width // scale
+        encode, denoise, decode = self._sampling
+        for batch in part_sizes(job.images, self.batch):
+            decode.limits.check(batch=batch, height=height, width=width)
+            for table in job.tables:
+                denoise.limits.check(
+                    places=batch,
+                    rows=batch * max(map(len, table.roles)),
+                    steps=len(table.rows),
+                    noise_steps=max(1, len(table.noise_rows)),
+                    height=height,
+                    width=width,
+                    tokens=job.windows * self.bundle.text.length,
+                )
+        encode.limits.check(tokens=job.windows * self.bundle.text.length)
+        if job.runs_dns:
+            self.captioner.validate_images(job.images, self.captioned(job.caption.beams), job.caption.beams)
+            self.captioner.validate(job.height, job.width)
 
     def captioned(self, beams: int) -> int:
         """The most images captioned at once with so many beams each."""
         return min(self.batch, self.captioner.most(beams))
-
-    def validate(self, height: int, width: int, *, captioner: bool) -> None:
-        """Raises SettingsError when the graphs are compiled for other image sizes than this one, in pixels."""
-        pixels = self.bundle.latents.pixels
-        for session in (self.denoise, self.decode):
-            session.validate(height=height // pixels, width=width // pixels)
-        if captioner:
-            self.captioner.validate(height, width)
 
     def refit(self, other: Bundle) -> None:
         """Take over the weights of ``other``; see ``Pipeline.refit``."""
@@ -193,10 +236,10 @@ class Graphs:
             self.close()  # some graphs have the new weights and some the old ones
             raise
         self.bundle = other
-        recorded = set(self._prepared)
-        self._prepared.clear()  # what was recorded holds the old weights
-        if recorded:
-            self.warm_up(captioner="captions" in recorded)
+        captured = set(self._captured)
+        self._captured.clear()  # what was captured holds the old weights
+        if captured:
+            self.warm_up(captioner="captions" in captured)
 
     def require_open(self) -> None:
         """Raises DnpError when closed."""

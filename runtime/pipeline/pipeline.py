@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,14 +15,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from dnp.engine.backends.registry import open_backend
-from dnp.engine.backends.session import Backend, BackendOptions, Buffer
+from dnp.engine.backends.session import Backend, BackendOptions, Session
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.errors import BundleError, Cancelled, DnpError, SettingsError
+from dnp.runtime.job import Job, resolve
 from dnp.runtime.pipeline.clock import Clock
 from dnp.runtime.pipeline.graphs import Graphs
+from dnp.runtime.pipeline.run import Run
 from dnp.runtime.request import Request, Result, Step
-from dnp.runtime.sampling.denoise import Sample, denoise, finite, load_samples
-from dnp.runtime.sampling.samplers import SamplerTable, check_defaults
+from dnp.runtime.sampling.samplers import check_defaults
 from dnp.runtime.sampling.schedule import NoiseSchedule
 from dnp.runtime.tokenizer import PromptTokenizer
 
@@ -72,7 +73,7 @@ class Pipeline:
         pipeline = cls(opened, backend, options)
         pipeline._graphs.opening = time.perf_counter() - started
         try:
-            pipeline._graphs.encode_text  # noqa: B018  opened now, so that a backend that cannot run says so here
+            pipeline._graphs.conditioner  # noqa: B018  opened now, so that a backend that cannot run says so here
         except BaseException:
             pipeline.close()
             raise
@@ -86,35 +87,37 @@ class Pipeline:
     @property
     def runs_on(self) -> str:
         """What really runs the graphs, as the library itself says."""
-        return self._graphs.encode_text.backend
+        self._graphs.conditioner  # noqa: B018  any of them tells
+        return self.sessions["encode_text"].backend
 
-    @cached_property
+    @property
+    def sessions(self) -> Mapping[str, Session]:
+        """The sessions that are open by now, by graph: to look at, not to run."""
+        return self._graphs.sessions
+
+    @property
     def tokenizer(self) -> PromptTokenizer:
-        """The prompt tokenizer of the bundle."""
-        return PromptTokenizer(self.bundle)
+        """The prompt tokenizer of the bundle; the first one, where there are several."""
+        return self._graphs.tokenizers[0]
 
-    def _open_graphs(self, request: Request, tables: Sequence[SamplerTable]) -> Clock:
-        """A clock for one request, which has to open what is not open yet and tells of all that was opened for it.
+    def _begin(self, job: Job) -> Run:
+        """A run of ``job``, which has to open what is not open yet and tells of all that was opened for it.
 
-        Raises SettingsError when the graphs are compiled for sizes that the request or its ``tables`` do not have.
+        Raises SettingsError when the graphs are compiled for sizes that the job does not have.
         """
         clock, graphs = Clock(), self._graphs
         clock.add("open", graphs.opening)
         with clock.phase("open"):
-            graphs.warm_up(captioner=request.runs_dns)
+            graphs.warm_up(captioner=job.runs_dns)
         graphs.opening = 0.0  # told now
-        for table in tables:
-            graphs.denoise.bucket("rows", len(table.rows))
-        graphs.validate_images(request.images, captioner=request.runs_dns, beams=request.beams)
-        assert request.height is not None and request.width is not None
-        graphs.validate(request.height, request.width, captioner=request.runs_dns)
-        return clock
+        graphs.validate(job)
+        return Run(graphs, job, clock)
 
     def warm_up(self, *, captioner: bool = True, sizes: Sequence[tuple[int, int]] = ()) -> None:
-        """Do now, rather than with the first request that needs it, what is done once: open the graphs, record runs.
+        """Do now, rather than with the first request that needs it, what is done once: open the graphs, capture runs.
 
-        ``sizes`` are those of images, as (height, width) in pixels, to record runs for besides the default size, for
-        this pipeline's life; on a GPU each takes memory of its own.
+        ``sizes`` are those of images, as (height, width) in pixels, to capture besides the default size, for this
+        pipeline's life; on a GPU each takes memory of its own.
 
         Raises SettingsError for a size that the bundle or its plans do not have, DnpError when closed.
         """
@@ -164,16 +167,13 @@ class Pipeline:
         """
         return self.run(Request.from_dict({"prompt": prompt, **settings}), progress)
 
-    def run(self, request: Request, progress: Callback | None = None) -> Result:
-        """``steps`` driven to its end: the whole request. See ``__call__``."""
+    def run(self, request: Request | Job, progress: Callback | None = None) -> Result:
+        """The whole request: ``steps`` driven to its end."""
         return drive(self.steps(request), progress)
 
     def dns(self, prompt: str, *, progress: Callback | None = None, **settings: Any) -> Result:
         """Only the first half: the DNS images are the result's ``arrays``, their captions its ``negatives``."""
-        request = self.resolve(Request.from_dict({"prompt": prompt, **settings}))
-        if not request.runs_dns:
-            raise SettingsError("DNS finds n*; it takes no negative prompt of your own and cannot be switched off")
-        return drive(self._dns_steps(request), progress)
+        return drive(self.dns_steps(Request.from_dict({"prompt": prompt, **settings})), progress)
 
     def caption(
         self,
@@ -198,20 +198,12 @@ class Pipeline:
                     f"caption takes PIL images, not {type(image).__name__}; make one with PIL.Image.fromarray"
                 )
         with self._exclusive():
-            self._graphs.captioner.check(beams=beams, prefix=prefix, min_length=min_length, max_length=max_length)
-            return [
-                self._graphs.captioner.captions(
-                    np.asarray(image.convert("RGB"))[None],
-                    beams=beams,
-                    prefix=prefix,
-                    min_length=min_length,
-                    max_length=max_length,
-                )[0]
-                for image in images
-            ]
+            captioner = self._graphs.captioner
+            how = captioner.settings(beams=beams, prefix=prefix, min_length=min_length, max_length=max_length)
+            return [captioner.captions(np.asarray(image.convert("RGB"))[None], how)[0] for image in images]
 
-    def resolve(self, request: Request) -> Request:
-        """``request`` with nothing left open, and everything about it checked.
+    def resolve(self, request: Request) -> Job:
+        """``request`` with nothing left open, and everything about it checked; ``run`` and ``steps`` take it, too.
 
         Raises SettingsError for whatever cannot be honoured.
         """
@@ -219,40 +211,30 @@ class Pipeline:
             raise SettingsError(
                 f"not a Request but {type(request).__name__}; call the pipeline with a prompt, or make one"
             )
-        request = request.resolve(self.bundle)
-        if request.runs_dns:
-            self._graphs.captioner.check(
-                beams=request.beams,
-                prefix=request.prefix,
-                min_length=request.min_length,
-                max_length=request.max_length,
-            )
-        return request
+        job = resolve(request, self.bundle, self._schedule)
+        if job.runs_dns:
+            self._graphs.captioner.settings(**asdict(job.caption))
+        return job
 
-    def steps(self, request: Request) -> Generator[Step, None, Result]:
+    def steps(self, request: Request | Job) -> Generator[Step, None, Result]:
         """The request as a generator: yields each ``Step``, returns the ``Result``.
 
         Dropping the generator cancels the request within the step it is in. Raises SettingsError as ``resolve`` does.
         """
-        request = self.resolve(request)
+        job = request if isinstance(request, Job) else self.resolve(request)
         with self._exclusive():
-            final = request.final_table(self._schedule)
-            dns_table = request.dns_table(self._schedule) if request.runs_dns else None
-            clock = self._open_graphs(request, [final] if dns_table is None else [final, dns_table])
-            seeds = [request.seed + i for i in range(request.images)]
+            run = self._begin(job)
             dns = plain = None
-            negatives = [request.negative or ""] * request.images
-            if dns_table is not None:
-                dns, negatives = yield from self._find_negatives(request, dns_table, clock)
-            prompts = [request.prompt] * request.images
-            if request.compare:
-                empty = [""] * request.images
-                plain = yield from self._sample("plain", prompts, empty, final, seeds, request, clock)
-            arrays = yield from self._sample("final", prompts, negatives, final, seeds, request, clock)
-        return self._result(request, clock, arrays, negatives, dns, plain)
+            prompts, negatives = [job.prompt] * job.images, [job.negative] * job.images
+            if job.runs_dns:
+                dns, negatives = yield from run.find_negatives()
+            if job.compare:
+                plain = yield from run.sample("plain", job.final, prompts, [""] * job.images, job.seeds)
+            arrays = yield from run.sample("final", job.final, prompts, negatives, job.seeds)
+        return self._result(run, job, arrays, negatives, dns, plain)
 
     def sample(
-        self, prompts: Sequence[str], negatives: Sequence[str], request: Request
+        self, prompts: Sequence[str], negatives: Sequence[str], request: Request | Job
     ) -> Generator[Step, None, Pixels]:
         """Sample pairs (prompt, negative) as they stand, with the final settings of ``request``.
 
@@ -260,125 +242,27 @@ class Pipeline:
         """
         if len(prompts) != len(negatives) or not prompts:
             raise SettingsError(f"{len(prompts)} prompts and {len(negatives)} negatives do not pair up")
-        request = request.resolve(self.bundle)
-        seeds = [request.seed + i for i in range(len(prompts))]
-        table = request.final_table(self._schedule)
+        job = request if isinstance(request, Job) else resolve(request, self.bundle, self._schedule)
+        seeds = [job.seeds[0] + i for i in range(len(prompts))]
         with self._exclusive():
             self._graphs.warm_up(captioner=False)
-            return (yield from self._sample("final", prompts, negatives, table, seeds, request, Clock()))
+            run = Run(self._graphs, job, Clock())
+            return (yield from run.sample("final", job.final, prompts, negatives, seeds))
 
-    def _dns_steps(self, request: Request) -> Generator[Step, None, Result]:
+    def dns_steps(self, request: Request | Job) -> Generator[Step, None, Result]:
+        """``dns`` as a generator. Raises SettingsError for a request that runs no DNS."""
+        job = request if isinstance(request, Job) else self.resolve(request)
+        if not job.runs_dns:
+            raise SettingsError("DNS finds n*; it takes no negative prompt of your own and cannot be switched off")
         with self._exclusive():
-            table = request.dns_table(self._schedule)
-            clock = self._open_graphs(request, [table])
-            arrays, negatives = yield from self._find_negatives(request, table, clock)
-        return self._result(request, clock, arrays, negatives, arrays, None)
-
-    def _find_negatives(
-        self, request: Request, table: SamplerTable, clock: Clock
-    ) -> Generator[Step, None, tuple[Pixels, list[str]]]:
-        assert request.dns_seed is not None
-        seeds = [request.dns_seed + i for i in range(request.images)]
-        prompts, empty = [request.prompt] * request.images, [""] * request.images
-        images = yield from self._sample("dns", prompts, empty, table, seeds, request, clock)
-        negatives: list[str] = []
-        most = self._graphs.captioned(request.beams)
-        for start in range(0, request.images, most):
-            part = images[start : start + most]
-            # The only batch of them is still where it was decoded.
-            there = self._graphs.decode.outputs["image"] if request.images <= most else None
-            negatives += yield from clock.timed("caption", self._describe(part, there, request))
-        for number, negative in enumerate(negatives):
-            if not negative.strip():
-                raise DnpError(
-                    f"the captioner has no words for the DNS image of seed {seeds[number]}, and an empty n* would be "
-                    "plain guidance; raise min_length, take another seed, or write n* yourself (negative)"
-                )
-        return images, negatives
-
-    def _describe(self, images: Pixels, there: Buffer | None, request: Request) -> Generator[Step, None, list[str]]:
-        assert request.max_length is not None
-        steps = self._graphs.captioner.steps(
-            images,
-            there=there,
-            beams=request.beams,
-            prefix=request.prefix,
-            min_length=request.min_length,
-            max_length=request.max_length,
-        )
-        while True:
-            try:
-                length = next(steps)
-            except StopIteration as stop:
-                captions: list[str] = stop.value
-                return captions
-            yield Step("caption", length, request.max_length, images.copy)
-
-    def _sample(
-        self,
-        phase: str,
-        prompts: Sequence[str],
-        negatives: Sequence[str],
-        table: SamplerTable,
-        seeds: Sequence[int],
-        request: Request,
-        clock: Clock,
-    ) -> Generator[Step, None, Pixels]:
-        """Sample every (prompt, negative, seed) with ``table``, in batches; returns uint8 ``[B, H, W, 3]``."""
-        images = []
-        batches = range(0, len(seeds), self._graphs.batch)
-        total = len(table.rows) * len(batches)
-        for number, start in enumerate(batches):
-            part = slice(start, start + self._graphs.batch)
-            with clock.phase(phase):
-                rows = self._load(prompts[part], negatives[part], table, seeds[part], request)
-            for row in clock.timed(phase, denoise(self._graphs.denoise, rows)):
-                yield Step(phase, number * rows + row, total, self._decode_now)
-            with clock.phase("decode"):
-                if not finite(self._graphs.denoise.outputs["latents"].read()):
-                    raise DnpError(
-                        f"the latents of the {phase} pass are no longer finite numbers; bring the guidance nearer "
-                        "to 0, or use a bundle of higher precision"
-                    )
-                images.append(self._decode_now())
-                if flat := [seeds[start + i] for i, image in enumerate(images[-1]) if image.min() == image.max()]:
-                    raise DnpError(
-                        f"the {phase} image of seed {flat[0]} is one flat colour, as when a decoder overflows in fp16; "
-                        "use a bundle of higher precision, or export it with --check-ranges"
-                    )
-        return np.concatenate(images)
-
-    def _load(
-        self,
-        prompts: Sequence[str],
-        negatives: Sequence[str],
-        table: SamplerTable,
-        seeds: Sequence[int],
-        request: Request,
-    ) -> int:
-        latents = self.bundle.latents
-        assert request.height is not None and request.width is not None
-        shape = (latents.channels, request.height // latents.pixels, request.width // latents.pixels)
-        rows = load_samples(self._graphs.denoise, [Sample(table, seed) for seed in seeds], shape)
-        self._graphs.encode_text.reshape(batch=len(prompts))
-        for name, texts in (("base_context", negatives), ("prompt_context", prompts)):
-            self._graphs.encode_text.inputs["ids"].write(self.tokenizer.encode(texts))
-            self._graphs.encode_text.run()
-            self._graphs.denoise.inputs[name].copy(self._graphs.encode_text.outputs["context"])
-        return rows
-
-    def _decode_now(self) -> Pixels:
-        """The present latents as uint8 ``[B, H, W, 3]``."""
-        self._graphs.require_open()  # a preview may have outlived the pipeline
-        batch, _, height, width = self._graphs.denoise.outputs["latents"].shape
-        self._graphs.decode.reshape(batch=batch, height=height, width=width)
-        self._graphs.decode.run()
-        return self._graphs.decode.outputs["image"].read().astype(np.uint8, copy=False)
+            run = self._begin(job)
+            arrays, negatives = yield from run.find_negatives()
+        return self._result(run, job, arrays, negatives, arrays, None)
 
     def _result(
         self,
-        request: Request,
-        clock: Clock,
+        run: Run,
+        job: Job,
         arrays: Pixels,
         negatives: list[str],
         dns: Pixels | None,
@@ -389,8 +273,8 @@ class Pipeline:
             dns_arrays=dns,
             plain_arrays=plain,
             negatives=negatives,
-            request=request,
-            seconds=clock.total(),
+            request=job.request,
+            seconds=run.clock.total(),
             bundle=self.bundle.fingerprint,
             backend=self._graphs.backend.name,
             precision=self._graphs.backend.options.precision,

@@ -1,74 +1,157 @@
-"""The denoising loop: one graph, replayed once a row of the samplers' tables, whatever the samplers are."""
+"""The denoising loop: samples in the places of one ``denoise`` session, which all take one step at a time.
+
+Each sample has a table of its own, so samples with other samplers, steps and guidance, and in other passes, take their
+step in the same call of the network. A sample joins at a free place and leaves between any two steps; what the others
+compute does not depend on it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from dnp.engine.backends.session import Session
-from dnp.engine.bundle.columns import SLOTS
+from dnp.engine.backends.session import Buffer, Session
 from dnp.runtime.sampling.noise import TorchNoise
-from dnp.runtime.sampling.samplers import SamplerTable, stack_tables
+from dnp.runtime.sampling.samplers import SamplerTable, identity_row
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a batch: its sampler table and the seed its noise comes from.
-
-    Samples of one batch may differ in everything here: sampler, steps, the size and the sign of the guidance.
-    """
+    """One sample: its sampler table, and the seed that its noise comes from."""
 
     table: SamplerTable
     seed: int
 
 
-def load_samples(session: Session, samples: Sequence[Sample], latents_shape: tuple[int, int, int]) -> int:
-    """Shape the ``denoise`` session for ``samples``, write their state, tables and noise, and make it a loop: each run
-    leaves the state and the row index where the next one reads them.
+class Denoiser:
+    """The places of a ``denoise`` session. Not for several threads at once.
 
-    The text contexts are the caller's to fill in, which leaves them on the device. Noise is drawn per sample in
-    torch's order, ``randn(1, C, h, w)`` for the start and one more for each row that draws, as a diffusers pipeline
-    with one generator per image does.
-
-    Returns the number of rows, which is how often the graph has to run.
+    Attributes:
+        session: what computes.
+        bank: what the network is conditioned on, by name: buffers ``[P, roles, ...]``.
     """
-    tables = stack_tables([sample.table for sample in samples])  # [B, rows, 30]
-    batch, rows = len(tables), max(len(sample.table.rows) for sample in samples)
-    draws = session.bucket("draws", rows if any(sample.table.stochastic for sample in samples) else 1)
-    tables = np.pad(tables, [(0, 0), (0, session.bucket("rows", rows) - rows), (0, 0)])  # never reached
-    state = np.zeros((batch, SLOTS, *latents_shape), np.float32)
-    noise = np.zeros((batch, draws, *latents_shape), np.float32)
-    for b, sample in enumerate(samples):
-        generator = TorchNoise(sample.seed)
-        state[b, 0] = generator.randn((1, *latents_shape))[0] * np.float32(sample.table.init_noise_sigma)
-        for row in sample.table.noise_rows:
-            noise[b, row] = generator.randn((1, *latents_shape))[0]
 
-    session.feed_back("state", "next_state")
-    session.feed_back("index", "next_index")
-    _, height, width = latents_shape
-    session.reshape(batch=batch, rows=tables.shape[1], draws=draws, height=height, width=width)
-    session.inputs["table"].write(tables)
-    session.inputs["noise"].write(noise)
-    session.inputs["state"].write(state)
-    session.inputs["index"].write(np.zeros(batch, np.int64))
-    return rows
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        inputs = session.graph.inputs
+        _, self._roles = inputs["place_rows"].shape
+        self.bank: Mapping[str, Buffer] = {
+            name: session.inputs[name] for name in list(inputs)[list(inputs).index("place_rows") + 1 :]
+        }
+        session.feed_back("state", "next_state")
+        session.feed_back("index", "next_index")
+        self._dims: dict[str, int] = {}
+        self._samples: list[Sample | None] = []
+        self._done: list[int] = []  # calls of each sample so far
+        self._rows: tuple[tuple[int, int], ...] = ()  # (place, role) of each row, as the session has them
 
+    def open(self, places: int, *, steps: int, noise_steps: int, **sizes: int) -> None:
+        """Make room for so many samples, of tables of at most ``steps`` rows that draw at most ``noise_steps`` times.
 
-def denoise(session: Session, rows: int) -> Generator[int, None, None]:
-    """Run a loaded ``denoise`` session ``rows`` times; yields the number of rows done, from 1.
+        ``sizes`` are ``height`` and ``width`` of the latents, and ``tokens`` of the prompts. Every place is free.
+        Raises what ``Session.reshape`` raises.
+        """
+        wanted = {"places": places, "rows": 1, "steps": steps, "noise_steps": max(1, noise_steps), **sizes}
+        fit = self.session.limits.fit
+        self._dims = {name: fit(name, size) for name, size in wanted.items()}
+        self.session.reshape(**self._dims)
+        places = self._dims["places"]
+        inputs = self.session.inputs
+        idle = np.tile(identity_row(), (places, self._dims["steps"], 1))
+        inputs["table"].write(idle)
+        for name in ("state", "index", "noise"):
+            inputs[name].write(np.zeros(inputs[name].shape, inputs[name].dtype))
+        self._samples, self._done, self._rows = [None] * places, [0] * places, ()
 
-    Nothing crosses to the host in between, and nothing is waited for. Whoever iterates may stop at any yield;
-    ``session.outputs["latents"]`` then holds the latents as far as they got.
-    """
-    for row in range(rows):
-        session.run()
-        yield row + 1
+    def join(self, place: int, sample: Sample) -> None:
+        """Put a sample into a free place: its state, table and noise. Its entries in the bank are the caller's.
+
+        Noise is drawn in torch's order, ``randn(1, C, h, w)`` for the start and one more for each call that draws, as
+        a diffusers pipeline with one generator per image does.
+        """
+        assert self._samples[place] is None, f"place {place} is taken"
+        inputs = self.session.inputs
+        table, generator = sample.table, TorchNoise(sample.seed)
+        state = np.zeros(inputs["state"].shape[1:], np.float32)  # [N, C, h, w]
+        noise = np.zeros(inputs["noise"].shape[1:], np.float32)  # [draws, C, h, w]
+        state[0] = generator.randn((1, *state.shape[1:]))[0] * np.float32(table.init_noise_sigma)
+        for draw in range(len(table.noise_rows)):
+            noise[draw] = generator.randn((1, *state.shape[1:]))[0]
+        rows = np.tile(identity_row(), (self._dims["steps"], 1))
+        rows[: len(table.rows)] = table.rows
+        for name, array in (("state", state), ("noise", noise), ("table", rows), ("index", np.zeros((), np.int64))):
+            inputs[name].at(place).write(array)
+        self._samples[place], self._done[place] = sample, 0
+
+    def leave(self, place: int) -> None:
+        """Free a place, whether its sample is finished or not; its latents stay until another sample joins there."""
+        self._samples[place] = None
+        self.session.inputs["table"].at(place).write(np.tile(identity_row(), (self._dims["steps"], 1)))
+
+    def left(self, place: int) -> int:
+        """Calls of the network that the sample in a place still needs."""
+        sample = self._samples[place]
+        return 0 if sample is None else sample.table.calls - self._done[place]
+
+    def step(self) -> bool:
+        """Take one step with every sample that is not finished; False when there is none.
+
+        Nothing crosses to the host, and nothing is waited for. Rows of the network are computed for what is needed
+        alone: two for guidance, one where a branch has no weight.
+        """
+        running = [place for place in range(len(self._samples)) if self.left(place)]
+        if not running:
+            return False
+        self._set_rows(tuple((place, role) for place in running for role in self._needed(place)))
+        self.session.run()
+        for place in running:
+            self._done[place] += 1
+        return True
+
+    @property
+    def latents(self) -> Buffer:
+        """The latents of every place as far as they got, ``[P, C, h, w]``."""
+        return self.session.outputs["latents"]
+
+    @property
+    def clean_latents(self) -> Buffer:
+        """The latents that are expected at the end, as seen from the step before: ``[P, C, h, w]``."""
+        return self.session.outputs["clean_latents"]
+
+    def capture(self, rows: int) -> None:
+        """Capture a step of ``rows`` rows at the present sizes, so that later ones need one launch of the host."""
+        self._set_rows(tuple((row % len(self._samples), 0) for row in range(rows)))
+        self.session.capture(**self._dims)
+        self._rows = ()
+
+    def _needed(self, place: int) -> tuple[int, ...]:
+        sample = self._samples[place]
+        assert sample is not None
+        return sample.table.roles[self._done[place]]
+
+    def _set_rows(self, rows: tuple[tuple[int, int], ...]) -> None:
+        """Tell the session whose rows it computes; what fills a captured size up repeats the first, and is unread."""
+        if rows == self._rows:
+            return
+        count = self.session.limits.fit("rows", len(rows))
+        padded = np.array([*rows, *[rows[0]] * (count - len(rows))], np.int64)  # [R, 2]
+        place_rows = np.zeros((len(self._samples), self._roles), np.int64)
+        for number, (place, _) in enumerate(rows):
+            place_rows[place] = number  # a role without a row has no weight, and reads a row of its own place
+        for number, (place, role) in enumerate(rows):
+            place_rows[place, role] = number
+        self._dims["rows"] = count
+        self.session.reshape(**self._dims)
+        inputs = self.session.inputs
+        inputs["row_place"].write(padded[:, 0].copy())
+        inputs["row_role"].write(padded[:, 1].copy())
+        inputs["place_rows"].write(place_rows)
+        self._rows = rows
 
 
 def finite(latents: npt.NDArray[np.float32]) -> bool:
-    """Whether the latents ``[B, C, h, w]`` are numbers: what overflowed cannot be decoded to a picture."""
+    """Whether latents are numbers: what overflowed cannot be decoded to a picture."""
     return bool(np.isfinite(latents).all())

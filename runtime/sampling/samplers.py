@@ -1,29 +1,42 @@
 """Samplers as tables: one row of numbers per network call, nothing else.
 
-Every sampler here is linear in its state and in what the network returns, so one graph can run them all::
-
-    x      = Σ_k E_k s_k                               the network's input
-    ob, op = network(x, t; base context), network(x, t; prompt context)
-    o      = ob + w (op - ob)                          w > 0: guidance; w < 0: diffusion-negative sampling
-    s'     = A s + B o + C z                           z: fresh standard normal noise
-
-with the state s of SLOTS latents, slot 0 the current ones. A row is ``(t, w, E, A, B, C)``, laid out as
-dnp.engine.bundle.columns says; the algorithms that fill it are in ``solvers.py``. Nothing depends on the sign or the
-size of w, a column like any other.
+Every sampler here is linear in its state and in what the network returns, so one graph can run them all. What a row
+holds is in ``dnp/engine/bundle/columns.py``; the algorithms that fill it are in ``solvers.py``. Nothing depends on the
+sign or the size of the guidance scale, a column like any other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dnp.engine.bundle.columns import GUIDANCE, INPUT, NOISE, OUTPUT, ROW, SLOTS, STATE, TIMESTEP
+from dnp.engine.bundle.columns import (
+    ADVANCE,
+    CLEAN_OUTPUT,
+    CLEAN_STATE,
+    DRAW,
+    EMBEDDED,
+    GUIDANCE,
+    INPUT,
+    NOISE,
+    NORM_CAP,
+    NORM_LIMIT,
+    OUTPUT,
+    PARALLEL,
+    RESCALE,
+    ROW,
+    SLOTS,
+    STATE,
+    TIMESTEP,
+    ZERO_STAR,
+)
 from dnp.engine.bundle.manifest import Defaults
 from dnp.engine.bundle.schema import shown
 from dnp.engine.errors import SettingsError
@@ -34,6 +47,13 @@ from dnp.runtime.sampling.solvers import Grid, Row
 Table = npt.NDArray[np.float32]
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+METHODS: Final = {
+    "rescale": RESCALE,
+    "norm_limit": NORM_LIMIT,
+    "parallel": PARALLEL,
+    "zero_star": ZERO_STAR,
+    "norm_cap": NORM_CAP,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,28 +61,31 @@ class SamplerTable:
     """One sampling run as data.
 
     Attributes:
-        rows: float32 [R, ROW], to be run in order. The state begins as standard normal noise times
-            ``init_noise_sigma`` in slot 0 and zeros elsewhere, and ends with the final latents in slot 0.
+        rows: float32 [calls + 1, ROW], to be run in order; the last one stands still. The state begins as standard
+            normal noise times ``init_noise_sigma`` in slot 0 and zeros elsewhere, and ends with the final latents in
+            slot 0.
         init_noise_sigma: the factor of the starting noise.
-        step_of_row: the step each row belongs to, [R], from 0: Heun and PNDM have more rows than steps.
-        noise_rows: the rows that draw fresh noise, ascending; rows where diffusers draws noise only to
-            multiply it by zero are among them, so that a generator ends where diffusers' would.
+        step_of_row: the step each call belongs to, [calls], from 0: Heun and PNDM have more calls than steps.
+        roles: the roles that each call has a row of, [calls]: 0 the negative prompt, 1 the prompt.
+        noise_rows: the calls that draw fresh noise, ascending; those where diffusers draws noise only to multiply it
+            by zero are among them, so that a generator ends where diffusers' would.
     """
 
     rows: Table
     init_noise_sigma: float
     step_of_row: tuple[int, ...]
+    roles: tuple[tuple[int, ...], ...]
     noise_rows: tuple[int, ...]
 
     @property
-    def stochastic(self) -> bool:
-        """Whether any row draws noise."""
-        return bool(self.noise_rows)
+    def calls(self) -> int:
+        """How often the network is called."""
+        return len(self.step_of_row)
 
     @property
     def timesteps(self) -> Table:
-        """The timestep of each network call, float32 [R]."""
-        return self.rows[:, TIMESTEP]
+        """The timestep of each network call, float32 [calls]."""
+        return self.rows[: self.calls, TIMESTEP]
 
 
 class _Sampler(NamedTuple):
@@ -106,10 +129,14 @@ def sampler_table(
     *,
     eta: float = 0.0,
     spacing: str | None = None,
+    embedded: float = 1.0,
+    methods: Mapping[str, float] = MappingProxyType({}),
 ) -> SamplerTable:
     """The table that runs ``sampler`` for ``steps`` steps on a model trained with ``schedule``.
 
     ``guidance`` is w, a number or one a step: w > 0 is CFG, ``-s`` is diffusion-negative sampling of scale s.
+    ``embedded`` is the guidance scale that a distilled model takes as an input. ``methods`` sets parameters of guidance
+    methods, by the names of METHODS.
     ``eta`` in 0..1 is the share of fresh noise, of ddim only. ``spacing`` is one of SPACINGS; by default the
     schedule's own, else what diffusers would use for SD 1.5.
 
@@ -130,43 +157,47 @@ def sampler_table(
     grid, init_noise_sigma = _grid(schedule, sampler, count, spacing, float(eta))
     described = list(spec.run(grid))
     step_of_row = np.cumsum([not row.extra for row in described]) - 1
-    rows = np.zeros((len(described), ROW))
-    for columns, row, step in zip(rows, described, step_of_row, strict=True):
+    noise_rows = tuple(number for number, row in enumerate(described) if row.draws)
+    level_at = dict(zip(grid.timesteps, grid.levels, strict=False))
+    rows = np.tile(identity_row().astype(np.float64), (len(described) + 1, 1))
+    for columns, row, step in zip(rows, described, step_of_row, strict=False):
         state = np.zeros((SLOTS, SLOTS + 2))
         state[: len(row.state)] = row.state
-        columns[TIMESTEP], columns[GUIDANCE], columns[INPUT] = row.timestep, w[step], row.x[:SLOTS]
+        clean, _ = grid.predict(row.x, level_at.get(row.timestep) or grid.at(row.timestep))
+        columns[TIMESTEP], columns[GUIDANCE], columns[EMBEDDED] = row.timestep, w[step], embedded - 1
+        columns[ADVANCE], columns[INPUT] = 1, row.x[:SLOTS]
         columns[STATE], columns[OUTPUT], columns[NOISE] = state[:, :SLOTS].ravel(), state[:, SLOTS], state[:, SLOTS + 1]
+        columns[CLEAN_STATE], columns[CLEAN_OUTPUT] = clean[:SLOTS], clean[SLOTS]
+    rows[list(noise_rows), DRAW] = range(len(noise_rows))
+    for name, value in methods.items():
+        check_choice("guidance method", name, tuple(METHODS))
+        rows[:-1, METHODS[name]] = value
     assert np.isfinite(rows).all(), (sampler, steps)
-    noise_rows = tuple(number for number, row in enumerate(described) if row.draws)
     table = rows.astype(np.float32)
     table.flags.writeable = False
-    return SamplerTable(table, init_noise_sigma, tuple(step_of_row.tolist()), noise_rows)
+    roles = tuple(_roles(np.float32(w[step])) for step in step_of_row)
+    return SamplerTable(table, init_noise_sigma, tuple(step_of_row.tolist()), roles, noise_rows)
 
 
 def check_defaults(schedule: NoiseSchedule, defaults: Defaults) -> None:
     """Raises SettingsError when what a bundle does by default is no table: a bundle that could never run."""
-    for sampler, steps, guidance in (
-        (defaults.sampler, defaults.steps, defaults.guidance),
-        (defaults.dns_sampler, defaults.dns_steps, -defaults.dns_guidance),
-    ):
-        sampler_table(schedule, sampler, steps, guidance)
+    for of_pass, sign in ((defaults.final, 1), (defaults.dns, -1)):
+        sampler_table(schedule, of_pass.sampler, of_pass.steps, sign * of_pass.guidance)
 
 
 def identity_row() -> Table:
-    """The row that leaves the state as it is, whatever the network returns: float32 [ROW]."""
+    """The row that stands still, whatever the network returns: float32 [ROW]."""
     row = np.zeros(ROW, np.float32)
     row[INPUT.start] = 1.0  # the network still sees the finished latents: finite in, finite out
     row[STATE] = np.eye(SLOTS).ravel()
+    row[CLEAN_STATE.start] = 1.0
+    row[PARALLEL] = 1.0
     return row
 
 
-def stack_tables(tables: Sequence[SamplerTable]) -> Table:
-    """Tables of any lengths as one batch, float32 [B, R, ROW]; the shorter ones idle at their end."""
-    longest = max(len(table.rows) for table in tables)
-    stacked = np.tile(identity_row(), (len(tables), longest, 1))
-    for batch, table in zip(stacked, tables, strict=True):
-        batch[: len(table.rows)] = table.rows
-    return stacked
+def _roles(w: np.float32) -> tuple[int, ...]:
+    """The branches that guidance of scale w needs: it drops the negative one at 1, and the prompt's at 0."""
+    return (1,) if w == 1 else (0,) if w == 0 else (0, 1)
 
 
 def _grid(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str | None, eta: float) -> tuple[Grid, float]:
