@@ -145,11 +145,8 @@ def sampler_table(
 
 def check_defaults(schedule: NoiseSchedule, defaults: Defaults) -> None:
     """Raises SettingsError when what a bundle does by default is no table: a bundle that could never run."""
-    for sampler, steps, guidance in (
-        (defaults.sampler, defaults.steps, defaults.guidance),
-        (defaults.dns_sampler, defaults.dns_steps, -defaults.dns_guidance),
-    ):
-        sampler_table(schedule, sampler, steps, guidance)
+    for settings, sign in ((defaults.final, 1), (defaults.dns, -1)):
+        sampler_table(schedule, settings.sampler, settings.steps, sign * settings.guidance)
 
 
 def identity_row() -> Table:
