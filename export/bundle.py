@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from dnp.engine.bundle.bundle import MANIFEST, Bundle, seal
-from dnp.engine.bundle.manifest import SCHEMA, Defaults
-from dnp.engine.bundle.schema import REMEDY, record
+from dnp.engine.bundle.contract import signatures
+from dnp.engine.bundle.manifest import SCHEMA, Defaults, Manifest
+from dnp.engine.bundle.schema import REMEDY, record, same_names
 from dnp.engine.errors import BundleError, ExportError, OutputError, SettingsError
 from dnp.engine.system.files import new_folder
-from dnp.export.families import stable_diffusion
-from dnp.export.families.blip import blip_graphs, caption_manifest, caption_tokenizer, load_blip
+from dnp.export.families import blip, stable_diffusion
+from dnp.export.families.blip import caption_manifest, caption_tokenizer, load_blip
 from dnp.export.families.lora import Lora, check_loras
 from dnp.export.families.source import read_source
 from dnp.export.families.tokenizer import prompt_tokenizer
@@ -44,7 +45,7 @@ DEFAULTS: Mapping[str, Any] = {
     "dns_guidance": 6.5,
 }
 
-Progress = Callable[[str, int, int], None]
+StageCallback = Callable[[str, int, int], None]
 """Called as each stage begins: its name out of ``STAGES``, how many are done, how many there are.
 
 ``ranges`` is a stage before ``seal`` where the ranges are checked."""
@@ -82,7 +83,7 @@ def export_bundle(
     loras: Sequence[Lora] = (),
     ranges: RangeCheck | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: StageCallback | None = None,
 ) -> ExportReport:
     """Export the diffusers folder ``source`` (Stable Diffusion 1.x) and the BLIP folder ``captioner`` to ``out``.
 
@@ -97,7 +98,7 @@ def export_bundle(
         ranges: run whole requests with the fp16 graphs, put back to float32 what overflows, and keep the list in the
             manifest. Only then are the graphs compared with PyTorch.
         overwrite: replace a bundle that is already there.
-        progress: see ``Progress``.
+        progress: see ``StageCallback``.
 
     Raises:
         ExportError: the models cannot be exported, or a graph differs from PyTorch by more than its bound.
@@ -115,16 +116,36 @@ def export_bundle(
         check_loras(tuple(loras))
         model = replace(read_source(Path(source)), loras=tuple(loras))
         try:
-            check_defaults(NoiseSchedule.from_config(model.schedule), record(Defaults, settings, "defaults"))
+            check_defaults(NoiseSchedule.from_config(model.schedule), settings)
         except SettingsError as error:
             raise ExportError(f"the defaults cannot be honoured: {error}") from error
         name = out.name if name is None else name
-        prompt = prompt_tokenizer(model)
+        prompts, tokens = prompt_tokenizer(model)
         captions = load_blip(Path(captioner))
+        caption = caption_manifest(captions)
+        manifest = {
+            "schema": SCHEMA,
+            "name": name,
+            "family": FAMILY,
+            "precision": exact,
+            "created_with": {
+                **{package: version(package) for package in _PACKAGES},
+                **{lora.file.name: f"merged as {lora.scale:g}" for lora in loras},
+            },
+            "text": {"length": model.length, "tokenizers": [asdict(tokens)], "empty": "encoded"},
+            "conditioning": model.conditioning_manifest(),
+            "guidance": {"roles": 2, "methods": False, "embedded": False},
+            "latents": model.latents_manifest(),
+            "schedule": dict(model.schedule),
+            "caption": caption,
+            "defaults": asdict(settings),
+        }
+        wanted = signatures(record(Manifest, {**manifest, "graphs": {}, "files": {}}, "the manifest"))
 
         def build(stage: str, precision: Precision = exact) -> GraphExport:
-            make = stable_diffusion.GRAPHS.get(stage)
-            return _caption_graph(captions, precision, stage) if make is None else make(model, precision)
+            if stage in blip.GRAPHS:
+                return blip.GRAPHS[stage](captions, wanted[stage], precision)
+            return stable_diffusion.GRAPHS[stage](model, wanted[stage], precision)
 
         stages = STAGES if ranges is None else (*STAGES[:-1], "ranges", STAGES[-1])
 
@@ -140,28 +161,9 @@ def export_bundle(
                     records.append(export_graph(build(stage), folder))
                 else:
                     written.append(write_graph(build(stage), folder))
-            caption = caption_manifest(captions)
-            for tokenizer, file in (
-                (prompt.tokenizer, prompt.manifest["tokenizer"]),
-                (caption_tokenizer(captions), caption["tokenizer"]),
-            ):
+            for tokenizer, file in ((prompts, tokens.file), (caption_tokenizer(captions), caption["tokenizer"])):
                 (folder / file).parent.mkdir(exist_ok=True)
                 (folder / file).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-            manifest = {
-                "schema": SCHEMA,
-                "name": name,
-                "family": FAMILY,
-                "precision": exact,
-                "created_with": {
-                    **{package: version(package) for package in _PACKAGES},
-                    **{lora.file.name: f"merged as {lora.scale:g}" for lora in loras},
-                },
-                "text": prompt.manifest,
-                "latents": model.latents_manifest(),
-                "schedule": dict(model.schedule),
-                "caption": caption,
-                "defaults": settings,
-            }
             if ranges is not None:
                 tell("ranges")
                 records = _check_ranges(folder, manifest, written, build, ranges)
@@ -177,11 +179,6 @@ def export_bundle(
 
 
 _PACKAGES = ("dnp-engine", "torch", "diffusers", "transformers", "onnx", "onnxscript", "tokenizers")
-
-
-def _caption_graph(parts: Any, precision: Precision, name: str) -> GraphExport:
-    (graph,) = (graph for graph in blip_graphs(parts, precision) if graph.name == name)
-    return graph
 
 
 def _check_ranges(
@@ -208,14 +205,17 @@ def _check_ranges(
     return records
 
 
-def _merge_defaults(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises ExportError for what the manifest's schema would refuse when everything else is done."""
-    merged = {**DEFAULTS, **changes}
+def _merge_defaults(changes: Mapping[str, Any]) -> Defaults:
+    """``DEFAULTS`` with ``changes``. Raises ExportError for what the manifest's schema would refuse at the end."""
     try:
-        record(Defaults, merged, "defaults")
+        same_names(changes, DEFAULTS, "defaults", DEFAULTS)
+        merged = {**DEFAULTS, **changes}
+        settings = ("sampler", "steps", "guidance")
+        passes = {"final": "", "dns": "dns_"}
+        nested = {kind: {key: merged[prefix + key] for key in settings} for kind, prefix in passes.items()}
+        return record(Defaults, nested, "defaults")
     except BundleError as error:
         raise ExportError(str(error).removesuffix(f"; {REMEDY}")) from None
-    return merged
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from dnp.engine import open_graph
-from dnp.engine.bundle.contract import TensorSpec
-from dnp.engine.bundle.manifest import GraphSpec, Ranges
+from dnp.engine.bundle.contract import Signature
+from dnp.engine.bundle.manifest import GraphSpec, Parity, Ranges
 from dnp.engine.errors import ExportError
 from dnp.export.fp16.simulation import simulated_graph
 from dnp.export.memory import PeakMemory
@@ -29,7 +29,6 @@ from dnp.export.passes.onnx_file import file_statistics, save_graph, write_model
 
 Array = npt.NDArray[Any]
 Dims = Mapping[str, int]
-Tensor = TensorSpec  # an input or output
 OPSET = 20  # from 23 on, scaled_dot_product_attention becomes the operator Attention, see docs/architecture.md
 
 
@@ -39,9 +38,10 @@ class GraphExport:
 
     Attributes:
         name: the graph's name in the bundle; its file is ``graphs/<name>.onnx``.
-        module: called with the inputs by position, in the order of ``inputs``; returns one tensor, or a tuple
-            in the order of ``outputs``. In evaluation mode, of the precision that the graph shall have.
-        inputs, outputs: the tensors by name. Symbols in input shapes become the graph's dynamic axes.
+        module: called with the inputs by position, in the signature's order; returns one tensor, or a tuple
+            in the order of the outputs. In evaluation mode, of the precision that the graph shall have.
+        signature: the tensors by name, from ``contract.signatures``. Symbols in input shapes become the graph's
+            dynamic axes.
         fresh_inputs: makes random inputs for given sizes, numpy arrays of the declared dtypes and shapes.
         example: the sizes to trace with. No symbol may be 1 here, torch takes a 1 for a constant.
         checks: the sizes at which the file is compared with PyTorch; at least one differs from ``example``.
@@ -55,8 +55,7 @@ class GraphExport:
 
     name: str
     module: nn.Module
-    inputs: Mapping[str, Tensor]
-    outputs: Mapping[str, Tensor]
+    signature: Signature
     fresh_inputs: Callable[[np.random.Generator, Dims], dict[str, Array]]
     example: Dims
     checks: Sequence[Dims]
@@ -64,14 +63,6 @@ class GraphExport:
     reference: nn.Module | None = None
     multiples: Mapping[str, int] = field(default_factory=dict)
     traced: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Parity:
-    """The largest absolute difference of one output from PyTorch, and what was allowed."""
-
-    error: float
-    bound: float
 
 
 @dataclass(frozen=True)
@@ -121,12 +112,12 @@ def write_graph(spec: GraphExport, folder: Path) -> WrittenGraph:
     file = f"graphs/{spec.name}.onnx"
     with PeakMemory() as memory:
         program = _trace(spec)
-        shapes = {name: tensor.shape for name, tensor in [*spec.inputs.items(), *spec.outputs.items()]}
+        shapes = {name: tensor.shape for name, tensor in [*spec.signature.inputs.items(), *spec.signature.outputs.items()]}
         save_graph(program.model, folder / file, shapes)
     manifest = {
         "file": file,
-        "inputs": {name: tensor.to_dict() for name, tensor in spec.inputs.items()},
-        "outputs": {name: tensor.to_dict() for name, tensor in spec.outputs.items()},
+        "inputs": {name: tensor.to_dict() for name, tensor in spec.signature.inputs.items()},
+        "outputs": {name: tensor.to_dict() for name, tensor in spec.signature.outputs.items()},
     }
     return WrittenGraph(manifest, time.perf_counter() - started, memory.peak)
 
@@ -141,13 +132,12 @@ def finish_graph(spec: GraphExport, folder: Path, written: WrittenGraph) -> Grap
         _fuse(path)
         parity = _compare(spec, path)
     for name, found in parity.items():
-        if not found.error <= found.bound:  # also when the error is NaN
+        if not found.max_abs_error <= found.bound:  # also when the error is NaN
             raise ExportError(
-                f"graph {spec.name!r} differs from PyTorch: output {name!r} by {found.error:.3g}, allowed is "
+                f"graph {spec.name!r} differs from PyTorch: output {name!r} by {found.max_abs_error:.3g}, allowed is "
                 f"{found.bound:.3g}. If this is precision fp16, export fp32: the model may need it"
             )
-    errors = {name: {"max_abs_error": p.error, "bound": p.bound} for name, p in parity.items()}
-    manifest = {**written.manifest, "parity": errors}
+    manifest = {**written.manifest, "parity": {name: asdict(found) for name, found in parity.items()}}
     nodes, size = file_statistics(path)
     seconds = written.seconds + time.perf_counter() - started
     return GraphRecord(spec.name, manifest, parity, nodes, size, seconds, max(written.peak_memory, memory.peak))
@@ -163,7 +153,7 @@ def _trace(spec: GraphExport) -> torch.onnx.ONNXProgram:
     arrays = spec.fresh_inputs(np.random.default_rng(0), spec.example)
     _check_inputs(spec, arrays, spec.example)
     dims: dict[str, Any] = {}
-    for symbol in dict.fromkeys(s for tensor in spec.inputs.values() for s in tensor.symbols):
+    for symbol in dict.fromkeys(s for tensor in spec.signature.inputs.values() for s in tensor.symbols):
         multiple, largest = spec.multiples.get(symbol, 1), spec.traced.get(symbol, 1 << 16)
         if multiple > 1:
             dims[symbol] = multiple * torch.export.Dim(f"{symbol}_{multiple}", min=1, max=largest // multiple)
@@ -171,17 +161,17 @@ def _trace(spec: GraphExport) -> torch.onnx.ONNXProgram:
             dims[symbol] = torch.export.Dim(symbol, min=1, max=largest)
     dynamic = tuple(
         {axis: dims[entry] for axis, entry in enumerate(tensor.shape) if isinstance(entry, str)}
-        for tensor in spec.inputs.values()
+        for tensor in spec.signature.inputs.values()
     )
     try:
         with torch.inference_mode(), _quiet():
             program = torch.onnx.export(
                 spec.module,
-                tuple(torch.from_numpy(arrays[name]) for name in spec.inputs),
+                tuple(torch.from_numpy(arrays[name]) for name in spec.signature.inputs),
                 dynamo=True,
                 dynamic_shapes=dynamic,
-                input_names=list(spec.inputs),
-                output_names=list(spec.outputs),
+                input_names=list(spec.signature.inputs),
+                output_names=list(spec.signature.outputs),
                 opset_version=OPSET,
                 custom_translation_table=translations(),
                 verbose=False,
@@ -198,9 +188,9 @@ def _compare(spec: GraphExport, path: Path) -> dict[str, Parity]:
     An fp16 graph is compared in its simulated form: the ``cpu`` backend itself would hide what overflows.
     """
     reference = spec.module if spec.reference is None else spec.reference
-    errors, largest = dict.fromkeys(spec.outputs, 0.0), dict.fromkeys(spec.outputs, 1.0)
+    errors, largest = dict.fromkeys(spec.signature.outputs, 0.0), dict.fromkeys(spec.signature.outputs, 1.0)
     rng = np.random.default_rng(1)
-    graph = GraphSpec(spec.name, path, dict(spec.inputs), dict(spec.outputs))
+    graph = GraphSpec(spec.name, path, *spec.signature)
     with (
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".simulated-") as simulated,
         open_graph(simulated_graph(graph, Path(simulated)), "cpu") as session,
@@ -209,20 +199,20 @@ def _compare(spec: GraphExport, path: Path) -> dict[str, Parity]:
             arrays = spec.fresh_inputs(rng, dims)
             _check_inputs(spec, arrays, dims)
             with torch.inference_mode():
-                result = reference(*(_like_reference(arrays[name], spec) for name in spec.inputs))
+                result = reference(*(_like_reference(arrays[name], spec) for name in spec.signature.inputs))
             expected = (result,) if isinstance(result, torch.Tensor) else tuple(result)
             session.reshape(**dims)
             for name, array in arrays.items():
                 session.inputs[name].write(array.astype(session.inputs[name].dtype, copy=False))
             session.run()
-            for name, want in zip(spec.outputs, expected, strict=True):
+            for name, want in zip(spec.signature.outputs, expected, strict=True):
                 got = session.outputs[name].read()
                 # np.maximum keeps a NaN, max() may lose it
                 error = np.max(np.abs(got.astype(np.float64) - want.double().numpy()), initial=0.0)
                 errors[name] = float(np.maximum(errors[name], error))
                 if want.is_floating_point():
                     largest[name] = max(largest[name], float(want.abs().max()))
-    return {name: Parity(errors[name], spec.bounds[name] * largest[name]) for name in spec.outputs}
+    return {name: Parity(errors[name], spec.bounds[name] * largest[name]) for name in spec.signature.outputs}
 
 
 def _like_reference(array: Array, spec: GraphExport) -> torch.Tensor:
@@ -232,7 +222,7 @@ def _like_reference(array: Array, spec: GraphExport) -> torch.Tensor:
 
 
 def _check_inputs(spec: GraphExport, arrays: Mapping[str, Array], dims: Dims) -> None:
-    declared = {name: (tensor.resolve(dims), tensor.dtype) for name, tensor in spec.inputs.items()}
+    declared = {name: (tensor.resolve(dims), tensor.dtype) for name, tensor in spec.signature.inputs.items()}
     made = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
     if made != declared:
         raise ValueError(f"{spec.name}: fresh_inputs gives {made}, declared are {declared}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,11 @@ from tokenizers import Tokenizer, decoders
 from transformers import AutoTokenizer, BlipForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
 
+from dnp.engine.bundle.contract import Signature
 from dnp.engine.errors import ExportError
 from dnp.export.families.blip_modules import CaptionStep, EncodeImage, OriginalDecoder, OriginalEncoder
 from dnp.export.fp16.precision import Precision, in_precision
 from dnp.export.graph import Array, Dims, GraphExport
-from dnp.export.graph import Tensor as Tensor
 from dnp.runtime.captioning.resize import resize_matrices
 
 MAX_CAPTION = 64  # cache slots, unless the model has fewer positions: real BLIP has 512, its captions about 20 tokens
@@ -101,17 +102,14 @@ def caption_tokenizer(parts: BlipParts) -> Tokenizer:
     return tokenizer
 
 
-def blip_graphs(parts: BlipParts, precision: Precision) -> list[GraphExport]:
-    """``encode_image`` and ``caption_step``, each compared with transformers' own forward pass in float32."""
-    spec = caption_manifest(parts)
+def encode_image(parts: BlipParts, signature: Signature, precision: Precision) -> GraphExport:
+    """The vision transformer's graph, compared with transformers' own forward pass in float32."""
     model, exact = parts.model, precision == "fp32"
     half = in_precision(model, precision)
-    cache: Literal["float32", "float16"] = "float32" if exact else "float16"
-    layers, heads, slots, tokens, width = (spec[k] for k in ("layers", "heads", "length", "tokens", "head_dim"))
-    size = spec["image_size"]
+    size = model.config.vision_config.image_size
 
     def images(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
-        shape = (dims["batch"], dims["image_height"], dims["image_width"], 3)
+        shape = signature.inputs["image"].resolve(dims)
         columns, rows = resize_matrices(*shape[1:3], size)
         return {
             "image": rng.integers(0, 256, shape, np.uint8),
@@ -119,15 +117,10 @@ def blip_graphs(parts: BlipParts, precision: Precision) -> list[GraphExport]:
             "resize_rows": np.array(rows),
         }
 
-    encode = GraphExport(
+    return GraphExport(
         name="encode_image",
         module=EncodeImage(half.vision_model, half.text_decoder, parts.mean, parts.std).eval(),
-        inputs={
-            "image": Tensor(("batch", "image_height", "image_width", 3), "uint8"),
-            "resize_columns": Tensor(("image_width", size)),
-            "resize_rows": Tensor((size, "image_height")),
-        },
-        outputs=dict.fromkeys(("cross_keys", "cross_values"), Tensor(("batch", layers, heads, tokens, width), cache)),
+        signature=signature,
         fresh_inputs=images,
         example={"batch": 2, "image_height": size + 8, "image_width": size + 16},
         checks=[
@@ -135,45 +128,50 @@ def blip_graphs(parts: BlipParts, precision: Precision) -> list[GraphExport]:
             {"batch": 1, "image_height": 2 * size, "image_width": size // 2},
             {"batch": 3, "image_height": size, "image_width": size},
         ],
-        bounds=dict.fromkeys(("cross_keys", "cross_values"), 1e-3 if exact else 0.05),
+        bounds=dict.fromkeys(signature.outputs, 1e-3 if exact else 0.05),
         reference=OriginalEncoder(model.vision_model, model.text_decoder, parts.mean, parts.std).eval(),
     )
 
-    own = Tensor(("batch", layers, heads, slots, width), cache)
-    cross = Tensor(("images", layers, heads, tokens, width), cache)
-    integers = Tensor(("batch",), "int64")
+
+def caption_step(parts: BlipParts, signature: Signature, precision: Precision) -> GraphExport:
+    """The caption decoder's graph, compared with transformers' own forward pass in float32."""
+    model, exact = parts.model, precision == "fp32"
+    half = in_precision(model, precision)
+    vocab, eos = model.config.text_config.vocab_size, model.config.text_config.sep_token_id
 
     def states(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
-        def normal(tensor: Tensor) -> Array:
-            return rng.standard_normal(tensor.resolve(dims)).astype(tensor.dtype)
-
+        inputs = signature.inputs
+        count, slots = inputs["tokens"].resolve(dims)
         ends = [0, slots - 1]  # the first and the last position are always among those tried
-        return {
-            "token": rng.integers(0, spec["vocab"], dims["batch"]),
-            "position": np.resize([*ends, *rng.integers(0, slots, dims["batch"])], dims["batch"]),
-            "parent": rng.integers(0, dims["batch"], dims["batch"]),
-            "keys": normal(own),
-            "values": normal(own),
-            "cross_keys": normal(cross),
-            "cross_values": normal(cross),
+        arrays = {
+            "tokens": rng.integers(0, vocab, (count, slots)),
+            "position": np.resize([*ends, *rng.integers(0, slots, count)], count),
+            "prompt_length": rng.integers(1, slots, count),
+            "min_length": rng.integers(0, slots, count),
+            "parent": rng.integers(0, count, count),
         }
+        for name in ("keys", "values", "cross_keys", "cross_values"):
+            arrays[name] = rng.standard_normal(inputs[name].resolve(dims)).astype(inputs[name].dtype)
+        return arrays
 
-    step = GraphExport(
+    # In fp16 two nearly equal logits may change places, so there the next token is bounded by the logits alone.
+    whole = {"next_tokens": 0.0 if exact else float(vocab), "next_position": 0.0}
+    return GraphExport(
         name="caption_step",
-        module=CaptionStep(half.text_decoder).eval(),
-        inputs={"token": integers, "position": integers, "parent": integers, "keys": own, "values": own,
-                "cross_keys": cross, "cross_values": cross},
-        outputs={"logits": Tensor(("batch", spec["vocab"])), "next_token": integers,
-                 "next_keys": own, "next_values": own},
+        module=CaptionStep(half.text_decoder, eos).eval(),
+        signature=signature,
         fresh_inputs=states,
-        example={"batch": 6, "images": 2},
-        checks=[{"batch": rows, "images": count} for rows, count in ((6, 2), (1, 1), (4, 4), (5, 1))],
-        # In fp16 two nearly equal logits may change places, so there the next token is bounded by the logits alone.
-        bounds={"logits": 1e-3 if exact else 0.05, "next_token": 0.0 if exact else float(spec["vocab"]),
-                "next_keys": 1e-3 if exact else 0.05, "next_values": 1e-3 if exact else 0.05},
-        reference=OriginalDecoder(model.text_decoder).eval(),
-    )  # fmt: skip
-    return [encode, step]
+        example={"sequences": 6, "images": 2},
+        checks=[{"sequences": rows, "images": count} for rows, count in ((6, 2), (1, 1), (4, 4), (5, 1))],
+        bounds={name: whole.get(name, 1e-3 if exact else 0.05) for name in signature.outputs},
+        reference=OriginalDecoder(model.text_decoder, eos).eval(),
+    )
+
+
+GRAPHS: Mapping[str, Callable[[BlipParts, Signature, Precision], GraphExport]] = {
+    "encode_image": encode_image,
+    "caption_step": caption_step,
+}
 
 
 def _check_processor(image: dict[str, Any], size: int, folder: Path) -> None:

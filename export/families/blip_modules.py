@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation.logits_process import LogitsProcessorList, MinLengthLogitsProcessor
 
 
 class EncodeImage(nn.Module):
@@ -44,32 +45,38 @@ class EncodeImage(nn.Module):
 
 
 class CaptionStep(nn.Module):
-    """One token in, the logits of the next one out, over caches of a fixed size M.
+    """The token at ``position`` of each sequence in, the next one chosen and written beside it, over M positions.
 
-    The rows of an image, its beams, are adjacent, and read that image's cross-attention keys in place: the cross
+    The sequences of an image, its beams, are adjacent, and read that image's cross-attention keys in place: the cross
     caches have one entry per image, and a beam is one more query. Slots from ``position`` on are never read, so
-    stale caches do no harm.
+    stale caches do no harm. Token ``eos`` ends a caption.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: nn.Module, eos: int) -> None:
         super().__init__()
         self.decoder = decoder
+        self.eos = eos
 
     def forward(
         self,
-        token: torch.Tensor,
+        tokens: torch.Tensor,
         position: torch.Tensor,
+        prompt_length: torch.Tensor,
+        min_length: torch.Tensor,
         parent: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         cross_keys: torch.Tensor,
         cross_values: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``logits`` float32 ``[B, vocab]``, ``next_token`` int64 ``[B]``, and the caches as they were given.
+    ) -> tuple[torch.Tensor, ...]:
+        """``logits`` float32 ``[B, vocab]``, ``next_tokens``, ``next_position`` and the caches as they were given.
 
-        ``token``, ``position``, ``parent`` int64 ``[B]``; ``keys``, ``values`` ``[B, layers, heads, M, d]``; the cross
-        caches ``[images, layers, heads, T, d]`` with ``B`` a multiple of ``images``.
+        ``tokens`` int64 ``[B, M]``; ``position``, ``prompt_length``, ``min_length``, ``parent`` int64 ``[B]``; ``keys``,
+        ``values`` ``[B, layers, heads, M, d]``; the cross caches ``[images, layers, heads, T, d]`` with ``B`` a
+        multiple of ``images``.
         """
+        tokens = tokens.index_select(0, parent)
+        token = tokens.gather(1, position[:, None]).squeeze(1)
         decoder: Any = self.decoder
         embeddings, head = decoder.bert.embeddings, decoder.cls.predictions
         x = embeddings.word_embeddings(token) + embeddings.position_embeddings(position)
@@ -99,7 +106,11 @@ class CaptionStep(nn.Module):
         # Logits in float32: fp16 has a step of 1/128 at 10, which would tie the best candidates.
         x = head.transform(x).float()
         logits = F.linear(x, head.decoder.weight.float(), head.decoder.bias.float())
-        return logits, logits.argmax(-1), torch.stack(written[0], 1), torch.stack(written[1], 1)
+        chosen = _choose(logits, self.eos, position, min_length)
+        next_position = position + 1
+        free = (slots.T == next_position[:, None]) & (next_position >= prompt_length)[:, None]  # [B, M]
+        next_tokens = torch.where(free, chosen[:, None], tokens)
+        return logits, next_tokens, next_position, torch.stack(written[0], 1), torch.stack(written[1], 1)
 
 
 class OriginalEncoder(nn.Module):
@@ -125,24 +136,28 @@ class OriginalEncoder(nn.Module):
 class OriginalDecoder(nn.Module):
     """The outputs of ``CaptionStep`` by transformers' own text decoder and its growing caches, one row at a time."""
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: nn.Module, eos: int) -> None:
         super().__init__()
         self.decoder = decoder
+        self.eos = eos
 
     def forward(
         self,
-        token: torch.Tensor,
+        tokens: torch.Tensor,
         position: torch.Tensor,
+        prompt_length: torch.Tensor,
+        min_length: torch.Tensor,
         parent: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         cross_keys: torch.Tensor,
         cross_values: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """As ``CaptionStep.forward``."""
         logits, next_keys, next_values = [], torch.zeros_like(keys), torch.zeros_like(values)
-        beams = len(token) // len(cross_keys)
-        for row in range(len(token)):
+        next_tokens = tokens[parent]
+        beams = len(tokens) // len(cross_keys)
+        for row in range(len(tokens)):
             image, origin, length = row // beams, int(parent[row]), int(position[row])
             own, cross = DynamicCache(), DynamicCache()
             for index in range(keys.shape[1]):
@@ -153,18 +168,22 @@ class OriginalDecoder(nn.Module):
             cache = EncoderDecoderCache(own, cross)
             states = torch.zeros(1, cross_keys.shape[3], 1)  # not read: the cross cache is full
             output = self.decoder(
-                input_ids=token[row].reshape(1, 1),
+                input_ids=next_tokens[row, length].reshape(1, 1),
                 encoder_hidden_states=states,
                 past_key_values=cache,
                 use_cache=True,
             )
             logits.append(output.logits[0, -1])
+            following = length + 1
+            if prompt_length[row] <= following < tokens.shape[1]:
+                short = LogitsProcessorList([MinLengthLogitsProcessor(int(min_length[row]), self.eos)])
+                scores: Any = short(torch.zeros(1, following, dtype=torch.int64), output.logits[:, -1].clone())
+                next_tokens[row, following] = scores.argmax()
             grown: Any = cache.self_attention_cache.layers
             for index, layer in enumerate(grown):
                 next_keys[row, index, :, : length + 1] = layer.keys[0]
                 next_values[row, index, :, : length + 1] = layer.values[0]
-        stacked = torch.stack(logits)
-        return stacked, stacked.argmax(-1), next_keys, next_values
+        return torch.stack(logits), next_tokens, position + 1, next_keys, next_values
 
 
 def resize_exactly(image: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -194,6 +213,13 @@ def normalise(pixels: torch.Tensor, mean: list[float], std: list[float]) -> torc
 
 def _layers(decoder: nn.Module) -> Any:
     return decoder.bert.encoder.layer  # type: ignore[union-attr]
+
+
+def _choose(logits: torch.Tensor, eos: int, position: torch.Tensor, min_length: torch.Tensor) -> torch.Tensor:
+    """The likeliest token ``[B]`` of ``logits [B, vocab]``, ``eos`` only where ``min_length`` tokens are reached."""
+    early = (position + 1 < min_length)[:, None]
+    ends = torch.arange(logits.shape[1], device=logits.device)[None] == eos
+    return torch.where(early & ends, torch.finfo(logits.dtype).min, logits).argmax(-1)
 
 
 def _heads(attention: Any, x: torch.Tensor, tokens: int, batch: int = -1) -> torch.Tensor:

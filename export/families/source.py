@@ -115,8 +115,12 @@ class Source:
             "multiple": self.multiple,
             "max_height": _most(self.height, self.multiple),
             "max_width": _most(self.width, self.multiple),
-            "pixels": self.pixels,
+            "vae_scale_factor": self.pixels,
         }
+
+    def conditioning_manifest(self) -> dict[str, Any]:
+        """The ``conditioning`` section of ``bundle.json``: the text that the UNet attends to."""
+        return {"embeddings": {"shape": ["tokens", self.dim], "source": "text"}}
 
 
 def read_source(folder: Path) -> Source:

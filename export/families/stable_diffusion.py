@@ -1,8 +1,8 @@
-"""Stable Diffusion 1.x as three graphs: ``encode_text``, ``denoise`` and ``decode_latents``.
+"""Stable Diffusion as three graphs: ``encode_text``, ``denoise`` and ``decode_latents``.
 
 Latent diffusion: arXiv 2112.10752; classifier-free guidance: arXiv 2207.12598; diffusion-negative sampling,
 which is the same step with the sign of w reversed: arXiv 2411.05473.
-Shapes: B batch, N slots, C h w latents, L D text.
+Shapes: P places, R rows, B batch, N slots, C h w latents, L D text.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from dnp.engine.bundle import columns
+from dnp.engine.bundle.contract import Signature
 from dnp.engine.errors import ExportError
 from dnp.export.families.lora import merge
 from dnp.export.families.source import Source
 from dnp.export.fp16.precision import Precision, dtype_of, in_precision
-from dnp.export.graph import Array, Dims, GraphExport, Tensor
+from dnp.export.graph import Array, Dims, GraphExport
 
 # The largest error allowed, by graph and precision; see GraphExport.bounds. Images are in grey levels.
 BOUNDS: Mapping[str, Mapping[Precision, float]] = {
@@ -30,20 +31,24 @@ BOUNDS: Mapping[str, Mapping[Precision, float]] = {
 
 
 class EncodeText(nn.Module):
-    """``ids`` int64 ``[B, L]`` to the context ``[B, L, D]``, the text encoder's last hidden state."""
+    """``ids`` int64 ``[B, L]`` to the embeddings ``[B, L, D]``, the text encoder's last hidden state.
 
-    def __init__(self, text_encoder: Any) -> None:
+    L is a multiple of ``window``, what the text encoder takes at once; every window is encoded by itself.
+    """
+
+    def __init__(self, text_encoder: Any, window: int) -> None:
         super().__init__()
         self.text_encoder = text_encoder
+        self.window = window
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        context: torch.Tensor = self.text_encoder(input_ids=ids).last_hidden_state
-        return context.float()
+        hidden: torch.Tensor = self.text_encoder(input_ids=ids.reshape(-1, self.window)).last_hidden_state
+        return hidden.reshape(*ids.shape, hidden.shape[-1]).float()
 
 
 class Denoise(nn.Module):
-    """One sampler step for each sample, whichever sampler it uses: see the architecture's "denoise".
+    """One sampler step for each place, whichever sampler it uses: see ``engine/bundle/columns.py``.
 
     Only the UNet computes in the bundle's precision. State, table and the combination of the guidance
     branches are float32, and weighted sums are not written as matrix products, which GPUs round to TF32.
@@ -59,170 +64,174 @@ class Denoise(nn.Module):
         index: torch.Tensor,
         table: torch.Tensor,
         noise: torch.Tensor,
-        base_context: torch.Tensor,
-        prompt_context: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``[B, N, C, h, w]``, ``[B]``, ``[B, rows, 30]``, ``[B, draws, C, h, w]``, twice ``[B, L, D]`` to
-        ``next_state [B, N, C, h, w]``, ``next_index [B]`` and ``latents [B, C, h, w]``.
-        """
+        row_place: torch.Tensor,
+        row_role: torch.Tensor,
+        place_rows: torch.Tensor,
+        embeddings: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``next_state [P, N, C, h, w]``, ``next_index [P]``, ``latents`` and ``clean_latents [P, C, h, w]``."""
         row = _entry(table, index)
-        z = _entry(noise, index)
-        t, w = row[:, columns.TIMESTEP], row[:, columns.GUIDANCE]
-        E, B, C = (_over_latents(row[:, part]) for part in (columns.INPUT, columns.OUTPUT, columns.NOISE))
+        z = _entry(noise, row[:, columns.DRAW].to(torch.int64))
         A = _over_latents(row[:, columns.STATE].reshape(-1, columns.SLOTS, columns.SLOTS))
+        B, B0, C, E, P = (_over_latents(row[:, part]) for part in _VECTORS)
+        w, q = (_over_latents(row[:, column]) for column in (columns.GUIDANCE, columns.CLEAN_OUTPUT))
 
         x = (E * state).sum(1)
-        o = self._guided(x, t, _over_latents(w), base_context, prompt_context)
-        next_state = (A * state.unsqueeze(1)).sum(2) + B * o.unsqueeze(1) + C * z.unsqueeze(1)
-        return next_state, index + 1, next_state[:, 0]
+        t = row[:, columns.TIMESTEP].index_select(0, row_place)
+        conditioning = _of_rows(embeddings, row_place, row_role)
+        outputs = self._network(x.index_select(0, row_place), t, conditioning)
+        o_0, o_1 = (outputs.index_select(0, rows) for rows in place_rows.unbind(1))
+        o = o_0 + w * (o_1 - o_0)
 
-    def _guided(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        w: torch.Tensor,
-        base_context: torch.Tensor,
-        prompt_context: torch.Tensor,
-    ) -> torch.Tensor:
-        """Both branches in one call, base first; w is any number, of either sign."""
+        changed = B * o.unsqueeze(1) + B0 * o_0.unsqueeze(1) + C * z.unsqueeze(1)
+        next_state = (A * state.unsqueeze(1)).sum(2) + changed
+        next_index = index + row[:, columns.ADVANCE].to(torch.int64)
+        return next_state, next_index, next_state[:, 0], (P * state).sum(1) + q * o
+
+    def _network(self, x: torch.Tensor, t: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         dtype = dtype_of(self.unet)
-        x = x.to(dtype)
-        context = torch.cat([base_context, prompt_context]).to(dtype)
-        outputs = self.unet(torch.cat([x, x]), torch.cat([t, t]), context, return_dict=False)[0].float()
-        ob, op = outputs.reshape(2, *x.shape).unbind(0)
-        guided: torch.Tensor = ob + w * (op - ob)
-        return guided
+        output: torch.Tensor = self.unet(x.to(dtype), t, embeddings.to(dtype), return_dict=False)[0]
+        return output.float()
 
 
 class DecodeLatents(nn.Module):
-    """Latents ``[B, C, h, w]``, scaled as the UNet has them, to an image uint8 ``[B, f·h, f·w, 3]``."""
+    """Latents ``[P, C, h, w]``, scaled as the UNet has them, of the places ``decoded`` to images.
+
+    Images are uint8 ``[B, f·h, f·w, 3]``.
+    """
 
     def __init__(self, vae: Any, scaling: float) -> None:
         super().__init__()
         self.vae = vae
         self.scaling = scaling
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
         """See the class. Rounds to even, as numpy does; TensorRT wants the uint8 cast to be last."""
         vae: Any = self.vae
-        image: torch.Tensor = vae.decode((latents / self.scaling).to(dtype_of(vae)), return_dict=False)[0]
+        chosen = latents.index_select(0, decoded) / self.scaling
+        image: torch.Tensor = vae.decode(chosen.to(dtype_of(vae)), return_dict=False)[0]
         levels = ((image.float() / 2 + 0.5).clamp(0, 1) * 255).round()
         return levels.permute(0, 2, 3, 1).to(torch.uint8)
 
 
-def encode_text(source: Source, precision: Precision) -> GraphExport:
+def encode_text(source: Source, signature: Signature, precision: Precision) -> GraphExport:
     """The text encoder's graph."""
-    module = EncodeText(_load(source, "text_encoder")).eval()
-    ids = Tensor(("batch", source.length), "int64")
+    module = EncodeText(_load(source, "text_encoder"), source.length).eval()
 
     def fresh(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
+        ids = signature.inputs["ids"]
         return {"ids": rng.integers(0, source.vocabulary, ids.resolve(dims))}
 
     return GraphExport(
         name="encode_text",
         module=in_precision(module, precision),
-        inputs={"ids": ids},
-        outputs={"context": Tensor(("batch", source.length, source.dim))},
+        signature=signature,
         fresh_inputs=fresh,
-        example={"batch": 2},
-        checks=[{"batch": 3}, {"batch": 1}],
-        bounds={"context": BOUNDS["encode_text"][precision]},
+        example={"batch": 3, "tokens": 2 * source.length},
+        checks=[{"batch": 3, "tokens": source.length}, {"batch": 1, "tokens": 3 * source.length}],
+        bounds=dict.fromkeys(signature.outputs, BOUNDS["encode_text"][precision]),
         reference=None if precision == "fp32" else module,
+        multiples={"tokens": source.length},
     )
 
 
-def denoise(source: Source, precision: Precision) -> GraphExport:
+def denoise(source: Source, signature: Signature, precision: Precision) -> GraphExport:
     """The step graph."""
     module = Denoise(_load(source, "unet")).eval()
-    m = source.multiple
-    latents = (source.channels, "height", "width")
-    state = Tensor(("batch", columns.SLOTS, *latents))
-    context = Tensor(("batch", source.length, source.dim))
-    bound = BOUNDS["denoise"][precision]
-    inputs = {
-        "state": state,
-        "index": Tensor(("batch",), "int64"),
-        "table": Tensor(("batch", "rows", columns.ROW)),
-        "noise": Tensor(("batch", "draws", *latents)),
-        "base_context": context,
-        "prompt_context": context,
-    }
+    m, length, bound = source.multiple, source.length, BOUNDS["denoise"][precision]
 
     def fresh(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
+        inputs = signature.inputs
+        floats = {name: tensor for name, tensor in inputs.items() if tensor.dtype == "float32"}
         arrays: dict[str, Array] = {
-            name: rng.standard_normal(tensor.resolve(dims), dtype=np.float32) for name, tensor in inputs.items()
+            name: rng.standard_normal(tensor.resolve(dims), dtype=np.float32) for name, tensor in floats.items()
         }
-        arrays["index"] = rng.integers(0, dims["rows"] + 2, dims["batch"])  # the end is past, too
+        below = {"index": "steps", "row_place": "places", "place_rows": "rows"}
+        for name, symbol in below.items():
+            arrays[name] = rng.integers(0, dims[symbol], inputs[name].resolve(dims))
+        roles = inputs["place_rows"].resolve(dims)[1]
+        arrays["row_role"] = rng.integers(0, roles, dims["rows"])
         table = arrays["table"]
         table *= 0.5
         table[..., columns.TIMESTEP] = rng.uniform(0, 999, table.shape[:2])
         table[..., columns.GUIDANCE] = rng.choice([-3.0, 0.0, 1.0, 7.5], table.shape[:2])
-        return arrays
+        table[..., columns.ADVANCE] = rng.integers(0, 2, table.shape[:2])
+        table[..., columns.DRAW] = rng.integers(0, dims["noise_steps"], table.shape[:2])
+        return {name: arrays[name] for name in inputs}
 
+    own = {"tokens": length, "height": source.height, "width": source.width}
     return GraphExport(
         name="denoise",
         module=in_precision(module, precision),
-        inputs=inputs,
-        outputs={
-            "next_state": state,
-            "next_index": Tensor(("batch",), "int64"),
-            "latents": Tensor(("batch", *latents)),
-        },
+        signature=signature,
         fresh_inputs=fresh,
-        example={"batch": 2, "rows": 3, "draws": 2, "height": 2 * m, "width": 2 * m},
+        example={"places": 2, "rows": 5, "steps": 3, "noise_steps": 2, "tokens": 2 * length, "height": 2 * m,
+                 "width": 2 * m},
         checks=[
-            {"batch": 3, "rows": 5, "draws": 5, "height": 3 * m, "width": 2 * m},
-            {"batch": 1, "rows": 1, "draws": 1, "height": source.height, "width": source.width},
+            {"places": 3, "rows": 4, "steps": 5, "noise_steps": 3, "tokens": length, "height": 3 * m, "width": 2 * m},
+            {"places": 1, "rows": 1, "steps": 1, "noise_steps": 1, **own},
         ],
-        bounds={"next_state": bound, "next_index": 0, "latents": bound},
+        bounds={name: 0 if tensor.dtype == "int64" else bound for name, tensor in signature.outputs.items()},
         reference=None if precision == "fp32" else module,
-        multiples={"height": m, "width": m},
-        traced={"batch": 31},  # from 64 rows on, diffusers makes a copy for the sake of an old CUDA bug
-    )
+        multiples={"height": m, "width": m, "tokens": length},
+        traced={"rows": 63},  # from 64 rows on, diffusers makes a copy for the sake of an old CUDA bug
+    )  # fmt: skip
 
 
-def decode_latents(source: Source, precision: Precision) -> GraphExport:
+def decode_latents(source: Source, signature: Signature, precision: Precision) -> GraphExport:
     """The VAE decoder's graph; the encoder is not needed."""
     module = DecodeLatents(_load(source, "vae"), source.scaling).eval()
-    f, m = source.pixels, source.multiple
-    latents = Tensor(("batch", source.channels, "height", "width"))
+    m = source.multiple
 
     def fresh(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
-        return {"latents": rng.standard_normal(latents.resolve(dims), dtype=np.float32)}
+        latents = signature.inputs["latents"]
+        return {
+            "latents": rng.standard_normal(latents.resolve(dims), dtype=np.float32),
+            "decoded": rng.integers(0, dims["places"], dims["batch"]),
+        }
 
     return GraphExport(
         name="decode_latents",
         module=in_precision(module, precision),
-        inputs={"latents": latents},
-        outputs={"image": Tensor(("batch", f"{f}*height", f"{f}*width", 3), "uint8")},
+        signature=signature,
         fresh_inputs=fresh,
-        example={"batch": 2, "height": 2 * m, "width": 2 * m},
+        example={"places": 3, "batch": 2, "height": 2 * m, "width": 2 * m},
         checks=[
-            {"batch": 3, "height": 3 * m, "width": 2 * m},
-            {"batch": 1, "height": source.height, "width": source.width},
+            {"places": 2, "batch": 3, "height": 3 * m, "width": 2 * m},
+            {"places": 1, "batch": 1, "height": source.height, "width": source.width},
         ],
-        bounds={"image": BOUNDS["decode_latents"][precision]},
+        bounds=dict.fromkeys(signature.outputs, BOUNDS["decode_latents"][precision]),
         reference=None if precision == "fp32" else module,
     )
 
 
 # In this order; each is called when its turn has come, so that one model at a time is in memory.
-GRAPHS: Mapping[str, Callable[[Source, Precision], GraphExport]] = {
+GRAPHS: Mapping[str, Callable[[Source, Signature, Precision], GraphExport]] = {
     "encode_text": encode_text,
     "denoise": denoise,
     "decode_latents": decode_latents,
 }
 
+_VECTORS = (columns.OUTPUT, columns.NEGATIVE_OUTPUT, columns.NOISE, columns.INPUT, columns.CLEAN_STATE)
+
 
 def _entry(sequences: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """``sequences[b, min(index[b], n − 1)]``: ``[B, n, ...]`` and ``[B]`` to ``[B, ...]``, as one Gather."""
-    batch, n = sequences.shape[:2]
-    entry = torch.arange(batch, device=index.device) * n + index.clamp(max=n - 1)
-    return sequences.flatten(0, 1).index_select(0, entry)
+    """``sequences[p, index[p]]``: ``[P, n, ...]`` and ``[P]`` to ``[P, ...]``.
+
+    As GatherElements: that needs no Range, and ONNX Runtime's GatherND copies from the host whenever it is run on a
+    GPU, which no CUDA graph can hold.
+    """
+    entry = index.reshape(-1, *[1] * (sequences.dim() - 1)).expand(-1, 1, *sequences.shape[2:])
+    return sequences.gather(1, entry).squeeze(1)
+
+
+def _of_rows(bank: torch.Tensor, row_place: torch.Tensor, row_role: torch.Tensor) -> torch.Tensor:
+    """The bank's entry for each row: ``[P, roles, ...]`` to ``[R, ...]``."""
+    return bank.flatten(0, 1).index_select(0, row_place * bank.shape[1] + row_role)
 
 
 def _over_latents(weights: torch.Tensor) -> torch.Tensor:
-    """Weights ``[B, ...]`` that multiply latents ``[..., C, h, w]``."""
+    """Weights ``[P, ...]`` that multiply latents ``[..., C, h, w]``."""
     return weights[..., None, None, None]
 
 

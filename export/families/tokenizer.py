@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from dnp.engine.bundle.manifest import TokenizerSpec
 from dnp.engine.errors import ExportError
 from dnp.export.families.source import Source
 
@@ -24,18 +24,11 @@ PROBES = (
 )
 
 
-@dataclass(frozen=True)
-class PromptTokenizer:
-    """A converted tokenizer, without padding and truncation, and its entry in ``bundle.json``."""
-
-    tokenizer: Any
-    manifest: dict[str, Any]
-
-
-def prompt_tokenizer(source: Source) -> PromptTokenizer:
+def prompt_tokenizer(source: Source) -> tuple[Tokenizer, TokenizerSpec]:
     """Convert the CLIP tokenizer of ``source`` and compare its ids with transformers' on ``PROBES``.
 
-    Raises ExportError when it cannot be loaded, has ids that the text encoder lacks, or gives other ids.
+    The result neither pads nor truncates. Raises ExportError when the tokenizer cannot be loaded, has ids that the
+    text encoder lacks, or gives other ids.
     """
     import transformers
 
@@ -59,12 +52,4 @@ def prompt_tokenizer(source: Source) -> PromptTokenizer:
         expected = theirs(text, padding="max_length", truncation=True, max_length=length)["input_ids"]
         if ids != expected or ids[0] != bos or eos not in ids:
             raise ExportError(f"the tokenizer in {folder} cannot be converted: {text!r} gives {ids}, not {expected}")
-    manifest = {
-        "length": length,
-        "dim": source.dim,
-        "bos": bos,
-        "eos": eos,
-        "pad": pad,
-        "tokenizer": FILE,
-    }
-    return PromptTokenizer(ours, manifest)
+    return ours, TokenizerSpec(FILE, bos, eos, pad)
