@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 
 from dnp import Pipeline
 from dnp.engine import open_session
-from dnp.runtime.sampling.denoise import Sample, denoise, load_samples
+from dnp.runtime.pipeline.conditioning import Conditioner
+from dnp.runtime.sampling.denoise import Denoiser, Sample
 from dnp.runtime.sampling.samplers import sampler_table
 from dnp.runtime.sampling.schedule import NoiseSchedule
 from dnp.runtime.tokenizer import PromptTokenizer
@@ -69,19 +70,25 @@ def their_latents(pipe, sampler, eta, prompt, negative, guidance, seed):
 
 
 def our_latents(bundle, graphs, samples, pairs):
-    """Final latents ``[B, C, h, w]`` of ``samples`` for ``pairs`` of (prompt, base) texts."""
-    latents = bundle.latents
-    tokenizer = PromptTokenizer(bundle)
-    rows = load_samples(graphs["denoise"], samples, (latents.channels, latents.height, latents.width))
-    encode = graphs["encode_text"]
-    encode.reshape(batch=len(samples))
-    for name, texts in zip(("prompt_context", "base_context"), zip(*pairs, strict=True), strict=True):
-        encode.inputs["ids"].write(tokenizer.encode(list(texts)))
-        encode.run()
-        graphs["denoise"].inputs[name].copy(encode.outputs["context"])
-    for _ in denoise(graphs["denoise"], rows):
+    """Final latents ``[B, C, h, w]`` of ``samples`` for ``pairs`` of (prompt, negative) texts."""
+    latents, denoiser = bundle.latents, Denoiser(graphs["denoise"])
+    denoiser.open(
+        len(samples),
+        steps=max(len(sample.table.rows) for sample in samples),
+        noise_steps=max(len(sample.table.noise_rows) for sample in samples),
+        height=latents.height,
+        width=latents.width,
+        tokens=bundle.text.length,
+    )
+    for place, sample in enumerate(samples):
+        denoiser.join(place, sample)
+    conditioner = Conditioner(bundle, graphs["encode_text"], [PromptTokenizer(bundle)])
+    size = latents.height * latents.vae_scale_factor, latents.width * latents.vae_scale_factor
+    for role, texts in ((1, [prompt for prompt, _ in pairs]), (0, [negative for _, negative in pairs])):
+        conditioner.write(denoiser.bank, role, texts, size=size)
+    while denoiser.step():
         pass
-    return graphs["denoise"].outputs["latents"].read().copy()
+    return denoiser.latents.read()
 
 
 @pytest.mark.parametrize(("sampler", "eta"), CASES)
@@ -119,8 +126,9 @@ def test_decoded_image_equals_diffusers(default_bundle, graphs, peer):
     table = sampler_table(NoiseSchedule.from_config(default_bundle.schedule), "ddim", STEPS, 4.0)
     our_latents(default_bundle, graphs, [Sample(table, 3)], [(PROMPT, "")])
     decode = graphs["decode_latents"]
-    decode.link("latents", graphs["denoise"].outputs["latents"])
-    decode.reshape(batch=1, height=default_bundle.latents.height, width=default_bundle.latents.width)
+    decode.reshape(places=1, batch=1, height=default_bundle.latents.height, width=default_bundle.latents.width)
+    decode.inputs["latents"].copy(graphs["denoise"].outputs["latents"])
+    decode.inputs["decoded"].write(np.zeros(1, np.int64))
     decode.run()
     ours = decode.outputs["image"].read().astype(int)
     peer.scheduler = diffusers.DDIMScheduler.from_config(peer.own_schedule)

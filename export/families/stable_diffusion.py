@@ -80,7 +80,9 @@ class Denoise(nn.Module):
         t = row[:, columns.TIMESTEP].index_select(0, row_place)
         conditioning = _of_rows(embeddings, row_place, row_role)
         outputs = self._network(x.index_select(0, row_place), t, conditioning)
-        o_0, o_1 = (outputs.index_select(0, rows) for rows in place_rows.unbind(1))
+        # A place that stands still reads another's rows, which may hold no numbers: 0 times those were none either.
+        moves = _over_latents(row[:, columns.ADVANCE] > 0)
+        o_0, o_1 = (torch.where(moves, outputs.index_select(0, rows), 0.0) for rows in place_rows.unbind(1))
         o = o_0 + w * (o_1 - o_0)
 
         changed = B * o.unsqueeze(1) + B0 * o_0.unsqueeze(1) + C * z.unsqueeze(1)
