@@ -114,6 +114,7 @@ def export_bundle(
         _check_out(out, overwrite)
         check_loras(tuple(loras))
         model = replace(read_source(Path(source)), loras=tuple(loras))
+        stable_diffusion.check_loras_fit(model)
         try:
             check_defaults(NoiseSchedule.from_config(model.schedule), record(Defaults, settings, "defaults"))
         except SettingsError as error:

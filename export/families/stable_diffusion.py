@@ -16,7 +16,7 @@ from torch import nn
 
 from dnp.engine.bundle import columns
 from dnp.engine.errors import ExportError
-from dnp.export.families.lora import merge
+from dnp.export.families.lora import check_fit, merge
 from dnp.export.families.source import Source
 from dnp.export.fp16.precision import Precision, dtype_of, in_precision
 from dnp.export.graph import Array, Dims, GraphExport, Tensor
@@ -212,6 +212,27 @@ GRAPHS: Mapping[str, Callable[[Source, Precision], GraphExport]] = {
     "denoise": denoise,
     "decode_latents": decode_latents,
 }
+
+
+def check_loras_fit(source: Source) -> None:
+    """Raises ExportError, before any weight is loaded, for LoRAs that change what the models of ``source`` lack."""
+    import diffusers
+    import transformers
+
+    if not source.loras:
+        return
+    try:
+        with torch.device("meta"):
+            models: dict[str, Any] = {
+                "text_encoder": transformers.CLIPTextModel(
+                    transformers.CLIPTextConfig.from_dict(source.configs["text_encoder"])
+                ),
+                "unet": diffusers.UNet2DConditionModel.from_config(source.configs["unet"]),
+            }
+    except Exception as error:  # whatever the libraries find wrong with a configuration
+        raise ExportError(f"the models in {source.folder} cannot be built: {error}") from error
+    for component, model in models.items():
+        check_fit(model, component, source.loras)
 
 
 def _entry(sequences: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
