@@ -13,11 +13,15 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
 
 from dnp.engine.errors import ExportError
+from dnp.export.blip_modules import CaptionStep, EncodeImage, OriginalDecoder, OriginalEncoder
 from dnp.export.families.blip_modules import CaptionStep, EncodeImage, OriginalDecoder, OriginalEncoder
+from dnp.export.files import check_settings_files, find_weights
 from dnp.export.fp16.precision import Precision, in_precision
 from dnp.export.graph import Array, Dims, GraphExport
-from dnp.export.graph import Tensor as Tensor
+from dnp.export.graph import Tensor as Border
+from dnp.export.loading import load_model, warnings_refused
 from dnp.runtime.captioning.resize import resize_matrices
+from dnp.runtime.resize import resize_matrices
 
 MAX_CAPTION = 64  # cache slots, unless the model has fewer positions: real BLIP has 512, its captions about 20 tokens
 
@@ -48,25 +52,18 @@ def load_blip(folder: Path) -> BlipParts:
     """
     if not (folder / "config.json").is_file():
         raise ExportError(f"{folder} is no model folder: it has no config.json")
-    if not list(folder.glob("*.safetensors")):
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        found = f"only {', '.join(pickled)}, and pickled weights are never loaded" if pickled else "no weights"
-        raise ExportError(
-            f"{folder} has {found}: convert them with model.save_pretrained(..., safe_serialization=True)"
-        )
-    kind: Any = BlipForConditionalGeneration
+    variant = find_weights(folder, "model")
+    check_settings_files(folder)
+    model = load_model(BlipForConditionalGeneration, folder, variant=variant, dtype=torch.float32)
     try:
-        model, report = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        image, _ = ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
+        with warnings_refused(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            image, _ = ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
+    except ExportError:
+        raise
     except Exception as error:  # whatever transformers finds wrong with a folder
         raise ExportError(f"cannot load a BLIP captioner from {folder}: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ExportError(f"{folder} is no BLIP captioner: {len(missing)} weights are missing, such as {missing[0]}")
     _check_processor(image, model.config.vision_config.image_size, folder)
-    model.eval().requires_grad_(False)
     return BlipParts(model, tokenizer, [float(x) for x in image["image_mean"]], [float(x) for x in image["image_std"]])
 
 

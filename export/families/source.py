@@ -5,7 +5,6 @@ Everything here reads JSON and file names only, so that a model that cannot be e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 
 from dnp.engine.errors import ExportError, SettingsError
 from dnp.export.families.lora import Lora
+from dnp.export.files import PICKLES, find_weights, read_json
 from dnp.runtime.sampling.schedule import NoiseSchedule
+from dnp.runtime.schedule import NoiseSchedule
 
 PIPELINE = "StableDiffusionPipeline"
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
@@ -41,12 +42,6 @@ _WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
 }
-_PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
-_TO_SAFETENSORS = (
-    "pickle is never loaded, it can run any code. Where you trust the file, convert it once with diffusers: "
-    "StableDiffusionPipeline.from_pretrained(SOURCE, use_safetensors=False)"
-    ".save_pretrained(FOLDER, safe_serialization=True)"
-)
 _SINGLE_FILE = (
     "convert a single checkpoint file with diffusers first: StableDiffusionPipeline.from_single_file(FILE)"
     ".save_pretrained(FOLDER, safe_serialization=True)"
@@ -130,7 +125,7 @@ def read_source(folder: Path) -> Source:
     if not folder.is_dir():
         raise ExportError(f"{folder} does not exist; give a folder that diffusers' save_pretrained wrote")
     if not (folder / "model_index.json").is_file():
-        loose = [f.name for pattern in ("*.safetensors", *_PICKLES) for f in folder.glob(pattern)]
+        loose = [f.name for pattern in ("*.safetensors", *PICKLES) for f in folder.glob(pattern)]
         hint = f"it holds {loose[0]}: {_SINGLE_FILE}" if loose else "give a folder that save_pretrained wrote"
         raise ExportError(f"{folder} has no model_index.json; {hint}")
     _check_index(read_json(folder / "model_index.json"))
@@ -146,35 +141,6 @@ def read_source(folder: Path) -> Source:
         return _interpret(folder, configs, variants)
     except (KeyError, TypeError, ValueError) as error:
         raise ExportError(f"{folder}: a configuration file is incomplete or damaged: {error!r}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises ExportError when there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ExportError(f"{path} is missing; the folder is not complete") from error
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ExportError(f"{path} holds no JSON object")
-    return content
-
-
-def find_weights(folder: Path, stem: str) -> str | None:
-    """Which variant of ``stem``'s safetensors ``folder`` holds: None for the plain one, or ``"fp16"``.
-
-    Raises ExportError when there are none, telling how to convert pickled ones.
-    """
-    for variant in (None, "fp16"):
-        name = f"{stem}.{variant}" if variant else stem
-        index = f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
-        if (folder / f"{name}.safetensors").is_file() or (folder / index).is_file():
-            return variant
-    pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]
-    if pickles:
-        raise ExportError(f"{folder} holds its weights as {pickles[0]} only; {_TO_SAFETENSORS}")
-    raise ExportError(f"{folder} has no {stem}.safetensors; the folder is not complete")
 
 
 def _check_index(index: Mapping[str, Any]) -> None:
