@@ -21,8 +21,10 @@ _UNUSED = re.compile(r"(^|\.)position_ids$|^(vision_model|visual_projection|text
 _HARMLESS = re.compile(
     r"LOAD REPORT|^Some weights of |deprecated|requires torchvision|low cpu memory usage"
     r"|must be `None` or an integer within the vocabulary|Ignoring clean_up_tokenization_spaces|so we will NOT"
-    r"|has generative capabilities|loss_type="
+    r"|has generative capabilities|loss_type=|Token indices sequence length"
 )
+
+_OF_CODE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
 
 
 @contextmanager
@@ -45,7 +47,7 @@ def warnings_refused(place: Path) -> Iterator[None]:
         for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
             logger.handlers, logger.propagate = handlers, propagate
             logger.setLevel(level)
-    told = heard.messages + [str(one.message) for one in caught if one.category is UserWarning]
+    told = heard.messages + [str(one.message) for one in caught if not issubclass(one.category, _OF_CODE)]
     if harmful := [message for message in told if not _HARMLESS.search(message)]:
         raise ExportError(f"{place} is not what the libraries expect, so it is not exported: {harmful[0].strip()}")
 

@@ -258,8 +258,8 @@ def test_pickled_weights_are_refused(tiny_blip_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "change", "reason"),
-    [("config.json", None, r"no config\.json"), ("model.safetensors", None, "no weights"),
-     ("model.safetensors", b"broken", "cannot load"), ("config.json", b"{}", "cannot load"),
+    [("config.json", None, r"no config\.json"), ("model.safetensors", None, r"no model\.safetensors"),
+     ("model.safetensors", b"broken", "cannot be loaded"), ("config.json", b"{}", "cannot be loaded|lacks"),
      ("processor_config.json", {"resample": 2}, "resample=2"),
      ("processor_config.json", {"size": {"shortest_edge": 32}}, "size"),
      ("processor_config.json", {"rescale_factor": 1.0}, r"1\.0"),

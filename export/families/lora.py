@@ -226,6 +226,10 @@ def _read(lora: Lora) -> dict[str, list[_Change]]:
     if alone := [key for found in parts.values() for key in found.values() if not {"down", "up"} <= {*found}]:
         raise ExportError(f"{lora.file} is not complete, {_some(alone)} have no counterpart; download it again")
     settings = _settings(lora.file, header, state)
+    for component, said in settings.items():
+        for pattern in [*(said.get("rank_pattern") or {}), *(said.get("alpha_pattern") or {})]:
+            if not any(_names(pattern, layer) for part, layer in parts if part == component):
+                raise ExportError(f"{lora.file} has settings for {pattern!r} in the {component}, but no such layer")
     changes: dict[str, list[_Change]] = {}
     for (component, layer), keys in parts.items():
         down, up = state[keys["down"]], state[keys["up"]]
@@ -324,11 +328,12 @@ def _factor(file: Path, key: str, layer: str, rank: int, alpha: Any, settings: M
     elif alpha is not None:
         raise ExportError(f"{file} says alpha twice, in its header and beside {key!r}")
     else:
-        from peft.utils.other import get_pattern_key
 
         def of(setting: str, pattern: str, otherwise: int) -> Any:
-            own = settings.get(pattern) or {}
-            return own.get(get_pattern_key(own, layer), settings.get(setting, otherwise))
+            own = [value for name, value in (settings.get(pattern) or {}).items() if _names(name, layer)]
+            if any(value != own[0] for value in own):  # peft takes the first, in an order that no file keeps
+                raise ExportError(f"the {pattern} of {file} says {own} of {key!r}, so which is meant is not known")
+            return own[0] if own else settings.get(setting, otherwise)
 
         declared = of("r", "rank_pattern", 8)  # peft's defaults
         if declared != rank:
@@ -341,6 +346,13 @@ def _factor(file: Path, key: str, layer: str, rank: int, alpha: Any, settings: M
     if not number or not math.isfinite(number):
         raise ExportError(f"{file} has the alpha {value!r} for {key!r}; it must be a number other than 0")
     return number / (math.sqrt(rank) if root else rank)
+
+
+def _names(pattern: str, layer: str) -> bool:
+    """Whether a pattern of peft's settings means ``layer``."""
+    from peft.utils.other import get_pattern_key
+
+    return bool(get_pattern_key([pattern], layer) == pattern)
 
 
 def _weights(model: Any) -> dict[str, Any]:
