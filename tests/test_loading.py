@@ -2,24 +2,28 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import warnings
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
 from dnp.engine.errors import ExportError
-from dnp.export import stable_diffusion
+from dnp.export.families import stable_diffusion
 from dnp.export.families.blip import load_blip
 from dnp.export.families.lora import Lora, check_loras, merge
 from dnp.export.families.source import read_source
 from dnp.export.families.tokenizer import prompt_tokenizer
 from dnp.export.loading import warnings_refused
+from dnp.runtime.tokenizer import PromptTokenizer
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 492265168\n"
 UNET = "unet/diffusion_pytorch_model"
@@ -224,7 +228,7 @@ def test_a_captioner_s_unknown_weights_are_refused(blip):
 @pytest.mark.parametrize("component", ["unet", "vae"])
 def test_a_setting_that_diffusers_ignores_is_refused(source, component, capfd):
     edit(source / component / "config.json", a_new_kind_of_attention=3)
-    with pytest.raises(ExportError, match="'a_new_kind_of_attention': 3.*will be ignored"):
+    with pytest.raises(ExportError, match=r"'a_new_kind_of_attention': 3.*will be ignored"):
         load(source, component)
     assert "ignored" not in capfd.readouterr().err
 
@@ -270,3 +274,42 @@ def inverted(tiny_sd_folder, tmp_path):
         pipe.load_textual_inversion({token: torch.randn(vectors, 32)}, token=token)
     pipe.save_pretrained(tmp_path / "inverted")
     return StableDiffusionPipeline.from_pretrained(tmp_path / "inverted"), tmp_path / "inverted"
+
+
+PIECES = [
+    "<toy>", "<toy>_1", "<toy>_2", "<toy>_3", "<toy>_12", "<TOY>", "<toy", "toy>", "sks-dog", "SKS-dog", "sks-dog_1",
+    "<Dog>", "<dog>", "<dog>_1", "<one>", "<one>_1", " ", " ", "a", "red", "_1", "1", "cat,", "<", "\n",
+    "e\u0301", "画",
+]  # fmt: skip
+
+
+def test_a_token_of_several_vectors_gives_all_that_diffusers_gives(inverted, tmp_path):
+    pipe, folder = inverted
+    found = prompt_tokenizer(read_source(folder))
+    found.tokenizer.save(str(tmp_path / "prompt.json"))
+    text = SimpleNamespace(**{**found.manifest, "tokenizer": "prompt.json"})
+    ours = PromptTokenizer(SimpleNamespace(path=tmp_path, text=text))
+    rng = random.Random(5)
+    prompts = ["a <toy> cat", "<toy>", "", "a <one>", *PIECES]
+    prompts += ["".join(rng.choices(PIECES, k=rng.randint(1, 7))) for _ in range(2000)]
+    prompts += [f"{prompt}<|endoftext|>red" for prompt in prompts[:500]]
+    converted = pipe.maybe_convert_prompt(prompts, pipe.tokenizer)
+    theirs = pipe.tokenizer(converted, padding="max_length", truncation=True, max_length=16, return_tensors="np")
+    np.testing.assert_array_equal(ours.encode(prompts), theirs.input_ids)
+    assert converted[0] == "a <toy> <toy>_1 <toy>_2 cat"
+    assert ours.truncated("red " + "<toy> " * 4) is None
+    assert ours.truncated("red " * 14 + "<toy>") is not None
+
+
+def test_a_tokenizer_without_inversions_stays_as_it_is(tiny_sd_folder):
+    theirs = CLIPTokenizer.from_pretrained(tiny_sd_folder / "tokenizer").backend_tokenizer
+    theirs.no_padding()
+    theirs.no_truncation()
+    assert json.loads(prompt_tokenizer(read_source(tiny_sd_folder)).tokenizer.to_str()) == json.loads(theirs.to_str())
+
+
+def test_the_longest_prompts_of_such_tokens_are_encoded(inverted):
+    tokenizer = prompt_tokenizer(read_source(inverted[1])).tokenizer
+    ids = [tokenizer.token_to_id(name) for name in ("<toy>_1", "<toy>_2")]
+    assert tokenizer.encode("<toy>_1" * 14_000).ids[1:-1] == ids[:1] * 14_000  # none stands for itself
+    assert tokenizer.encode("<toy> " * 14_000).ids.count(ids[1]) == 14_000

@@ -20,9 +20,8 @@ from transformers import CLIPTextModel
 from dnp.cli import run
 from dnp.engine import open_graph
 from dnp.engine.errors import ExportError
-from dnp.export import lora as lora_module
-from dnp.export import stable_diffusion
 from dnp.export.bundle import export_bundle
+from dnp.export.families import lora as lora_module
 from dnp.export.families import stable_diffusion
 from dnp.export.families.lora import Lora, check_loras, merge
 from dnp.export.families.source import read_source

@@ -13,15 +13,13 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
 
 from dnp.engine.errors import ExportError
-from dnp.export.blip_modules import CaptionStep, EncodeImage, OriginalDecoder, OriginalEncoder
 from dnp.export.families.blip_modules import CaptionStep, EncodeImage, OriginalDecoder, OriginalEncoder
 from dnp.export.files import check_settings_files, find_weights
 from dnp.export.fp16.precision import Precision, in_precision
 from dnp.export.graph import Array, Dims, GraphExport
-from dnp.export.graph import Tensor as Border
+from dnp.export.graph import Tensor as Tensor
 from dnp.export.loading import load_model, warnings_refused
 from dnp.runtime.captioning.resize import resize_matrices
-from dnp.runtime.resize import resize_matrices
 
 MAX_CAPTION = 64  # cache slots, unless the model has fewer positions: real BLIP has 512, its captions about 20 tokens
 

@@ -14,7 +14,6 @@ from dnp.engine.errors import ExportError, SettingsError
 from dnp.export.families.lora import Lora
 from dnp.export.files import PICKLES, find_weights, read_json
 from dnp.runtime.sampling.schedule import NoiseSchedule
-from dnp.runtime.schedule import NoiseSchedule
 
 PIPELINE = "StableDiffusionPipeline"
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
