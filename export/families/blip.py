@@ -16,8 +16,7 @@ from dnp.engine.errors import ExportError
 from dnp.export.families.blip_modules import CaptionStep, EncodeImage, OriginalDecoder, OriginalEncoder
 from dnp.export.files import check_settings_files, find_weights
 from dnp.export.fp16.precision import Precision, in_precision
-from dnp.export.graph import Array, Dims, GraphExport
-from dnp.export.graph import Tensor as Tensor
+from dnp.export.graph import Array, Dims, GraphExport, Tensor
 from dnp.export.loading import load_model, warnings_refused
 from dnp.runtime.captioning.resize import resize_matrices
 

@@ -187,9 +187,9 @@ def _matched(model: Any, component: str, lora: Lora) -> list[tuple[_Change, Any]
         return []
     misfit = f"{lora.file} does not fit the {component} of this model"
     weights = _weights(model)
-    matched = [(change, weights.get(_flat(change.layer))) for change in changes]
-    if lacking := [change.key for change, weight in matched if weight is None]:
+    if lacking := [change.key for change in changes if _flat(change.layer) not in weights]:
         raise ExportError(f"{misfit}, which lacks {len(lacking)} of the layers that are changed: {_some(lacking)}")
+    matched = [(change, weights[_flat(change.layer)]) for change in changes]
     keys: dict[int, str] = {}
     for change, weight in matched:
         if not change.fits(weight):
@@ -311,7 +311,7 @@ def _check_settings(file: Path, component: str, settings: Mapping[str, Any]) -> 
     """Raises ExportError for settings of peft under which a pair means something else than factor·B·A."""
     from peft import LoraConfig
 
-    usual = LoraConfig().to_dict()
+    usual = vars(LoraConfig())
     for key, value in settings.items():
         if key == "init_lora_weights":
             fine = value in _KEEPS_WEIGHTS
@@ -360,7 +360,7 @@ def _weights(model: Any) -> dict[str, Any]:
     from torch import nn
 
     blocks = _original_blocks(model)
-    weights = {}
+    weights: dict[str, Any] = {}
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
