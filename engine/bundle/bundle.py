@@ -197,8 +197,8 @@ def _place(root: Path, name: str) -> Path:
         raise BundleError(f"{root / MANIFEST}: lists {name!r}, which is outside the bundle; do not use this bundle")
     path = root / parts
     try:
-        real = os.path.realpath(path)  # refuses what no file can be called
-        if not os.path.isfile(real):
+        real = Path(os.path.realpath(path))  # refuses what no file can be called
+        if not real.is_file():
             raise BundleError(f"{path}: missing; {_RECOPY}")
     except (OSError, ValueError) as error:
         raise BundleError(f"{root / MANIFEST}: lists {name!r}, which cannot be a file: {error}") from error
