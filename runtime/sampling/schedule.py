@@ -76,7 +76,7 @@ class NoiseSchedule:
         prediction_type: ``epsilon``, the noise, or ``v_prediction``, alpha eps - sigma x_0 (2202.00512).
         rescale_zero_terminal_snr: move the schedule to end in pure noise (arXiv 2305.08891).
         trained_betas: the betas themselves, one a timestep; beta_start, beta_end and beta_schedule then mean nothing.
-        settings: what the scheduler configuration says to samplers, by diffusers' keys: see dnp.runtime.sampling.settings.
+        settings: what the scheduler configuration says to samplers, by diffusers' keys: see ``settings.py``.
 
     Raises SettingsError for values outside their range.
     """
