@@ -497,6 +497,7 @@ def loaded(folder):
         return diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
 
 
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers mixes numpy and torch
 @pytest.mark.parametrize(
     ("kind", "settings", "sampler"),
     [
@@ -516,11 +517,7 @@ def test_a_scheduler_is_read_as_the_pipeline_takes_it(sd_copy, kind, settings, s
     source = read_source(sd_copy)
     assert source.sampler == sampler
     theirs = loaded(sd_copy).scheduler
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # it mixes numpy and torch in a way that numpy 2 warns about
-        theirs.set_timesteps(10)
+    theirs.set_timesteps(10)
     schedule = NoiseSchedule.from_config(json.loads(json.dumps(source.schedule, allow_nan=False)))
     table = sampler_table(schedule, sampler, 10, 1.0)
     np.testing.assert_allclose(table.timesteps, theirs.timesteps, rtol=1e-5)
