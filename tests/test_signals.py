@@ -157,7 +157,7 @@ def test_a_signal_amid_the_exchange_of_handlers_leaves_both_answered():
     """Wherever it comes in a block that is not to be interrupted: each of Python's own events there is tried."""
     code = """
     import os, signal, sys
-    from dnp.engine.interrupts import uninterrupted
+    from dnp.engine.system.interrupts import uninterrupted
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     both = (signal.SIGINT, signal.SIGTERM)
