@@ -340,10 +340,9 @@ def test_pictures_that_belong_together_are_written_together(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_amid_the_renames_is_answered_after_them(tmp_path, monkeypatch, number):
-    from dnp.cli import _terminated
     from dnp.runtime import pictures
 
-    before = signal.signal(number, _terminated if number == signal.SIGTERM else signal.default_int_handler)
+    before = signal.signal(number, signal.default_int_handler)
 
     real = Path.replace
 

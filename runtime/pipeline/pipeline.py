@@ -38,8 +38,8 @@ class Pipeline:
     >>> result = pipeline("a large red circle left of a small blue square", seed=7)
     >>> result.images[0].save("dnp.png"); result.negatives[0]
 
-    One request at a time: the buffers are the pipeline's own. Open one pipeline per thread. A ``Backend`` that is
-    handed in becomes the pipeline's, and is closed with it.
+    One request at a time: the buffers are the pipeline's own. Open one pipeline per thread, and in a forked process
+    one of its own. A ``Backend`` that is handed in becomes the pipeline's, and is closed with it.
     """
 
     def __init__(self, bundle: Bundle, backend: str | Backend = "cpu", options: BackendOptions | None = None) -> None:
@@ -141,9 +141,12 @@ class Pipeline:
     def close(self) -> None:
         """Free the graphs and their buffers, which can be hundreds of megabytes; the pipeline cannot be used again.
 
-        Closing it again does nothing. Raises DnpError while a request runs.
+        Closing it again does nothing, and so does closing it in a forked child. Raises DnpError while a request runs.
         """
         if self._graphs.closed:
+            return
+        if self._graphs.backend.forked:
+            self._graphs.close()
             return
         with self._exclusive():
             self._graphs.close()
@@ -399,10 +402,11 @@ class Pipeline:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
+        self._graphs.require_open()
         if not self._busy.acquire(blocking=False):
             raise DnpError("this pipeline is busy with another request; finish or close it, or open one per thread")
         try:
-            self._graphs.require_open()
+            self._graphs.require_open()  # another thread may have closed it just now
             yield
         finally:
             self._busy.release()
