@@ -29,8 +29,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     exec(compile(code, "README.md", "exec"), {})
     assert "final" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"dnp.png", "out"}
-    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"dnp.png", "dns.png"}
 
 
 def test_the_commands_run(tmp_path, monkeypatch, capsys):
