@@ -318,7 +318,9 @@ def test_what_cannot_be_written_is_known_before_the_work(dnp, tmp_path, monkeypa
     path = tmp_path / "out" / f"{file_name(PROMPT)}-0-{kind}.png"
     arguments = [command, PROMPT, "--images", 1, *(["--compare"] if command == "generate" else [])]
     for name in ("run", "dns"):
-        monkeypatch.setattr(f"dnp.runtime.pipeline.Pipeline.{name}", lambda *_, **__: pytest.fail("the work began"))
+        monkeypatch.setattr(
+            f"dnp.runtime.pipeline.pipeline.Pipeline.{name}", lambda *_, **__: pytest.fail("the work began")
+        )
     path.mkdir(parents=True)
     for flag in ([], ["--overwrite"]):
         code, _, err = dnp(*arguments, *flag)

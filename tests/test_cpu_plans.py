@@ -190,7 +190,7 @@ def test_without_a_gpu_the_plans_are_the_processors(bundle, tmp_path, capsys, mo
     out, err = capsys.readouterr()
     assert "'cpu'" in err
     (plan,) = json.loads(out)["plans"]
-    assert plan["spec"]["flavour"] == "cpu"
+    assert plan["spec"]["backend"] == "cpu"
     assert run([*command, "--batch", "4"]) == 2
     assert "--batch is for TensorRT" in capsys.readouterr().err
 
