@@ -75,7 +75,7 @@ class Bundle(Manifest):
         if not (folder / MANIFEST).is_file():
             raise BundleError(
                 f"this installation ships no default bundle ({folder} is missing); "
-                "name one, or install dnp-engine again: pip install --force-reinstall dnp-engine"
+                "name one, or install dnp-engine again from where it came from"
             )
         return cls.open(folder)
 

@@ -36,7 +36,7 @@ class Pipeline:
 
     >>> pipeline = Pipeline.open()
     >>> result = pipeline("a large red circle left of a small blue square", seed=7)
-    >>> result.images[0].save("dnp.png"); result.negatives[0]
+    >>> result.save("out"); result.negatives[0]
 
     One request at a time: the buffers are the pipeline's own. Open one pipeline per thread, and in a forked process
     one of its own. A ``Backend`` that is handed in becomes the pipeline's, and is closed with it.
@@ -87,6 +87,17 @@ class Pipeline:
     def runs_on(self) -> str:
         """What really runs the graphs, as the library itself says."""
         return self._graphs.encode_text.backend
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What a ``Result`` will say that it was made with, by its names."""
+        backend = self._graphs.backend
+        return {
+            "bundle": self.bundle.fingerprint,
+            "backend": backend.name,
+            "precision": backend.options.precision,
+            "runs_on": self.runs_on,
+        }
 
     @cached_property
     def tokenizer(self) -> PromptTokenizer:
@@ -394,10 +405,7 @@ class Pipeline:
             negatives=negatives,
             request=request,
             seconds=clock.total(),
-            bundle=self.bundle.fingerprint,
-            backend=self._graphs.backend.name,
-            precision=self._graphs.backend.options.precision,
-            runs_on=self.runs_on,
+            **self.made_with,
         )
 
     @contextmanager
