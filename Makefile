@@ -23,7 +23,7 @@ endif
 .PHONY: demo test test-fast lint bundle gallery quality gpu-check bench clean
 
 demo: .venv/installed  ## plain, DNS and DNP image of one prompt, side by side, in out/
-	.venv/bin/dnp generate "$(PROMPT)" --seed $(SEED) --compare --out out
+	.venv/bin/dnp generate "$(PROMPT)" --seed $(SEED) --compare --out out --overwrite
 
 test: .venv-test/installed  ## the whole test suite, against the built wheel
 	.venv-test/bin/pytest
@@ -42,9 +42,9 @@ bundle: .venv-test/installed  ## export the default model to the bundle that the
 
 gallery: .venv-test/installed  ## the pictures of the README
 	.venv-test/bin/python benchmarks/gallery.py docs/images/gallery.png
-	.venv-test/bin/dnp generate "$(PROMPT)" --seed $(SEED) --compare --out build/pictures
+	.venv-test/bin/dnp generate "$(PROMPT)" --seed $(SEED) --compare --out build/pictures --overwrite
 	mv build/pictures/*-compared.png docs/images/demo.png
-	.venv-test/bin/dnp explore "$(EXPLORED)" --out build/pictures
+	.venv-test/bin/dnp explore "$(EXPLORED)" --out build/pictures --overwrite
 	mv build/pictures/*-explored.png docs/images/explore.png
 
 quality: .venv-test/installed  ## does DNP help? Table, plot and contact sheet in benchmarks/results/

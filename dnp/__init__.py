@@ -5,15 +5,19 @@ The public names are loaded on first use, so that ``import dnp`` costs nothing a
 
 from __future__ import annotations
 
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os.path
+
+# Typing and pathlib take longer to load than all the rest, and a Ctrl-C meanwhile is a traceback.
+TYPE_CHECKING = False
 
 # In a checkout the rooms lie beside this folder; a Python that is started there finds this folder first.
-if not Path(__file__).with_name("engine").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+_folder = os.path.dirname(__file__)  # noqa: PTH120
+if not os.path.isdir(os.path.join(_folder, "engine")):  # noqa: PTH112, PTH118
+    __path__.append(os.path.dirname(_folder))  # noqa: PTH120
 
 if TYPE_CHECKING:
+    from typing import Any
+
     __version__: str
 
     from dnp.engine.errors import (
@@ -27,6 +31,10 @@ if TYPE_CHECKING:
     )
     from dnp.runtime.pipeline.pipeline import Pipeline
     from dnp.runtime.request import Request, Result
+
+# What libraries tell their makers, switched off before any of them is loaded, and for this process alone: ONNX Runtime
+# keeps an identifier and events below ~/.cache and sends them. Some are loaded by others, diffusers among them.
+os.environ.update(ORT_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_TELEMETRY="1")
 
 _HOMES = {
     "Pipeline": "dnp.runtime.pipeline.pipeline",
@@ -57,6 +65,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
     if name == "__version__":
         from importlib.metadata import version
 

@@ -35,12 +35,11 @@ from dnp.runtime.sampling.schedule import NoiseSchedule
 
 FAMILY = "stable-diffusion-1"
 STAGES = ("encode_text", "denoise", "decode_latents", "encode_image", "caption_step", "seal")
-# s is diffusers' usual guidance less 1, for there the base branch is the prompt: see the architecture's "denoise".
+# Beside the samplers, which are the source's own. s is diffusers' usual guidance less 1, for there the base branch is
+# the prompt: see the architecture's "denoise".
 DEFAULTS: Mapping[str, Any] = {
-    "sampler": "ddim",
     "steps": 25,
     "guidance": 7.5,
-    "dns_sampler": "ddim",
     "dns_steps": 25,
     "dns_guidance": 6.5,
 }
@@ -61,6 +60,7 @@ class ExportReport:
         bytes: the size of the whole bundle.
         seconds: from the first check to the last rename.
         peak_memory: the process's largest resident size meanwhile, in bytes.
+        notes: sentences on what of the source was read in another way than it is written.
     """
 
     path: Path
@@ -70,6 +70,7 @@ class ExportReport:
     bytes: int
     seconds: float
     peak_memory: int
+    notes: tuple[str, ...] = ()
 
 
 def export_bundle(
@@ -93,7 +94,7 @@ def export_bundle(
     Args:
         precision: the arithmetic of the graphs, ``fp32`` or ``fp16``.
         name: the bundle's name; that of the folder ``out`` when left out.
-        defaults: what replaces single ones of ``DEFAULTS``.
+        defaults: what replaces single ones of ``DEFAULTS`` and of the samplers, which are else the source's own.
         loras: merged into the weights before they are exported, in this order.
         ranges: run whole requests with the fp16 graphs, put back to float32 what overflows, and keep the list in the
             manifest. Only then are the graphs compared with PyTorch.
@@ -111,10 +112,12 @@ def export_bundle(
         exact = check_precision(precision)
         if ranges is not None and exact == "fp32":
             raise ExportError("only fp16 graphs have ranges to check; use precision fp16 (--precision fp16)")
-        settings = _merge_defaults(defaults or {})
         _check_out(out, overwrite)
         check_loras(tuple(loras))
         model = replace(read_source(Path(source)), loras=tuple(loras))
+        stable_diffusion.check_loras_fit(model)
+        own = {"sampler": model.sampler, "dns_sampler": model.sampler}
+        settings = _merge_defaults({**own, **(defaults or {})})
         try:
             check_defaults(NoiseSchedule.from_config(model.schedule), settings)
         except SettingsError as error:
@@ -175,7 +178,7 @@ def export_bundle(
     seconds = time.perf_counter() - started
     # Each stretch is watched by a look now and then: one of the graphs' may have seen a peak that the whole's missed.
     peak = max(memory.peak, *(record.peak_memory for record in records))
-    return ExportReport(out, name, exact, tuple(records), size, seconds, peak)
+    return ExportReport(out, name, exact, tuple(records), size, seconds, peak, model.notes)
 
 
 _PACKAGES = ("dnp-engine", "torch", "diffusers", "transformers", "onnx", "onnxscript", "tokenizers")

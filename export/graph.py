@@ -112,7 +112,9 @@ def write_graph(spec: GraphExport, folder: Path) -> WrittenGraph:
     file = f"graphs/{spec.name}.onnx"
     with PeakMemory() as memory:
         program = _trace(spec)
-        shapes = {name: tensor.shape for name, tensor in [*spec.signature.inputs.items(), *spec.signature.outputs.items()]}
+        shapes = {
+            name: tensor.shape for name, tensor in [*spec.signature.inputs.items(), *spec.signature.outputs.items()]
+        }
         save_graph(program.model, folder / file, shapes)
     manifest = {
         "file": file,

@@ -1,41 +1,139 @@
-"""Pictures as files: settings inside the PNG, atomic writing, and sheets of labelled pictures to look at."""
+"""Pictures as files: their names and what may be replaced, settings inside the PNG, and sheets of labelled pictures."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import re
+import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
 
 from dnp.engine.errors import OutputError, SettingsError
-from dnp.engine.system.files import new_folder, write_together
-from dnp.runtime.request import Result
+from dnp.engine.system.files import new_folder, refuse_folder, write_together
+from dnp.engine.system.interrupts import uninterrupted
+from dnp.runtime.lettering import Lettering
+from dnp.runtime.request import Request, Result
 
 METADATA_KEY = "dnp"
 MAX_PIXELS = 64_000_000  # of an image that is read: a photograph of the largest cameras, 200 MB as RGB
+SHEETS: Final = ("compared", "explored")  # the kinds that show all images of a request, in one file
+_NAME_BYTES: Final = 80  # of the part of a file name that comes from the prompt
+
+Files = Mapping[Path, Mapping[str, Any]]
+
+
+def outputs(folder: Path, request: Request, made_with: Mapping[str, Any], kinds: Sequence[str]) -> dict[Path, Any]:
+    """The files that a resolved request will give, each with the settings that its picture will carry.
+
+    They are called ``<prompt>-<seed>-<kind>.png``, with a file for each image of each kind, and one of a sheet.
+    ``made_with`` is the pipeline's.
+    """
+    files = {}
+    for kind in kinds:
+        for index in [None] if kind in SHEETS else range(request.images):
+            path = folder / f"{file_name(request.prompt)}-{request.seed + (index or 0)}-{kind}.png"
+            files[path] = {
+                "request": request.to_dict(),
+                "kind": kind,
+                "index": index,
+                **made_with,
+                "version": version("dnp-engine"),
+            }
+    return files
+
+
+def kinds_of(request: Request) -> list[str]:
+    """The kinds of pictures that a request gives, the final images first: ``dnp`` or ``plain``, ``dns``, ``plain``."""
+    kinds = ["dnp" if request.dnp else "plain"]
+    if request.runs_dns:
+        kinds.append("dns")
+    if request.compare and request.dnp:
+        kinds.append("plain")
+    return kinds
 
 
 @contextmanager
-def output_folder(path: Path) -> Iterator[None]:
+def output_folder(path: Path, files: Files | None = None, *, overwrite: bool = False) -> Iterator[None]:
     """Inside the block ``path`` is a folder that can be written to; folders made for work that failed are taken away.
 
-    Raises OutputError, before any work, when it cannot be one.
+    ``files`` are those of ``outputs``. What is there in the place of one is replaced when it is the same picture, made
+    before, or with ``overwrite``.
+
+    Raises OutputError, before any work, when the folder cannot be one, a file cannot be written or must not be
+    replaced, or the disk has no room for them.
     """
+    files = files or {}
     with ExitStack() as stack:
+        place = path
         try:
             stack.enter_context(new_folder(path))
             with tempfile.TemporaryFile(dir=path):
                 pass
+            for place in files:
+                refuse_folder(place)
+            there = [file for file in files if os.path.lexists(file)]
+            for file in there if not overwrite else []:
+                _require_same(file, files[file])
+            if new := files.keys() - there:
+                place = max(new, key=lambda file: len(os.fsencode(file)))
+                with uninterrupted():
+                    place.touch(exist_ok=False)
+                    place.unlink()
+        except OutputError:
+            raise
         except (OSError, ValueError) as error:  # ValueError: a path that no folder can have
             reason = (error.strerror if isinstance(error, OSError) else None) or error
-            raise OutputError(f"cannot write to {str(path)!r}: {reason}; name another folder") from error
+            raise OutputError(f"cannot write to {str(place)!r}: {reason}; name another folder") from error
+        most = sum(3 * s["request"]["height"] * s["request"]["width"] for s in files.values())  # PNG makes it less
+        free = shutil.disk_usage(path).free
+        if most > free:
+            raise OutputError(
+                f"{str(path)!r} is on a disk with {free / 1e6:.1f} MB left, and the pictures may take {most / 1e6:.1f} "
+                "MB; make room, ask for fewer, or name another folder"
+            )
         yield
+
+
+def _require_same(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raises OutputError unless the file at ``path`` is the picture that ``settings`` will give again."""
+    try:
+        with _opened(path) as image:
+            found = _stored(image)
+    except SettingsError:
+        found = None
+    remedy = "name another folder, or have it replaced (--overwrite; overwrite=True)"
+    if found is None:
+        raise OutputError(f"{path} is there already, and is no picture that dnp wrote; {remedy}")
+    before, now = _shows(found), _shows(settings)
+    if before.get("prompt") != now["prompt"]:
+        raise OutputError(f"{path} shows another prompt: {before.get('prompt')!r:.200}; {remedy}")
+    others = [name for name in {**now, **before} if before.get(name) != now.get(name)]
+    if others:
+        raise OutputError(f"{path} shows the same prompt with other settings ({', '.join(others)}); {remedy}")
+
+
+def _shows(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a picture what it is, as one level of names; how many others were made with it does not."""
+    request = dict(settings["request"])
+    index = settings.get("index")
+    if isinstance(index, int):
+        for name in ("seed", "dns_seed"):
+            if isinstance(request.get(name), int):
+                request[name] += index
+        for name in ("images", "compare"):
+            request.pop(name, None)
+    made_with = ("kind", "bundle", "backend", "precision")
+    return {**request, **{name: settings.get(name) for name in made_with}}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -43,11 +141,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     write_together({path: data})
 
 
-def png(image: Image.Image, settings: dict[str, Any] | None = None) -> bytes:
+def png(image: Image.Image, settings: Mapping[str, Any] | None = None) -> bytes:
     """PNG bytes of ``image`` with ``settings`` as JSON in a text chunk; the same bytes for the same arguments."""
     info = PngImagePlugin.PngInfo()
     if settings is not None:
-        info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False, sort_keys=True, allow_nan=False))
+        info.add_itxt(METADATA_KEY, json.dumps(dict(settings), ensure_ascii=False, sort_keys=True, allow_nan=False))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
@@ -86,99 +184,113 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The settings inside a PNG that ``save`` wrote. Raises SettingsError when there are none."""
     with _opened(path) as image:
         image.load()  # a picture cut short reproduces nothing
-        text = image.info.get(METADATA_KEY)
-    try:
-        settings = json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict) or not isinstance(settings.get("request"), dict) or not _of_ours(settings):
+        settings = _stored(image)
+    if settings is None:
         raise SettingsError(
-            f"{path} carries no settings of ours; name a single picture that dnp wrote, not a sheet of several"
+            f"{path} carries no settings of ours: the dnp command and Result.save write them into their PNG files, and "
+            "what edits or converts a picture may drop them; name the file as it was written"
         )
     return settings
 
 
-def _of_ours(settings: dict[str, Any]) -> bool:
-    return all(isinstance(settings.get(key), str | None) for key in ("backend", "precision", "bundle"))
+def _stored(image: Image.Image) -> dict[str, Any] | None:
+    """The settings inside an image file; None when there are none of ours."""
+    text = image.info.get(METADATA_KEY)
+    try:
+        settings = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(settings, dict) or not isinstance(settings.get("request"), dict):
+        return None
+    texts = ("backend", "precision", "bundle", "runs_on", "version")
+    return settings if all(isinstance(settings.get(key), str | None) for key in texts) else None
 
 
-def save(result: Result, folder: Path, more: Mapping[Path, bytes] | None = None) -> list[Path]:
-    """Write every image of ``result`` as ``<prompt>-<seed>-<kind>.png``, and the files of ``more``; or none of them.
+def save(result: Result, files: Files, sheets: Mapping[str, Image.Image] | None = None) -> list[Path]:
+    """Write the pictures of ``result`` that ``files`` asks for, as ``outputs`` gave them, or none of them.
 
-    Kinds are ``dnp`` (or ``plain``), ``dns``, ``plain``; each picture carries the settings that reproduce it. Returns
-    the paths, final images first, ``more`` last. Raises OutputError.
+    ``sheets`` are pictures of several, by their kinds. Each picture carries the settings that reproduce it. Returns the
+    paths. Raises OutputError.
     """
-    request = result.request
-    kinds = [("dnp" if request.dnp else "plain", result.images)]
-    if result.dns_arrays is not None and result.dns_arrays is not result.arrays:
-        kinds.append(("dns", result.dns_images))
-    elif result.dns_arrays is not None:
-        kinds = [("dns", result.dns_images)]
-    if result.plain_arrays is not None and request.dnp:
-        kinds.append(("plain", result.plain_images))
-    files: dict[Path, bytes] = {}
-    for kind, images in kinds:
-        for i, image in enumerate(images):
-            path = folder / f"{file_name(request.prompt)}-{request.seed + i}-{kind}.png"
-            settings = {
-                "request": request.to_dict(),
-                "kind": kind,
-                "index": i,
-                "negative": result.negatives[i],
-                "bundle": result.bundle,
-                "backend": result.backend,
-                "precision": result.precision,
-                "runs_on": result.runs_on,
-            }
-            files[path] = png(image, settings)
-    files |= more or {}
-    write_together(files)
-    return list(files)
+    final = "dnp" if result.request.dnp else "plain"
+    images = {"plain": result.plain_images, "dns": result.dns_images, final: result.images}
+    written = {}
+    for path, settings in files.items():
+        kind, index = settings["kind"], settings["index"]
+        if index is None:
+            written[path] = png((sheets or {})[kind], settings)
+        else:
+            written[path] = png(images[kind][index], {**settings, "negative": result.negatives[index]})
+    write_together(written)
+    return list(written)
 
 
 def file_name(prompt: str) -> str:
-    """A prompt as the safe beginning of a file name."""
-    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
-    return words.encode()[:80].decode(errors="ignore").strip("-_") or "image"
+    """A prompt as the safe beginning of a file name, another one for every prompt.
+
+    It is the prompt's words where that tells it all. Otherwise (capitals, punctuation, more than 80 bytes) it is as
+    many of them as there is room for, and 8 hexadecimal digits of the prompt's SHA-256.
+    """
+    normal = unicodedata.normalize("NFC", prompt.lower())  # some file systems know no other form, nor capitals
+    words = re.sub(r"[^\w]+", "-", normal).strip("-_")
+    if words.replace("-", " ") == prompt and len(words.encode()) <= _NAME_BYTES:
+        return words
+    digits = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+    words = words.encode()[: _NAME_BYTES - len(digits) - 1].decode(errors="ignore").strip("-_")
+    return f"{words or 'image'}-{digits}"
 
 
 def sheet(
     rows: Sequence[Sequence[tuple[Image.Image | None, str]]],
     *,
+    title: str = "",
     headings: Sequence[str] = (),
     titles: Sequence[str] = (),
     cell: int = 192,
 ) -> Image.Image:
-    """A picture of pictures: ``rows`` of (image, caption below it), column ``headings``, row ``titles`` above each.
+    """A picture of pictures: a ``title``, column ``headings``, and ``rows`` of (image, caption below it), each under
+    its own one of ``titles``.
 
-    Images are scaled to ``cell`` pixels: by whole factors and unblurred when they are smaller.
+    Images are scaled to ``cell`` pixels: by whole factors and unblurred when they are smaller. Text is wrapped.
     """
-    font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
-    gap = 12
+    text, bold = Lettering(14), Lettering(16, bold=True)
+    gap, space = 12, 6  # pixels between the parts of the page; between a picture and its text
     columns = max(len(row) for row in rows)
-    text_lines = [max((len(_wrap(text, font, cell)) for _, text in row), default=0) for row in rows]
-    line = 17
-    row_heights = [
-        (line + 8 if titles else 0) + cell + (6 + line * lines if lines else 0) + gap for lines in text_lines
-    ]
-    top = gap + (line + 8 if headings else 0)
-    page = Image.new("RGB", (gap + columns * (cell + gap), top + sum(row_heights)), "white")
-    draw = ImageDraw.Draw(page)
-    for column, heading in enumerate(headings):
-        draw.text((gap + column * (cell + gap), gap), heading, fill="black", font=bold)
-    y = top
+    width = gap + columns * (cell + gap)
+    # Each block of text is its place on the page, its letters, and its lines.
+    blocks: list[tuple[int, int, Lettering, list[str], str]] = []
+    pictures: list[tuple[int, int, Image.Image]] = []
+    y = gap
+
+    def write(x: int, y: int, letters: Lettering, words: str, wide: int, fill: str = "black") -> int:
+        """Lay out some text; returns its height in pixels."""
+        lines = letters.wrap(words, wide)
+        blocks.append((x, y, letters, lines, fill))
+        return letters.line * len(lines)
+
+    if title:
+        y += write(gap, y, bold, title, width - 2 * gap) + gap
+    if headings:
+        y += max(write(gap + i * (cell + gap), y, bold, words, cell) for i, words in enumerate(headings)) + space
     for number, row in enumerate(rows):
         if titles:
-            draw.text((gap, y), titles[number], fill="black", font=bold)
-            y += line + 8
-        for column, (image, text) in enumerate(row):
+            y += write(gap, y, bold, titles[number], width - 2 * gap) + space
+        below = 0
+        for column, (image, words) in enumerate(row):
             x = gap + column * (cell + gap)
             if image is not None:
                 picture = _fit(image, cell)
-                page.paste(picture, (x + (cell - picture.width) // 2, y + (cell - picture.height) // 2))
-            for i, words in enumerate(_wrap(text, font, cell)):
-                draw.text((x, y + cell + 6 + i * line), words, fill="#333333", font=font)
-        y += row_heights[number] - (line + 8 if titles else 0)
+                pictures.append((x + (cell - picture.width) // 2, y + (cell - picture.height) // 2, picture))
+            if words:
+                below = max(below, space + write(x, y + cell + space, text, words, cell, "#333333"))
+        y += cell + below + gap
+    page = Image.new("RGB", (width, y), "white")
+    draw = ImageDraw.Draw(page)
+    for x, top, picture in pictures:
+        page.paste(picture, (x, top))
+    for x, top, letters, lines, fill in blocks:
+        for i, line in enumerate(lines):
+            letters.draw(draw, x, top + i * letters.line, line, fill)
     return page
 
 
@@ -190,13 +302,3 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
     return image.resize(
         (max(1, image.width * cell // longest), max(1, image.height * cell // longest)), Image.Resampling.LANCZOS
     )
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -136,6 +137,28 @@ class Result:
     backend: str
     precision: str | None
     runs_on: str
+
+    @property
+    def made_with(self) -> dict[str, str | None]:
+        """What ran: ``bundle``, ``backend``, ``precision`` and ``runs_on``."""
+        return {name: getattr(self, name) for name in ("bundle", "backend", "precision", "runs_on")}
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Write every picture to ``folder`` as the ``dnp`` command does, with its settings inside, or none of them.
+
+        They are called ``<prompt>-<seed>-<kind>.png``, the kinds being ``dnp`` (or ``plain``), ``dns`` and ``plain``;
+        ``dnp generate --from-image`` reproduces each. A file that is there is replaced when it is the same picture, or
+        with ``overwrite``. Returns the paths, final images first.
+
+        Raises OutputError when the folder cannot be written to, or a file must not be replaced.
+        """
+        from dnp.runtime.pictures import kinds_of, output_folder, outputs, save
+
+        folder = Path(folder)
+        kinds = ["dns"] if self.dns_arrays is self.arrays else kinds_of(self.request)
+        files = outputs(folder, self.request, self.made_with, kinds)
+        with output_folder(folder, files, overwrite=overwrite):
+            return save(self, files)
 
     @property
     def images(self) -> list[Image]:

@@ -1,9 +1,15 @@
 """Fixtures that several test modules share: tiny models of random weights, and pipelines on a stand-in for a GPU."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
+
+import dnp  # before the fixtures load torch and diffusers: it switches their telemetry off
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script: processes inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +156,6 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def open_pipeline(gpu, tmp_path, default_bundle, monkeypatch):
-    import dnp
     from dnp.engine.backends import device
     from dnp.engine.backends.registry import open_backend
     from dnp.engine.backends.session import BackendOptions

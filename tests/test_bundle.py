@@ -190,7 +190,10 @@ def test_a_damaged_folder_is_refused(folder, damage, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.update(schema=99), ["schema 99", "schema 1", "pip install --upgrade dnp-engine"]),
+        (
+            lambda m: m.update(schema=99),
+            ["schema 99", "schema 1", "dnp-engine that wrote it", "export the model again"],
+        ),
         (lambda m: m.update(schema=99, surprise=1), ["schema 99"]),
         (lambda m: m.update(schema=10**4000), ["huge"]),
         (lambda m: m.update(schema=True), ["schema", "True"]),
@@ -255,12 +258,19 @@ def test_a_manifest_edited_within_its_schema_is_refused(folder):
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_a_link_out_of_the_bundle_is_refused(folder, tmp_path, what):
+def test_a_link_out_of_the_bundle_is_followed_and_verified(folder, tmp_path, what):
+    """The hub's caches hold nothing else; the hash tells whether it is the file that was meant."""
+    fingerprint = Bundle.open(folder).fingerprint
     inside = folder / ("graphs/denoise.onnx" if what == "file" else "graphs")
     outside = tmp_path / "outside"
     inside.rename(outside)
     inside.symlink_to(outside)
-    assert "outside the bundle" in refusal(folder)
+    assert Bundle.open(folder).fingerprint == fingerprint
+    target = outside if what == "file" else outside / "denoise.onnx"
+    target.write_bytes(target.read_bytes()[:-1] + b"?")
+    assert "SHA-256 differs" in refusal(folder)
+    target.unlink()
+    assert "missing" in refusal(folder)
 
 
 def test_links_inside_the_bundle_and_to_the_bundle_are_fine(folder, tmp_path):

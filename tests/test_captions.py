@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from transformers import BlipForConditionalGeneration, BlipProcessor
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from dnp.engine.backends.registry import open_graph
 from dnp.engine.bundle.contract import TensorSpec
@@ -85,8 +86,6 @@ def captioner(folder):
 @pytest.fixture(scope="module")
 def original(tiny_blip_folder):
     """``generate`` of transformers: for each image the ids up to and with the end token, and the text."""
-    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-
     model = BlipForConditionalGeneration.from_pretrained(tiny_blip_folder).eval()
     tokenizer = load_blip(tiny_blip_folder).tokenizer
     processor = BlipProcessor(BlipImageProcessorPil.from_pretrained(tiny_blip_folder), tokenizer)
@@ -259,23 +258,94 @@ def test_pickled_weights_are_refused(tiny_blip_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "change", "reason"),
-    [("config.json", None, r"no config\.json"), ("model.safetensors", None, "no weights"),
-     ("model.safetensors", b"broken", "cannot load"), ("config.json", b"{}", "cannot load"),
-     ("processor_config.json", {"resample": 2}, "resample=2"),
-     ("processor_config.json", {"size": {"shortest_edge": 32}}, "size"),
-     ("processor_config.json", {"rescale_factor": 1.0}, r"1\.0"),
-     ("processor_config.json", {"image_mean": [0.5]}, "image_mean")],
+    [("config.json", None, r"no config\.json"), ("model.safetensors", None, r"no model\.safetensors"),
+     ("model.safetensors", b"broken", "cannot be loaded"), ("config.json", b"{}", "cannot be loaded|lacks")],
 )  # fmt: skip
 def test_folders_that_are_no_captioner_are_refused(tiny_blip_folder, tmp_path, file, change, reason):
     folder = tmp_path / "blip"
     shutil.copytree(tiny_blip_folder, folder)
     if change is None:
         (folder / file).unlink()
-    elif isinstance(change, bytes):
-        (folder / file).write_bytes(change)
     else:
-        settings = json.loads((folder / file).read_text())
-        settings["image_processor"] |= change
-        (folder / file).write_text(json.dumps(settings))
+        (folder / file).write_bytes(change)
     with pytest.raises(ExportError, match=reason):
         load_blip(folder)
+
+
+# How images are prepared
+
+# What a setting of the processor's signature is good for, where no graph has to follow it.
+UNUSED = {
+    "default_to_square": "how a size is read",
+    "do_convert_rgb": "images are RGB here",
+    "data_format": "the order of the output's axes",
+    "input_data_format": "images come from Pillow",
+    "device": "where it runs",
+    "return_tensors": "the type of the output",
+    "disable_grouping": "how it runs",
+    "image_seq_length": "of models that put images among their tokens",
+}
+HONOURED = [
+    {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.9, 0.8, 0.7]},
+    {"image_mean": 0.5, "image_std": 0.25},
+    {"do_normalize": False},
+    {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [60.0, 55.0, 50.0]},
+    {"rescale_factor": 1 / 127.5},
+    {"size": 32},
+    {"size": [32, 32]},
+    {"do_center_crop": True, "crop_size": 32},
+    {"do_pad": True},
+    {"resample": None},
+    {"image_processor_type": "BlipImageProcessorFast"},
+    dict.fromkeys(("image_mean", "image_std", "do_resize", "rescale_factor")),
+]
+REFUSED = [
+    ({"resample": 2}, "resample = 2"),
+    ({"size": 48}, "size = .*48"),
+    ({"size": {"shortest_edge": 32}}, "shortest_edge"),
+    ({"size": "large"}, "cannot be read"),
+    ({"do_resize": False}, "do_resize = False"),
+    ({"do_center_crop": True, "crop_size": 24}, "crop_size = .*24"),
+    ({"do_pad": True, "pad_size": 40}, "pad_size = .*40"),
+    ({"image_std": 0.0}, "image_std = 0"),
+    ({"image_mean": [0.5, 0.5]}, "three numbers each"),
+    ({"image_processor_type": "ViTImageProcessor"}, "a ViTImageProcessor"),
+]
+
+
+def blip_with(folder, settings, target, nested):
+    """A copy of the captioner that has other processor settings, in the new or the old file."""
+    target = shutil.copytree(folder, target / "blip")
+    path = target / "processor_config.json"
+    content = json.loads(path.read_text())
+    own = {**content["image_processor"], **settings}
+    own = {key: value for key, value in own.items() if value is not None}
+    if nested:
+        path.write_text(json.dumps({**content, "image_processor": own}))
+    else:
+        path.unlink()
+        (target / "preprocessor_config.json").write_text(json.dumps(own))
+    return target
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("settings", HONOURED)
+def test_images_are_prepared_as_the_processor_does(tiny_blip_folder, tmp_path, settings, nested):
+    copy = blip_with(tiny_blip_folder, settings, tmp_path, nested)
+    parts = load_blip(copy)
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    expected = BlipImageProcessorPil.from_pretrained(copy)(Image.fromarray(image), return_tensors="np")
+    pixels = (resize(image, 32) / 255 - parts.mean) / parts.std
+    np.testing.assert_allclose(pixels.transpose(2, 0, 1), expected["pixel_values"][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED)
+def test_images_prepared_in_another_way_are_refused(tiny_blip_folder, tmp_path, settings, message):
+    with pytest.raises(ExportError, match=message):
+        load_blip(blip_with(tiny_blip_folder, settings, tmp_path, nested=True))
+
+
+def test_every_setting_of_the_processor_is_known():
+    tried = {key for settings in (*HONOURED, *(settings for settings, _ in REFUSED)) for key in settings}
+    signature = set(BlipImageProcessorPil.valid_kwargs.__annotations__)
+    assert signature == (tried - {"image_processor_type"}) | set(UNUSED)

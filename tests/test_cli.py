@@ -308,6 +308,131 @@ def test_a_folder_in_a_pictures_place_costs_no_picture(dnp, tmp_path):
     assert final.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [("generate", "dnp"), ("generate", "dns"), ("generate", "compared"), ("dns", "dns"), ("explore", "explored")],
+)
+def test_what_cannot_be_written_is_known_before_the_work(dnp, tmp_path, monkeypatch, command, kind):
+    from dnp.runtime.pictures import file_name
+
+    path = tmp_path / "out" / f"{file_name(PROMPT)}-0-{kind}.png"
+    arguments = [command, PROMPT, "--images", 1, *(["--compare"] if command == "generate" else [])]
+    for name in ("run", "dns"):
+        monkeypatch.setattr(
+            f"dnp.runtime.pipeline.pipeline.Pipeline.{name}", lambda *_, **__: pytest.fail("the work began")
+        )
+    path.mkdir(parents=True)
+    for flag in ([], ["--overwrite"]):
+        code, _, err = dnp(*arguments, *flag)
+        assert code == 6
+        assert "directory" in err
+    path.rmdir()
+    path.write_text("mine")
+    code, _, err = dnp(*arguments)
+    assert code == 6
+    assert "--overwrite" in err
+    assert path.read_text() == "mine"
+
+
+def test_prompts_that_look_alike_have_pictures_of_their_own(dnp, tmp_path):
+    prompts = ["🐱🚀", ".", "a cat", "A cat", f"{PROMPT}, seen from the left", f"{PROMPT}, seen from the right"]
+    for prompt in prompts:
+        code, _, err = dnp("generate", prompt, "--no-dnp", "--steps", 1)
+        assert code == 0, err
+    assert len(files(tmp_path)) == len(prompts)
+
+
+def test_the_same_again_takes_its_place_and_other_settings_only_when_asked(dnp, tmp_path):
+    arguments = ["generate", PROMPT, "--no-dnp", "--seed", 4]
+    for extra, code in [(["--steps", 1], 0), (["--steps", 1], 0), (["--steps", 2], 6)]:
+        got, _, err = dnp(*arguments, *extra)
+        assert got == code, err
+    assert "(steps)" in err
+    (name,) = files(tmp_path)
+    before = (tmp_path / name).read_bytes()
+    assert dnp(*arguments, "--steps", 2, "--overwrite")[0] == 0
+    assert (tmp_path / name).read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--no-dnp", "--dns-steps", 3],
+        ["--no-dnp", "--dns-eta", 0],
+        ["--no-dnp", "--beams", 2],
+        ["--negative", "a dog", "--dns-guidance", 2],
+        ["--negative", "a dog", "--prefix", "a"],
+    ],
+)
+def test_settings_of_a_pass_that_does_not_run_are_refused(dnp, tmp_path, arguments):
+    code, _, err = dnp("generate", PROMPT, *arguments)
+    assert code == 2
+    assert arguments[0] in err
+    assert arguments[-2] in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_from_image_says_when_another_version_runs(dnp, tmp_path):
+    from dnp.runtime.pictures import png, read_settings
+
+    _, out, _ = dnp("generate", PROMPT, "--no-dnp", "--steps", 1, "--json")
+    picture = Path(json.loads(out)["images"][0])
+    settings = read_settings(picture)
+    code, _, err = dnp("generate", "--from-image", picture)
+    assert code == 0
+    assert "differ" not in err
+    older = settings["runs_on"].replace("ONNX Runtime 1.", "ONNX Runtime 0.")
+    for change, told in [({"runs_on": older}, "ONNX Runtime 0."), ({"version": "0.0.1"}, "dnp-engine 0.0.1")]:
+        with Image.open(picture) as image:
+            (tmp_path / "old.png").write_bytes(png(image.copy(), {**settings, **change}))
+        code, _, err = dnp("generate", "--from-image", "old.png", "--out", "again")
+        assert code == 0, err
+        assert told in err
+        assert "may differ" in err
+
+
+def test_pictures_that_python_saved_reproduce_themselves(dnp, tmp_path):
+    from dnp import OutputError, Pipeline
+
+    result = Pipeline.open()("A cat!", steps=2, dns_steps=1, images=2, compare=True)
+    saved = result.save("mine")
+    assert [path.name.rsplit("-", 1)[-1] for path in saved] == ["dnp.png"] * 2 + ["dns.png"] * 2 + ["plain.png"] * 2
+    assert result.save("mine") == saved
+    code, _, err = dnp("generate", "--from-image", saved[3], "--out", "again")
+    assert code == 0, err
+    for path in saved:
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    (tmp_path / "mine" / saved[0].name).write_text("somebody's")
+    with pytest.raises(OutputError, match="overwrite=True"):
+        result.save("mine")
+    assert result.save("mine", overwrite=True) == saved
+
+
+def test_a_sheet_reproduces_its_pictures(dnp, tmp_path):
+    _, out, _ = dnp("generate", PROMPT, "--compare", *QUICK, "--json")
+    code, _, err = dnp("generate", "--from-image", json.loads(out)["images"][-1], "--out", "again")
+    assert code == 0, err
+    for name in files(tmp_path / "out"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_picture_without_settings_is_told_what_carries_them(dnp, tmp_path):
+    Image.new("RGB", (8, 8)).save("bare.png")
+    _, _, err = dnp("generate", "--from-image", "bare.png")
+    assert "Result.save" in err
+    assert "sheet" not in err
+
+
+def test_a_newer_bundle_is_told_with_advice_that_can_be_followed(dnp, tmp_path, default_bundle):
+    manifest = json.loads((default_bundle.path / "bundle.json").read_text())
+    newer = {**manifest, "schema": 99, "created_with": {"dnp-engine": "9.8.7"}}
+    (tmp_path / "bundle.json").write_text(json.dumps(newer))
+    code, _, err = dnp("inspect", tmp_path)
+    assert code == 3
+    assert "dnp-engine '9.8.7'" in err
+    assert "pip install" not in err  # it is on no index
+
+
 def test_a_folder_that_another_process_tidied_away_is_made_again(tmp_path):
     from dnp.runtime import pictures
 
@@ -340,10 +465,9 @@ def test_pictures_that_belong_together_are_written_together(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_amid_the_renames_is_answered_after_them(tmp_path, monkeypatch, number):
-    from dnp.cli import _terminated
     from dnp.runtime import pictures
 
-    before = signal.signal(number, _terminated if number == signal.SIGTERM else signal.default_int_handler)
+    before = signal.signal(number, signal.default_int_handler)
 
     real = Path.replace
 

@@ -183,6 +183,18 @@ def test_no_plans_is_nothing_to_speak_of(bundle, tmp_path, caplog):
     assert not (tmp_path / "none").exists()
 
 
+def test_without_a_gpu_the_plans_are_the_processors(bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    command = ["build", str(bundle.path), "--engines", str(tmp_path), "--graph", "encode_text"]
+    assert run([*command, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "'cpu'" in err
+    (plan,) = json.loads(out)["plans"]
+    assert plan["spec"]["backend"] == "cpu"
+    assert run([*command, "--batch", "4"]) == 2
+    assert "--batch is for TensorRT" in capsys.readouterr().err
+
+
 def test_the_commands(bundle, tmp_path, capsys):
     engines = ["--engines", str(tmp_path / "engines")]
     assert run(["build", str(bundle.path), "--backend", "cpu", *engines, "--json"]) == 0

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import warnings
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -23,6 +25,8 @@ from dnp.export.families.source import read_source
 from dnp.export.families.tokenizer import PROBES
 from dnp.export.graph import export_graph
 from dnp.export.passes import onnx_file
+from dnp.runtime.sampling.samplers import sampler_table
+from dnp.runtime.sampling.schedule import NoiseSchedule
 
 W = (-3.0, 0.0, 1.0, 7.5)
 
@@ -282,6 +286,17 @@ def edit(file, **changes):
     file.write_text(json.dumps({**content, **changes}))
 
 
+def drop(file, *keys):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in content.items() if key not in keys}))
+
+
+def schedule_as(folder, kind, **settings):
+    """Have the folder name another scheduler, which says nothing but ``settings``."""
+    edit(folder / "model_index.json", scheduler=["diffusers", kind])
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(settings))
+
+
 def pickle_only(folder):
     (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.bin")
 
@@ -319,7 +334,15 @@ REFUSED = {
     "scheduler_config.json: prediction_type 'sample' is unknown": lambda f: edit(
         f / "scheduler/scheduler_config.json", prediction_type="sample"
     ),
-    "not linear in the latents": lambda f: edit(f / "scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
+    "scheduler_config.json: .*thresholding = True.*not linear": lambda f: schedule_as(
+        f, "DDIMScheduler", thresholding=True
+    ),
+    "scheduler_config.json: .*skip_prk_steps = False.*set it to true": lambda f: drop(
+        f / "scheduler/scheduler_config.json", "skip_prk_steps"
+    ),
+    "lacks beta_start, beta_end": lambda f: schedule_as(f, "FlowMatchEulerDiscreteScheduler"),
+    "scheduler is 'NoScheduler', which diffusers .* lacks": lambda f: schedule_as(f, "NoScheduler"),
+    "model_max_length is 1000": lambda f: drop(f / "tokenizer/tokenizer_config.json", "model_max_length"),
     "beta_end is None": lambda f: edit(f / "scheduler/scheduler_config.json", beta_end=None),
     "model_max_length is 77": lambda f: edit(f / "tokenizer/tokenizer_config.json", model_max_length=77),
     "lacks 1 weights": drop_a_weight,
@@ -448,21 +471,99 @@ def test_a_place_that_cannot_be_written_is_an_output_error(export, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("kind", "change"),
     [
-        {"timestep_type": "continuous"},
-        {"interpolation_type": "log_linear"},
-        {"variance_type": "learned_range"},
-        {"sigma_min": 0.1},
-        {"use_dynamic_shifting": True},
-        {"rescale_betas_zero_snr": True},  # with epsilon
-        {"beta_start": 5},
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}),
+        ("DDPMScheduler", {"variance_type": "learned_range"}),
+        ("UniPCMultistepScheduler", {"use_dynamic_shifting": True}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}),
+        ("KDPM2DiscreteScheduler", {"beta_start": 5}),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True}),  # with epsilon
     ],
 )
-def test_a_schedule_that_no_table_can_follow_is_not_dropped(sd_copy, change):
-    edit(sd_copy / "scheduler/scheduler_config.json", **change)
+def test_a_schedule_that_no_table_can_follow_is_not_dropped(sd_copy, kind, change):
+    schedule_as(sd_copy, kind, **change)
     (key,) = change
     with pytest.raises(ExportError, match="rescale_zero_terminal_snr" if key == "rescale_betas_zero_snr" else key):
+        read_source(sd_copy)
+
+
+# Configurations as their own libraries read them
+
+
+def loaded(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what it rewrites
+        return diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers mixes numpy and torch
+@pytest.mark.parametrize(
+    ("kind", "settings", "sampler"),
+    [
+        ("DDIMScheduler", {"steps_offset": 0, "clip_sample": True}, "ddim"),
+        ("DDIMScheduler", {"beta_schedule": "scaled_linear"}, "ddim"),
+        ("DDPMScheduler", {"timestep_spacing": "trailing"}, "ddpm"),
+        ("HeunDiscreteScheduler", {"use_karras_sigmas": True}, "heun"),
+        ("LCMScheduler", {}, "lcm"),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "_class_name": "PNDMScheduler"}, "euler"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "dpmpp_2m_sde"),
+        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -float("inf")}, "dpmpp_2m"),
+        ("PNDMScheduler", {"skip_prk_steps": True, "trained_betas": None}, "pndm"),
+    ],
+)
+def test_a_scheduler_is_read_as_the_pipeline_takes_it(sd_copy, kind, settings, sampler):
+    schedule_as(sd_copy, kind, **settings)
+    source = read_source(sd_copy)
+    assert source.sampler == sampler
+    theirs = loaded(sd_copy).scheduler
+    theirs.set_timesteps(10)
+    schedule = NoiseSchedule.from_config(json.loads(json.dumps(source.schedule, allow_nan=False)))
+    table = sampler_table(schedule, sampler, 10, 1.0)
+    np.testing.assert_allclose(table.timesteps, theirs.timesteps, rtol=1e-5)
+    np.testing.assert_array_equal(schedule.alphas_cumprod, theirs.alphas_cumprod)
+    rewritten = [key for key in ("steps_offset", "clip_sample") if any(f"{key} is taken" in n for n in source.notes)]
+    own = getattr(diffusers, kind)(**{key: value for key, value in settings.items() if not key.startswith("_")})
+    assert rewritten == [
+        key for key in ("steps_offset", "clip_sample") if own.config.get(key) != theirs.config.get(key)
+    ]
+
+
+def test_a_scheduler_that_is_no_sampler_gives_way_to_ddim_and_says_so(sd_copy):
+    schedule_as(sd_copy, "KDPM2DiscreteScheduler", beta_schedule="scaled_linear", steps_offset=1)
+    source = read_source(sd_copy)
+    assert source.sampler == "ddim" and source.schedule["beta_start"] == 0.00085
+    assert source.notes == ("the folder's KDPM2DiscreteScheduler is not among the samplers; ddim is the bundle's "
+                            "default instead",)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("version", "size"),
+    [("0.6.0", 32), ("0.8.1", 8), ("0.9.0.dev0", 32), ("0.42.1", 8), ("0.6.0", [32, 48]), ("0.6.0", 96), (None, 32)],
+)
+def test_the_default_size_is_the_pipelines(sd_copy, version, size):
+    edit(sd_copy / "unet/config.json", sample_size=size)
+    if version is None:
+        drop(sd_copy / "unet/config.json", "_diffusers_version")
+    else:
+        edit(sd_copy / "unet/config.json", _diffusers_version=version)
+    source = read_source(sd_copy)
+    theirs = loaded(sd_copy).unet.config.sample_size
+    assert (source.height, source.width) == ((theirs, theirs) if isinstance(theirs, int) else tuple(theirs))
+    assert any("sample_size is taken as 64" in note for note in source.notes) == (theirs != size)
+
+
+def test_what_the_configurations_leave_out_is_the_default_of_the_class(sd_copy):
+    drop(sd_copy / "unet/config.json", "in_channels", "out_channels", "attention_type")
+    drop(sd_copy / "vae/config.json", "latent_channels", "scaling_factor", "out_channels")
+    expected = read_source(sd_copy)
+    assert expected.channels == 4
+    text = json.loads((sd_copy / "text_encoder/config.json").read_text())
+    (sd_copy / "text_encoder/config.json").write_text(json.dumps({"model_type": "clip", "text_config": text}))
+    edit(sd_copy / "unet/config.json", cross_attention_dim=[32, 32])
+    assert replace(read_source(sd_copy), configs={}) == replace(expected, configs={})
+    drop(sd_copy / "unet/config.json", "cross_attention_dim")
+    with pytest.raises(ExportError, match="text of 1280 channels"):
         read_source(sd_copy)
 
 

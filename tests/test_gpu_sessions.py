@@ -347,6 +347,21 @@ def test_a_plan_for_several_architectures_serves_each(open_pipeline, gpu, defaul
     assert gpu.trt.built == 5
 
 
+@pytest.mark.parametrize(
+    ("there", "sm", "chosen"),
+    [
+        (["tensorrt", "tensorrt-rtx-cu13"], 89, "tensorrt"),
+        (["tensorrt-rtx-cu13"], 89, "tensorrt-rtx"),
+        (["tensorrt-rtx-cu13"], 90, "cpu"),  # no architecture of TensorRT for RTX
+        ([], 89, "cpu"),
+    ],
+)
+def test_plans_are_compiled_for_what_is_here(gpu, monkeypatch, there, sm, chosen):
+    gpu.sm = sm
+    monkeypatch.setattr(registry, "installed", lambda package: package if package in there else "")
+    assert registry.compiles_here() == chosen
+
+
 TOO_OLD = r"FAKE, no GPU \(SM 61\) is too old: .* need SM 75 or newer; use the backend 'cpu' or 'openvino'$"
 
 

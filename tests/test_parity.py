@@ -55,7 +55,7 @@ def graphs(default_bundle):
     return {name: open_session(default_bundle, name) for name in ("encode_text", "denoise", "decode_latents")}
 
 
-def their_latents(pipe, sampler, eta, prompt, negative, guidance, seed):
+def their_latents(pipe, sampler, eta, prompt, negative, guidance, seed, latents=None):
     kind, changes = SCHEDULERS[sampler]
     pipe.scheduler = kind.from_config(pipe.own_schedule, **changes)
     return pipe(
@@ -65,6 +65,7 @@ def their_latents(pipe, sampler, eta, prompt, negative, guidance, seed):
         num_inference_steps=STEPS,
         eta=eta,
         generator=torch.Generator("cpu").manual_seed(seed),
+        latents=latents,
         output_type="latent",
     ).images.numpy()
 
@@ -97,6 +98,20 @@ def test_cfg_ends_at_diffusers_latents(default_bundle, graphs, peer, sampler, et
     ours = our_latents(default_bundle, graphs, [Sample(table, 3)], [(PROMPT, "")])
     theirs = their_latents(peer, sampler, eta, PROMPT, "", 4.0, 3)
     assert np.abs(ours - theirs).max() <= 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "lms", "pndm", "unipc"])
+def test_at_large_guidance_the_difference_is_diffusers_own_sensitivity(default_bundle, graphs, peer, sampler):
+    """A multistep sampler's latents at w = 12 differ by at most ten times what 1e-6 of noise moves diffusers' own."""
+    w, seed = 12.0, 3
+    table = sampler_table(NoiseSchedule.from_config(default_bundle.schedule), sampler, STEPS, w)
+    ours = our_latents(default_bundle, graphs, [Sample(table, seed)], [(PROMPT, "")])
+    shape = (1, default_bundle.latents.channels, default_bundle.latents.height, default_bundle.latents.width)
+    noise, other = (torch.randn(shape, generator=torch.Generator("cpu").manual_seed(s)) for s in (seed, 10))
+    theirs, moved = (
+        their_latents(peer, sampler, 0.0, PROMPT, "", w, seed, latents=start) for start in (noise, noise + 1e-6 * other)
+    )
+    assert np.abs(ours - theirs).max() <= 10 * np.abs(moved - theirs).max()
 
 
 @pytest.mark.parametrize(("sampler", "eta"), CASES)

@@ -187,7 +187,7 @@ def test_layers_and_running_take_a_gpu(plans, default_fp16, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        ([], 4, "name the architectures to compile for, e.g. --sm 89,120"),
+        (["--backend", "tensorrt-rtx"], 4, "name the architectures to compile for, e.g. --sm 89,120"),
         (["--sm", "90"], 4, "does not compile for SM 90; it knows 75, 80, 86, 89, 120, 121"),
         (["--sm", "8.9"], 2, "no list of numbers such as 89,120"),
         (["--sm", "89,89"], 2, "named twice: 89, 89"),

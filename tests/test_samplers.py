@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,8 +24,16 @@ from dnp.engine.bundle.columns import STATE as A
 from dnp.engine.bundle.columns import TIMESTEP as T
 from dnp.engine.errors import SettingsError
 from dnp.runtime.sampling.noise import TorchNoise
-from dnp.runtime.sampling.samplers import SamplerTable, identity_row, sampler_names, sampler_table, stack_tables
+from dnp.runtime.sampling.samplers import (
+    SamplerTable,
+    identity_row,
+    sampler_names,
+    sampler_of,
+    sampler_table,
+    stack_tables,
+)
 from dnp.runtime.sampling.schedule import BETA_SCHEDULES, PREDICTION_TYPES, SPACINGS, NoiseSchedule
+from dnp.runtime.sampling.settings import SCHEDULE_KEYS, SCHEDULERS, Setting
 
 # diffusers mixes numpy and torch in a way that numpy 2 warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -183,6 +192,169 @@ def test_zero_terminal_snr_equals_diffusers(sampler: str) -> None:
     theirs = run_diffusers(scheduler, 20, network, 0, 1, 7.5, seed=3)
     # diffusers scales the betas in float32 with cancellation, and starts from sigma 4096.
     assert relative_error(run_table(table, network, 0, 1, seed=3), theirs) <= 5 * TOLERANCE
+
+
+# What changes each class's numbers, one value at a time and some together, each with what it needs to matter.
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "ddim": [{"steps_offset": 3}, {"set_alpha_to_one": True}],
+    "ddpm": [{"variance_type": kind} for kind in ("fixed_small_log", "fixed_large")]
+    + [{"variance_type": "fixed_large", "timestep_spacing": "linspace"}],
+    "deis": [{"solver_order": order, "lower_order_final": lower} for order in (1, 2, 3) for lower in (True, False)]
+    + [{"algorithm_type": "dpmsolver++", "solver_type": "bh2"}],
+    "dpmpp_2m": [
+        {"solver_order": order, "solver_type": kind, "final_sigmas_type": final, "lower_order_final": lower}
+        for order in (1, 2, 3)
+        for kind in ("midpoint", "heun", "logrho")
+        for final in ("zero", "sigma_min")
+        for lower in (True, False)
+    ]
+    + [{"euler_at_final": True, "final_sigmas_type": "sigma_min"}, {"use_lu_lambdas": True}],
+    "dpmpp_2m_sde": [
+        {"solver_order": order, "solver_type": kind, "final_sigmas_type": final}
+        for order in (1, 2, 3)
+        for kind in ("midpoint", "heun")
+        for final in ("zero", "sigma_min")
+    ],
+    "euler": [
+        {"final_sigmas_type": "sigma_min"},
+        {"interpolation_type": "log_linear"},
+        {"interpolation_type": "log_linear", "use_karras_sigmas": True, "timestep_spacing": "leading"},
+        {"sigma_min": 0.1, "sigma_max": 10.0, "use_karras_sigmas": True},
+        {"sigma_min": 0.1, "sigma_max": 10.0},
+    ],
+    "lcm": [{"original_inference_steps": 100}, {"timestep_scaling": 3.0}],
+    "pndm": [{"set_alpha_to_one": True}, {"steps_offset": 0}],
+    "unipc": [
+        {"solver_order": order, "solver_type": kind, "final_sigmas_type": "sigma_min", "lower_order_final": lower}
+        for order in (1, 2, 3)
+        for kind in ("bh1", "bh2", "midpoint")
+        for lower in (True, False)
+    ]
+    + [{"solver_order": 3}, {"disable_corrector": [0, 2, 18]}, {"solver_order": 3, "disable_corrector": [1, 3]}],
+}
+SPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+SETTINGS_CASES = [(sampler, settings) for sampler, each in SETTINGS.items() for settings in each] + [
+    (sampler, {key: True, "timestep_spacing": spacing})
+    for sampler in ("deis", "dpmpp_2m", "dpmpp_2m_sde", "euler", "heun", "lms", "unipc")
+    for key in SPACED
+    for spacing in (None, "leading")
+]
+SETTINGS_CASES += [
+    (sampler, {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"})
+    for sampler in ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
+]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(("sampler", "settings"), SETTINGS_CASES)
+def test_every_setting_is_honoured(sampler: str, settings: dict[str, Any], prediction_type: str) -> None:
+    config = {**SD15, **{key: value for key, value in settings.items() if value is not None}}
+    config["prediction_type"] = prediction_type
+    kind, options = REFERENCE[sampler]
+    network = make_network()
+    for steps in (4, 20):
+        scheduler = getattr(schedulers, kind).from_config(config, **options)
+        theirs = run_diffusers(scheduler, steps, network, 0, 1, 2.0, seed=steps)
+        table = sampler_table(NoiseSchedule.from_config(config), sampler, steps, 2.0)
+        np.testing.assert_allclose(table.timesteps, scheduler.timesteps.numpy(), rtol=1e-5, atol=1e-2)
+        assert relative_error(run_table(table, network, 0, 1, seed=steps), theirs) <= TOLERANCE, steps
+
+
+def parameters_of(scheduler: str) -> dict[str, Any]:
+    parameters = inspect.signature(getattr(schedulers, scheduler).__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_parameter_of_every_class_is_known_with_its_default(scheduler: str) -> None:
+    theirs = parameters_of(scheduler)
+    ours = SCHEDULERS[scheduler]
+    assert set(theirs) - set(SCHEDULE_KEYS) == set(ours)
+    defaults = {key: setting.default for key, setting in ours.items() if isinstance(setting, Setting)}
+    # StableDiffusionPipeline turns clipping off, whatever the class's default.
+    expected = {key: theirs[key] for key in defaults} | ({"clip_sample": False} if "clip_sample" in ours else {})
+    assert defaults == expected
+
+
+def test_the_classes_are_those_of_the_samplers() -> None:
+    assert {name for name, _ in REFERENCE.values()} == set(SCHEDULERS)
+    assert set(REFERENCE) == set(sampler_names())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "key", "value"),
+    [
+        ("ddim", "thresholding", True),
+        ("ddim", "clip_sample", True),
+        ("ddim", "timestep_spacing", "logarithmic"),
+        ("ddim", "steps_offset", -1),
+        ("ddpm", "variance_type", "learned_range"),
+        ("dpmpp_2m", "lambda_min_clipped", -5.1),
+        ("dpmpp_2m", "variance_type", "learned"),
+        ("dpmpp_2m", "solver_order", 4),
+        ("dpmpp_2m", "use_flow_sigmas", True),
+        ("dpmpp_2m_sde", "use_dynamic_shifting", True),
+        ("euler", "timestep_type", "continuous"),
+        ("euler", "sigma_min", "0.1"),
+        ("heun", "clip_sample", True),
+        ("unipc", "predict_x0", False),
+        ("unipc", "disable_corrector", 3),
+        ("unipc", "solver_type", "bh3"),
+    ],
+)
+def test_a_setting_that_cannot_be_honoured_is_refused_by_name(sampler: str, key: str, value: Any) -> None:
+    schedule = NoiseSchedule.from_config({**SD15, key: value})
+    with pytest.raises(SettingsError, match=f"{key} = {re.escape(repr(value))}, only .* can be honoured"):
+        sampler_table(schedule, sampler, 20, 7.5)
+    others = (name for name in sampler_names() if key not in SCHEDULERS[REFERENCE[name][0]])
+    for other in others:  # as diffusers' from_config drops what the class does not know
+        np.testing.assert_array_equal(
+            sampler_table(schedule, other, 20, 7.5).rows,
+            sampler_table(NoiseSchedule.from_config(SD15), other, 20, 7.5).rows,
+        )
+
+
+def test_two_ways_to_space_the_levels_are_refused() -> None:
+    schedule = NoiseSchedule.from_config({**SD15, "use_karras_sigmas": True, "use_beta_sigmas": True})
+    with pytest.raises(SettingsError, match="both use_karras_sigmas and use_beta_sigmas"):
+        sampler_table(schedule, "euler", 20, 7.5)
+
+
+def test_an_order_that_cannot_end_without_noise_is_refused() -> None:
+    config = {**SD15, "final_sigmas_type": "zero", "lower_order_final": False}  # where diffusers gives NaN
+    with pytest.raises(SettingsError, match="unipc of order 2 cannot end without noise; set lower_order_final"):
+        sampler_table(NoiseSchedule.from_config(config), "unipc", 20, 7.5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "config", "sampler"),
+    [
+        ("PNDMScheduler", {"skip_prk_steps": True}, "pndm"),
+        ("DPMSolverMultistepScheduler", {}, "dpmpp_2m"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "deis", "use_karras_sigmas": True}, "dpmpp_2m_karras"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+        ("EulerAncestralDiscreteScheduler", {"algorithm_type": "dpmsolver"}, "euler_a"),
+        ("KDPM2DiscreteScheduler", {}, None),
+    ],
+)
+def test_the_sampler_of_a_scheduler(scheduler: str, config: dict[str, Any], sampler: str | None) -> None:
+    assert sampler_of(scheduler, config) == sampler
+
+
+def state_needed(scheduler: Any, steps: int) -> int:
+    """The rank of the map from past to future, at its largest: how many latents a table has to carry."""
+    with pytest.MonkeyPatch.context() as patch:
+        inputs = np.stack([x for x, _ in responses_of_diffusers(scheduler, steps, 0.0, patch)])
+    calls = len(inputs)
+    return max(np.linalg.matrix_rank(inputs[i + 1 :, : i + 2], tol=1e-5) for i in range(calls - 1))
+
+
+def test_runge_kutta_steps_need_more_than_a_table_holds() -> None:
+    config = {key: value for key, value in SD15.items() if key != "skip_prk_steps"}
+    assert state_needed(schedulers.PNDMScheduler.from_config(config), 12) == SLOTS + 1
+    assert state_needed(schedulers.PNDMScheduler.from_config(SD15), 12) == SLOTS
+    with pytest.raises(SettingsError, match="skip_prk_steps = False, only True"):
+        sampler_of("PNDMScheduler", config)
 
 
 @pytest.mark.parametrize("set_alpha_to_one", [True, False, None])
@@ -350,7 +522,7 @@ def test_tables_of_any_length_make_a_batch() -> None:
 
 
 def test_the_schedule_may_name_the_spacing() -> None:
-    trailing = NoiseSchedule(timestep_spacing="trailing")
+    trailing = NoiseSchedule(settings={**NoiseSchedule().settings, "timestep_spacing": "trailing"})
     for sampler in set(sampler_names()) - set(OWN_TIMESTEPS):
         expected = sampler_table(NoiseSchedule(), sampler, 7, 1.0, spacing="trailing")
         np.testing.assert_array_equal(sampler_table(trailing, sampler, 7, 1.0).rows, expected.rows)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers import schedulers
+from scipy import stats
 
 from dnp.engine.errors import SettingsError
 from dnp.runtime.sampling.schedule import BETA_SCHEDULES, NoiseSchedule
@@ -36,18 +37,6 @@ def test_alphas_cumprod_are_diffusers_bit_for_bit(beta_schedule: str, train_time
     np.testing.assert_array_equal(NoiseSchedule.from_config(config).alphas_cumprod, theirs)
 
 
-def test_karras_levels_equal_diffusers() -> None:
-    for beta_schedule in BETA_SCHEDULES:
-        config = {**SD15, "beta_schedule": beta_schedule}
-        scheduler = schedulers.DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
-        schedule = NoiseSchedule(beta_schedule=beta_schedule)
-        for steps in range(1, 101):
-            scheduler.set_timesteps(steps)
-            timesteps, sigmas = schedule.karras(steps)
-            np.testing.assert_array_equal(timesteps, scheduler.timesteps.numpy())
-            np.testing.assert_allclose(sigmas, scheduler.sigmas.numpy()[:-1], rtol=1e-6)
-
-
 def test_trailing_spacing_gives_as_many_steps_as_asked() -> None:
     """diffusers gives one more for 61 steps and 58 other counts, the last at timestep -1."""
     for steps in range(1, 1001):
@@ -59,23 +48,18 @@ def test_trailing_spacing_gives_as_many_steps_as_asked() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("thresholding", True),
-        ("clip_sample", True),
         ("trained_betas", [0.1, 0.2]),
+        ("trained_betas", 0.1),
+        ("trained_betas", [2.0] * 1000),
         ("prediction_type", "sample"),
         ("prediction_type", "flow_prediction"),
         ("beta_schedule", "sigmoid"),
-        ("use_flow_sigmas", True),
-        ("timestep_type", "continuous"),
-        ("variance_type", "learned_range"),
-        ("timestep_spacing", "logarithmic"),
         ("beta_start", 0),
         ("beta_end", 1.5),
         ("beta_end", "0.012"),
         ("beta_start", 1e-12),
         ("num_train_timesteps", 0),
         ("num_train_timesteps", 1000.0),
-        ("steps_offset", -1),
         ("rescale_betas_zero_snr", True),
     ],
 )
@@ -84,10 +68,18 @@ def test_a_schedule_we_cannot_honour_is_refused(key: str, value: Any) -> None:
         NoiseSchedule.from_config({**SD15, key: value})
 
 
-def test_what_diffusers_would_assume_counts() -> None:
-    silent = {key: value for key, value in SD15.items() if key != "clip_sample"}
-    NoiseSchedule.from_config(silent)
-    with pytest.raises(SettingsError, match="clip_sample = True"):
-        NoiseSchedule.from_config({**silent, "_class_name": "DDIMScheduler"})
+def test_a_schedule_without_betas_is_refused() -> None:
     with pytest.raises(SettingsError, match="lacks beta_start"):
         NoiseSchedule.from_config({"beta_end": 0.012, "beta_schedule": "linear"})
+
+
+def test_trained_betas_are_diffusers_bit_for_bit() -> None:
+    config = {**SD15, "trained_betas": np.geomspace(1e-4, 0.03, 1000).tolist()}
+    theirs = schedulers.DDIMScheduler.from_config(config).alphas_cumprod.numpy()
+    np.testing.assert_array_equal(NoiseSchedule.from_config(config).alphas_cumprod, theirs)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 999])
+def test_beta_spacing_equals_scipy(steps: int) -> None:
+    expected = 0.03 + 14.6 * stats.beta.ppf(1 - np.linspace(0, 1, steps), 0.6, 0.6)
+    np.testing.assert_allclose(NoiseSchedule().spaced("beta", steps, 0.03, 14.63), expected, rtol=1e-12, atol=1e-12)

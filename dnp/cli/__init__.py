@@ -5,11 +5,11 @@ Exit codes: 0 done, 2 bad settings or usage, 3 bundle, 4 backend, 5 export, 6 ou
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Sequence
 
-from dnp.cli.streams import complain, make_usable, swallow
+TYPE_CHECKING = False  # nothing is imported before ``main`` runs, which answers a Ctrl-C; before that it is a traceback
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 EXIT_CODES = """\b
 Exit codes:
@@ -26,29 +26,45 @@ Exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
-    make_usable()
-    signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = run(arguments)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):  # a second one changes nothing
-            signal.signal(number, signal.SIG_IGN)
+        from dnp.cli.signals import came, ignore, listen
+
+        listen()
+        code = _run_on_streams(arguments)
+        ignore()
+        cancelled = came()
+    except BaseException as error:
+        from dnp.cli.signals import came, ignore
+
+        ignore()  # a second one changes nothing
+        # Extension modules turn a KeyboardInterrupt while they are imported into errors of other kinds.
+        cancelled = isinstance(error, KeyboardInterrupt) or came()
+        if not cancelled:
+            raise
+    if cancelled:
+        from dnp.cli.streams import complain
+
         complain("cancelled")
         code = 130
-    except BrokenPipeError:  # the reader went away
-        code = 0
-        swallow("stdout")
-    except OSError as error:
-        complain(f"cannot write to stdout: {error.strerror or error}")
-        code = 6
-        swallow("stdout")
     sys.exit(code)
 
 
-def _terminated(*_: object) -> None:
-    """SIGTERM is an order to stop, as Ctrl-C is: what is half-written is cleaned up."""
-    raise KeyboardInterrupt
+def _run_on_streams(arguments: Sequence[str] | None) -> int:
+    """``run``, on streams that may be closed, full or read by nobody any more."""
+    from dnp.cli.streams import complain, make_usable, swallow
+
+    make_usable()
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader went away
+        swallow("stdout")
+        return 0
+    except OSError as error:
+        complain(f"cannot write to stdout: {error.strerror or error}")
+        swallow("stdout")
+        return 6
+    return code
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +74,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     from dnp.cli.bundles import doctor, export, inspect
     from dnp.cli.images import caption, dns, explore, generate
     from dnp.cli.plans import build
+    from dnp.cli.streams import complain, swallow
     from dnp.engine.errors import DnpError
 
     @click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})

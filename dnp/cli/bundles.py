@@ -118,6 +118,7 @@ def export(
     if checked:
         lines += ["", f"{'graph':<16}{'largest activation':>19}{'of fp16':>9}{'error':>9}  put back to float32"]
         lines += [f"{name:<16}{_range_columns(found)}" for name, found in checked.items()]
+    lines += report.notes
     lines.append(f"wrote {out} in {report.seconds:.0f} s, peak memory {report.peak_memory / 1e6:.0f} MB")
     say({**asdict(report), "path": str(out)}, as_json, "\n".join(lines))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from dataclasses import fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,17 @@ from dnp.cli.options import (
     dns_options,
     engine_options,
     final_options,
+    given_options,
     image_options,
     json_option,
-    out_option,
+    out_options,
     say,
     warn_if_truncated,
 )
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from dnp.runtime.pipeline.pipeline import Pipeline
     from dnp.runtime.request import Request, Result
 
@@ -39,49 +43,56 @@ if TYPE_CHECKING:
 @click.option(
     "--from-image",
     type=PATH,
-    help="Reproduce a picture that dnp made, with its request, from the settings inside it; no others are taken.",
+    help="Reproduce a picture that dnp made, with its request, from the settings inside it; no others are taken. "
+    "Another version of dnp or of the library that ran may give other bits; that is told.",
 )
 @image_options
 @final_options
 @dns_options
 @caption_options
 @engine_options
-@out_option
+@out_options
 @json_option
-@click.pass_context
 def generate(
-    context: click.Context,
-    /,
     prompt: str | None,
     from_image: Path | None,
     no_dnp: bool,
     engine: Engine,
     out: Path,
+    overwrite: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Generate images for PROMPT by diffusion-negative prompting."""
-    from dnp.runtime.pictures import file_name, output_folder, save
+    """Generate images for PROMPT by diffusion-negative prompting.
+
+    They are called <prompt>-<seed>-<kind>.png; a prompt with more to it than words in lower case (or too long for a
+    name) gets eight digits of its own behind them, so that no two prompts share a name.
+    """
+    from dnp.runtime.pictures import kinds_of, output_folder, outputs, save
     from dnp.runtime.request import Request
 
+    made_with = None
     if from_image is not None:
-        request, engine = _settings_of(context, from_image, engine)
+        request, engine, made_with = _settings_of(from_image, engine)
     elif prompt is None:
         raise click.UsageError("name a PROMPT, or a picture to reproduce with --from-image")
     else:
+        if no_dnp or settings["negative"] is not None:
+            _refuse_dns_options("--no-dnp" if no_dnp else "--negative")
         request = Request(prompt, dnp=not no_dnp, **settings)
 
     pipeline = engine.open()
-    if from_image is not None:
-        _same_bundle(pipeline, from_image)
+    if from_image is not None and made_with is not None:
+        _compare_makers(pipeline, from_image, made_with)
     request = pipeline.resolve(request)
     warn_if_truncated(pipeline, "prompt", request.prompt)
-    with output_folder(out):
+    kinds = [*kinds_of(request), *(["compared"] if request.compare else [])]
+    files = outputs(out, request, pipeline.made_with, kinds)
+    with output_folder(out, files, overwrite=overwrite):
         with closing(Progress()) as progress:
             result = pipeline.run(request, progress)
         warn_if_truncated(pipeline, "negative prompt", *dict.fromkeys(result.negatives))
-        compared = out / f"{file_name(request.prompt)}-{request.seed}-compared.png"
-        paths = save(result, out, {compared: _side_by_side(result)} if request.compare else None)
+        paths = save(result, files, {"compared": _side_by_side(result)} if request.compare else None)
     say(_report(result, paths), as_json, _summary(result, paths))
 
 
@@ -92,26 +103,28 @@ def generate(
 @dns_options
 @caption_options
 @engine_options
-@out_option
+@out_options
 @json_option
 def dns(
     prompt: str,
     engine: Engine,
     out: Path,
+    overwrite: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Only the diffusion-negative image of PROMPT, and its caption n*."""
-    from dnp.runtime.pictures import output_folder, save
+    from dnp.runtime.pictures import output_folder, outputs, save
     from dnp.runtime.request import Request
 
     pipeline = engine.open()
     request = pipeline.resolve(Request(prompt, **settings))
     warn_if_truncated(pipeline, "prompt", prompt)
-    with output_folder(out):
+    files = outputs(out, request, pipeline.made_with, ["dns"])
+    with output_folder(out, files, overwrite=overwrite):
         with closing(Progress()) as progress:
             result = pipeline.dns(progress=progress, **request.to_dict())
-        paths = save(result, out)
+        paths = save(result, files)
     say(_report(result, paths), as_json, _summary(result, paths))
 
 
@@ -123,12 +136,13 @@ def dns(
 @dns_options
 @caption_options
 @engine_options
-@out_option
+@out_options
 @json_option
 def explore(
     prompt: str,
     engine: Engine,
     out: Path,
+    overwrite: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -136,15 +150,15 @@ def explore(
 
     p alone; the DNS image with its caption n*; n* alone as the negative prompt; the pair (p, n*).
     """
-    from dnp.runtime.pictures import file_name, output_folder, png, sheet, write_atomically
+    from dnp.runtime.pictures import output_folder, outputs, save, sheet
     from dnp.runtime.pipeline.pipeline import drive
     from dnp.runtime.request import Request, to_images
 
     pipeline = engine.open()
     request = pipeline.resolve(Request(prompt, compare=True, **settings))
     warn_if_truncated(pipeline, "prompt", prompt)
-    path = out / f"{file_name(prompt)}-{request.seed}-explored.png"
-    with output_folder(out):
+    files = outputs(out, request, pipeline.made_with, ["explored"])
+    with output_folder(out, files, overwrite=overwrite):
         with closing(Progress()) as progress:
             result = pipeline.run(request, progress)
             started = time.perf_counter()
@@ -161,12 +175,13 @@ def explore(
         ]
         picture = sheet(
             rows,
+            title=prompt,
             headings=["p alone", "DNS image", "n* alone, as negative", "the pair (p, n*)"],
             titles=[f"seed {request.seed + i}" for i in range(request.images)],
         )
-        write_atomically(path, png(picture))
+        paths = save(result, files, {"explored": picture})
     lines = [f"seed {request.seed + i}: n* = {negative}" for i, negative in enumerate(result.negatives)]
-    say(_report(result, [path]), as_json, "\n".join([*lines, f"wrote {path}", _time(result)]))
+    say(_report(result, paths), as_json, "\n".join([*lines, *(f"wrote {path}" for path in paths), _time(result)]))
 
 
 @click.command()
@@ -191,17 +206,20 @@ def caption(
     say(report, as_json, "\n".join(text))
 
 
-def _settings_of(context: click.Context, path: Path, engine: Engine) -> tuple[Request, Engine]:
-    """The request inside a picture, and the engine that made it where no other was asked for."""
+def _refuse_dns_options(switch: str) -> None:
+    """Raises UsageError for an option about finding n*, which ``switch`` leaves out."""
+    for name, option in given_options().items():
+        if name.startswith("dns_") or name in ("beams", "prefix", "min_length", "max_length"):
+            raise click.UsageError(f"{option} says how to find n*, and {switch} leaves that out; drop one of the two")
+
+
+def _settings_of(path: Path, engine: Engine) -> tuple[Request, Engine, dict[str, Any]]:
+    """The request inside a picture, the engine that made it where no other was asked for, and all that is inside."""
     from dnp.runtime.pictures import read_settings
     from dnp.runtime.request import Request
 
-    ours = {"from_image", "out", "as_json", *(field.name for field in fields(Engine))}
-    given = [
-        name
-        for name in context.params
-        if name not in ours and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    ]
+    ours = {"from_image", "out", "overwrite", "as_json", *(field.name for field in fields(Engine))}
+    given = [name for name in given_options() if name not in ours]
     if given:
         names = ", ".join(sorted(given))
         raise click.UsageError(f"--from-image takes its settings from the picture; leave out {names}")
@@ -209,32 +227,46 @@ def _settings_of(context: click.Context, path: Path, engine: Engine) -> tuple[Re
     if engine.backend is None:
         precision = settings.get("precision") if engine.precision is None else engine.precision
         engine = replace(engine, backend=settings.get("backend"), precision=precision)
-    return Request.from_dict(settings["request"]), engine
+    if settings.get("version") not in (None, version("dnp-engine")):
+        click.echo(
+            f"dnp: {path} was made by dnp-engine {settings['version']}, this is {version('dnp-engine')}: "
+            "the bits of the picture may differ",
+            err=True,
+        )
+    return Request.from_dict(settings["request"]), engine, settings
 
 
-def _same_bundle(pipeline: Pipeline, path: Path) -> None:
+def _compare_makers(pipeline: Pipeline, path: Path, made_with: dict[str, Any]) -> None:
+    """Refuse a picture of another bundle; say so when another library runs than the one that made it."""
     from dnp.engine.errors import SettingsError
-    from dnp.runtime.pictures import read_settings
 
-    made_with = read_settings(path).get("bundle")
-    if made_with != pipeline.bundle.fingerprint:
+    if made_with.get("bundle") != pipeline.bundle.fingerprint:
         raise SettingsError(
-            f"{path} was made with bundle {made_with}, this is {pipeline.bundle.fingerprint}; "
+            f"{path} was made with bundle {made_with.get('bundle')}, this is {pipeline.bundle.fingerprint}; "
             "name the bundle it was made with by --bundle"
         )
+    before, now = made_with.get("runs_on") or "", pipeline.runs_on
+    if before.partition(",")[0] != now.partition(",")[0]:  # the library and its version, without the threads
+        click.echo(f"dnp: {path} was made on {before}, this is {now}: the bits of the picture may differ", err=True)
 
 
-def _side_by_side(result: Result) -> bytes:
-    from dnp.runtime.pictures import png, sheet
+def _side_by_side(result: Result) -> Image:
+    from dnp.runtime.pictures import sheet
 
     columns = [("plain", result.plain_images, [""] * len(result.negatives))]
     if result.dns_arrays is not None:
         columns.append(("DNS image", result.dns_images, [f"n* = {n}" for n in result.negatives]))
     if result.request.dnp:
-        columns.append(("DNP: the pair (p, n*)", result.images, [""] * len(result.negatives)))
+        written = result.request.negative is not None  # n* is told once: below the DNS image, where there is one
+        columns.append(("DNP: the pair (p, n*)", result.images, [f"n* = {n}" * written for n in result.negatives]))
     rows = [[(images[i], texts[i]) for _, images, texts in columns] for i in range(len(result.negatives))]
-    seeds = [f"{result.request.prompt} · seed {result.request.seed + i}" for i in range(len(rows))]
-    return png(sheet(rows, headings=[name for name, _, _ in columns], titles=seeds, cell=256))
+    return sheet(
+        rows,
+        title=result.request.prompt,
+        headings=[name for name, _, _ in columns],
+        titles=[f"seed {result.request.seed + i}" for i in range(len(rows))],
+        cell=256,
+    )
 
 
 def _report(result: Result, paths: list[Path]) -> dict[str, Any]:

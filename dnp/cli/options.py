@@ -96,15 +96,27 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one line of JSON on stdout.")(function)
 
 
-def out_option(function: F) -> F:
+def out_options(function: F) -> F:
     """Where the pictures go."""
-    return click.option(
-        "--out",
-        type=PATH,
-        default=Path("out"),
-        show_default=True,
-        help="Folder for the pictures.",
+    return _stacked(
+        click.option("--out", type=PATH, default=Path("out"), show_default=True, help="Folder for the pictures."),
+        click.option(
+            "--overwrite",
+            is_flag=True,
+            help="Replace what is in a picture's place. Without it only the same picture, made before, is replaced: of "
+            "the same prompt and settings, bundle, backend and precision.",
+        ),
     )(function)
+
+
+def given_options() -> dict[str, str]:
+    """The options on the command line, by their names: those that were written out, as they are written."""
+    context = click.get_current_context()
+    return {
+        option.name: max(option.opts, key=len)
+        for option in context.command.params
+        if option.name and context.get_parameter_source(option.name) is click.core.ParameterSource.COMMANDLINE
+    }
 
 
 def caption_options(function: F) -> F:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from dnp.cli.options import MB, PATH, json_option, say
+from dnp.cli.options import MB, PATH, given_options, json_option, say
 
 _PARTS: Final = ("weights_bytes", "buffer_bytes", "activation_bytes")  # of what a plan takes on a GPU
 
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", required=False, type=PATH)
-@click.option("--backend", default="tensorrt-rtx", show_default=True, help="tensorrt-rtx, tensorrt or cpu.")
+@click.option(
+    "--backend",
+    help="tensorrt, tensorrt-rtx or cpu. When left out: tensorrt-rtx with --sm, else the TensorRT that is installed "
+    "and takes the GPU that is here, else cpu.",
+)
 @click.option("--sm", help="Architectures to compile for (tensorrt-rtx), e.g. 89,120; that of the GPU when left out.")
 @click.option("--batch", help="Images at once, as largest, smallest:largest or smallest:best:largest. [default: 1:8]")
 @click.option("--height", help="Of images, in pixels: one size, or a range; the bundle's default when left out.")
@@ -42,7 +46,7 @@ if TYPE_CHECKING:
 @json_option
 def build(
     bundle: Path | None,
-    backend: str,
+    backend: str | None,
     sm: str | None,
     graphs: tuple[str, ...],
     device: int,
@@ -56,7 +60,7 @@ def build(
     refit: bool,
     **sizes: str | None,
 ) -> None:
-    """Compile BUNDLE, the shipped default when none is named, to plans of a backend.
+    """Compile BUNDLE, the shipped default when none is named, to plans of a backend, by default of one that is here.
 
     tensorrt-rtx compiles for any of its architectures on a machine with no GPU; tensorrt for the GPU that is there.
     The arithmetic is the bundle's: export it with --precision fp16. A plan that is there already is not built again.
@@ -68,12 +72,16 @@ def build(
     computing takes as long as without; the options about sizes, the GPU and the compiler are TensorRT's.
     """
     from dnp.engine.backends.onnxruntime.cpu import NAME, build_cpu_plans
+    from dnp.engine.backends.registry import compiles_here
     from dnp.engine.bundle.bundle import Bundle
     from dnp.engine.plans.build import BuildSettings, build_plans
-    from dnp.engine.plans.product import PRODUCTS
+    from dnp.engine.plans.product import PRODUCTS, TENSORRT_RTX
     from dnp.engine.plans.profile import BATCH
 
     opened = Bundle.default() if bundle is None else Bundle.open(bundle)
+    if backend is None:
+        backend = TENSORRT_RTX.name if sm else compiles_here(device)
+        click.echo(f"dnp: building plans of the backend {backend!r}; --backend names another", err=True)
     if backend == NAME:
         _refuse_compiler_options()
         with closing(_Bar()) as bar:
@@ -113,12 +121,12 @@ def build(
 
 def _refuse_compiler_options() -> None:
     """Raises UsageError for an option that only TensorRT understands."""
-    context = click.get_current_context()
-    for option in context.command.params:
-        name = option.name or ""
-        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if given and name not in ("bundle", "backend", "graphs", "engines", "force", "prune", "as_json"):
-            raise click.UsageError(f"{option.opts[0]} is for TensorRT; plans of the backend 'cpu' take every size")
+    for name, option in given_options().items():
+        if name not in ("bundle", "backend", "graphs", "engines", "force", "prune", "as_json"):
+            raise click.UsageError(
+                f"{option} is for TensorRT; plans of the backend 'cpu' take every size; leave it out, or name "
+                "TensorRT by --backend"
+            )
 
 
 def _tell(plans: list[Plan], prune: bool, as_json: bool) -> None:
@@ -177,7 +185,7 @@ def plan_table(plans: list[dict[str, Any]]) -> str:
         else:
             memory += f", weights {_mb(statistics.get('weights_bytes'))}, mapped into memory"
         lines += [
-            f"{spec['graph']:<15}{spec['product']} {spec['version']}, {spec['architecture']}, {spec['precision']}"
+            f"{spec['graph']:<15}{spec['backend']} {spec['version']}, {spec['architecture']}, {spec['precision']}"
             + (f", {flags}" if flags else ""),
             f"{'':<15}profile   {sizes or 'every size'}",
             f"{'':<15}memory    {memory}",

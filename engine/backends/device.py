@@ -292,8 +292,9 @@ class DeviceSession(StoredSession[DeviceBuffer]):
         """See ``Session.close``."""
         if self._closed:
             return
-        with suppress(BackendError):  # after an error that lasts, every call fails; what can be freed is
-            self._drop()
+        if not self.forked:
+            with suppress(BackendError):  # after an error that lasts, every call fails; what can be freed is
+                self._drop()
         super().close()
 
     def _drop(self) -> None:
@@ -360,4 +361,5 @@ class DeviceBackend(Backend):
 
     def close(self) -> None:
         """See ``Backend.close``."""
-        self.device.close()
+        if not self.forked:
+            self.device.close()

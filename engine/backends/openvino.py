@@ -73,6 +73,12 @@ class OpenVinoSession(HostSession):
                     f"{graph.path}: OpenVINO {_version(ov)} lacks the operator {lacking[1]}; take 2026.3 or newer: "
                     f"{install_line('openvino')}"
                 ) from error
+            weights = graph.path.with_name(f"{graph.path.name}.data")
+            if weights.is_symlink():
+                raise BackendError(
+                    f"{weights} is a link, which OpenVINO does not follow; copy the bundle with what its links lead to "
+                    "(cp -rL), or use the backend 'cpu'"
+                ) from error
             raise BundleError(
                 f"{graph.path}: no graph that OpenVINO can load: {first_line(error)}; {REMEDY}"
             ) from error

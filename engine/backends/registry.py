@@ -67,6 +67,23 @@ def open_backend(name: str = "cpu", options: BackendOptions | None = None) -> Ba
     return backend
 
 
+def compiles_here(device: int = 0) -> str:
+    """The backend to compile plans for on this machine: TensorRT that is installed and takes the GPU, else ``cpu``."""
+    from dnp.engine.plans.product import PRODUCTS
+    from dnp.engine.system.cuda import open_cuda
+
+    there = [product for product in PRODUCTS.values() if installed(product.package)]
+    if there:
+        try:
+            sm = open_cuda(device).properties().sm
+        except BackendError:  # no GPU, or no driver
+            return "cpu"
+        for product in there:
+            if not product.architectures or sm in product.architectures:
+                return product.name
+    return "cpu"
+
+
 def open_session(bundle: Bundle, graph: str, backend: str = "cpu", options: BackendOptions | None = None) -> Session:
     """Open one of the bundle's graphs on a backend, and on no other one.
 

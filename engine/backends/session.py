@@ -19,6 +19,7 @@ import numpy.typing as npt
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import nearest
 from dnp.engine.errors import BackendError, SettingsError
+from dnp.engine.system.forks import OfOneProcess
 
 if TYPE_CHECKING:
     from dnp.engine.bundle.bundle import Bundle
@@ -102,8 +103,8 @@ class Buffer(ABC):
             )
 
 
-class Session(ABC):
-    """One graph opened on one backend. Not for several threads at once.
+class Session(OfOneProcess, ABC):
+    """One graph opened on one backend. Not for several threads at once, nor for a forked child.
 
     Attributes:
         graph: the graph, with the shapes its symbols appear in.
@@ -120,6 +121,7 @@ class Session(ABC):
     owned: Backend | None = None
 
     def __init__(self, graph: GraphSpec, backend: str) -> None:
+        super().__init__()
         self.graph, self.backend = graph, backend
         self._aliased: set[str] = set()
         self._fed_back: dict[str, str] = {}  # output by input
@@ -153,7 +155,7 @@ class Session(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free the graph and the buffers. Only ``close`` itself may be called afterwards."""
+        """Free the graph and the buffers, in a forked child nothing. Only ``close`` may be called afterwards."""
 
     def feed_back(self, into: str, output: str) -> None:
         """From now on each run ends with ``inputs[into]`` taking over ``outputs[output]``, where they lie.
@@ -175,7 +177,7 @@ class Session(ABC):
             raise SettingsError(f"{self._where}: input {into!r} is aliased, nothing can be fed back into it")
         self._fed_back[into] = output
 
-    def validate(self, **dims: int) -> None:  # noqa: B027  ordinary memory takes any size
+    def validate(self, **dims: int) -> None:  # ordinary memory takes any size
         """Raises SettingsError when this session cannot run at these sizes; symbols may be left out."""
 
     def nearest(self, symbol: str, size: int) -> int:
@@ -189,14 +191,14 @@ class Session(ABC):
         """
         return size
 
-    def prepare(self) -> None:  # noqa: B027  there is nothing to prepare in ordinary memory
+    def prepare(self) -> None:  # there is nothing to prepare in ordinary memory
         """Run once at the present sizes, so that later runs at them need nothing of the host but their start.
 
         For warm-up, never while serving: it may take long, and what the buffers hold is unspecified afterwards.
         Raises what ``run`` raises.
         """
 
-    def prepared(self) -> None:  # noqa: B027  there is nothing to keep in ordinary memory
+    def prepared(self) -> None:  # there is nothing to keep in ordinary memory
         """Keep what preparing found out, for the next start. Called when the last size is prepared. Raises nothing."""
 
     def check_refit(self) -> None:
@@ -264,6 +266,7 @@ class Session(ABC):
     def _require_open(self) -> None:
         if self._closed:
             raise BackendError(f"the session of {self._where} is closed; open another")
+        self.require_own_process(f"the session of {self._where}")
 
     def _require_dims(self) -> dict[str, int]:
         self._require_open()
@@ -329,6 +332,8 @@ class StoredSession(Session, Generic[B]):
         if self._closed:
             return
         self._closed = True
+        if self.forked:
+            return
         with ExitStack() as ending:  # whatever fails, the rest is done too
             if self.owned is not None:
                 ending.callback(self.owned.close)
@@ -348,7 +353,7 @@ class StoredSession(Session, Generic[B]):
                     buffer.free()
 
 
-class Backend(ABC):
+class Backend(OfOneProcess, ABC):
     """Where graphs run, and what the sessions opened there share: a device, its memory, its compiled plans.
 
     Attributes:
@@ -359,6 +364,7 @@ class Backend(ABC):
     name: str
 
     def __init__(self, options: BackendOptions | None = None) -> None:
+        super().__init__()
         self.options = options or BackendOptions()
 
     @property
@@ -373,5 +379,5 @@ class Backend(ABC):
         Raises BackendError when it cannot run here, BundleError when its file is no graph that can be loaded.
         """
 
-    def close(self) -> None:  # noqa: B027  most have nothing to free
+    def close(self) -> None:  # most have nothing to free
         """Free what the sessions shared. They are closed before."""

@@ -75,7 +75,7 @@ class Bundle(Manifest):
         if not (folder / MANIFEST).is_file():
             raise BundleError(
                 f"this installation ships no default bundle ({folder} is missing); "
-                "name one, or install dnp-engine again: pip install --force-reinstall dnp-engine"
+                "name one, or install dnp-engine again from where it came from"
             )
         return cls.open(folder)
 
@@ -199,16 +199,17 @@ def _verify(root: Path, files: Mapping[str, FileRecord]) -> None:
 
 
 def _place(root: Path, name: str) -> Path:
-    """The path of a listed file: a regular file inside ``root``, with symbolic links followed."""
+    """The path of a listed file, whose name lies inside ``root``.
+
+    What a link leads to may lie elsewhere, as in the hub's caches: its hash is that of the file or it is refused.
+    """
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name:
         raise BundleError(f"{root / MANIFEST}: lists {name!r}, which is outside the bundle; do not use this bundle")
     path = root / parts
     try:
-        real, inside = Path(os.path.realpath(path)), Path(os.path.realpath(root))
-        if not real.is_relative_to(inside):
-            raise BundleError(f"{path}: a link to {real}, outside the bundle; copy the file in its place")
-        if not path.is_file():
+        real = Path(os.path.realpath(path))  # refuses what no file can be called
+        if not real.is_file():
             raise BundleError(f"{path}: missing; {_RECOPY}")
     except (OSError, ValueError) as error:
         raise BundleError(f"{root / MANIFEST}: lists {name!r}, which cannot be a file: {error}") from error

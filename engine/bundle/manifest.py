@@ -231,9 +231,12 @@ def parse(data: Any, root: Path) -> Manifest:
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise BundleError(f"{where}: no bundle manifest, its 'schema' is {shown(schema)}; {REMEDY}")
     if schema > SCHEMA:
+        made_with = data.get("created_with")
+        writer = made_with.get("dnp-engine") if isinstance(made_with, dict) else None
+        known = f" by dnp-engine {shown(writer)}" if writer else ""
         raise BundleError(
-            f"{where}: written in schema {shown(schema)}, dnp-engine {version('dnp-engine')} reads up to "
-            f"schema {SCHEMA}; upgrade it: pip install --upgrade dnp-engine"
+            f"{where}: written{known} in schema {shown(schema)}, and dnp-engine {version('dnp-engine')} reads up to "
+            f"schema {SCHEMA}; open it with the dnp-engine that wrote it, or {REMEDY} with this one"
         )
     if schema < SCHEMA:
         raise BundleError(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from types import ModuleType
+from typing import Any, Final
 
 from dnp.engine.errors import BackendError
 from dnp.engine.system.interrupts import uninterrupted
+
+_OPENVINO_TELEMETRY: Final = "openvino_telemetry"
 
 
 def load(module: str, *others: str, package: str, purpose: str, extra: str = "", has: str = "") -> Any:
@@ -21,7 +27,7 @@ def load(module: str, *others: str, package: str, purpose: str, extra: str = "",
     parts = module.split(".")
     own = {".".join(parts[: n + 1]) for n in range(len(parts))}
     try:
-        with uninterrupted():
+        with uninterrupted(), _no_telemetry():
             found = import_module(module)
             for other in others:
                 import_module(other)
@@ -34,6 +40,23 @@ def load(module: str, *others: str, package: str, purpose: str, extra: str = "",
     if has and not hasattr(found, has):
         raise BackendError(f"{package} is installed but empty; {repair}")
     return found
+
+
+@contextmanager
+def _no_telemetry() -> Iterator[None]:
+    """Let no import inside the block find OpenVINO's telemetry: openvino then takes the stub that it has for that.
+
+    It sends an event when openvino is imported, and its only switch is a file in the home folder. The other libraries
+    are switched off when ``dnp`` is imported.
+    """
+    before: ModuleType | None = sys.modules.get(_OPENVINO_TELEMETRY)
+    sys.modules[_OPENVINO_TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[_OPENVINO_TELEMETRY]
+        if before is not None:
+            sys.modules[_OPENVINO_TELEMETRY] = before
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> BackendError:

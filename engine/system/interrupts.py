@@ -20,16 +20,28 @@ def uninterrupted() -> Iterator[None]:
     """
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
     came: list[int] = []
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(number)
-            if callable(handler):
-                handlers[number] = handler
-                signal.signal(number, lambda got, _: came.append(got))
+    holding = False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if holding:
+            came.append(number)
+        else:  # amid the exchange of handlers; one that raises there leaves the other signal's in place for good
+            handlers[number](number, frame)
+
     try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    handlers[number] = handler
+                    signal.signal(number, hold)
+        holding = True
         yield
     finally:
-        for held, handler in handlers.items():
-            signal.signal(held, handler)
-        if came:
-            handlers[came[0]](came[0], None)
+        holding = False
+        try:
+            for held, handler in handlers.items():
+                signal.signal(held, handler)
+        finally:
+            if came:
+                handlers[came[0]](came[0], None)

@@ -12,15 +12,21 @@ import torch
 from tokenizers import Tokenizer, decoders
 from transformers import AutoTokenizer, BlipForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_utils import SizeDict
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from dnp.engine.bundle.contract import Signature
 from dnp.engine.errors import ExportError
 from dnp.export.families.blip_modules import CaptionStep, EncodeImage, OriginalDecoder, OriginalEncoder
+from dnp.export.files import check_settings_files, find_weights
 from dnp.export.fp16.precision import Precision, in_precision
 from dnp.export.graph import Array, Dims, GraphExport
+from dnp.export.loading import load_model, warnings_refused
 from dnp.runtime.captioning.resize import resize_matrices
 
 MAX_CAPTION = 64  # cache slots, unless the model has fewer positions: real BLIP has 512, its captions about 20 tokens
+PROCESSOR = "BlipImageProcessor"
+BICUBIC = 3  # Pillow's number for it
 
 # transformers' clean_up_tokenization, in its order.
 _CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
@@ -45,30 +51,23 @@ def load_blip(folder: Path) -> BlipParts:
     """Load a ``BlipForConditionalGeneration`` folder: safetensors only, no code from it, nothing from the network.
 
     Raises ExportError when the folder is no such model, has pickled weights only, or prepares images in another way
-    than BLIP does (bicubic to a square, scaled to 0..1, normalised).
+    than BLIP does (bicubic to a square, scaled, normalised).
     """
     if not (folder / "config.json").is_file():
         raise ExportError(f"{folder} is no model folder: it has no config.json")
-    if not list(folder.glob("*.safetensors")):
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        found = f"only {', '.join(pickled)}, and pickled weights are never loaded" if pickled else "no weights"
-        raise ExportError(
-            f"{folder} has {found}: convert them with model.save_pretrained(..., safe_serialization=True)"
-        )
-    kind: Any = BlipForConditionalGeneration
+    variant = find_weights(folder, "model")
+    check_settings_files(folder)
+    model = load_model(BlipForConditionalGeneration, folder, variant=variant, dtype=torch.float32)
     try:
-        model, report = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        image, _ = ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
+        with warnings_refused(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            image, _ = ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
+    except ExportError:
+        raise
     except Exception as error:  # whatever transformers finds wrong with a folder
         raise ExportError(f"cannot load a BLIP captioner from {folder}: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ExportError(f"{folder} is no BLIP captioner: {len(missing)} weights are missing, such as {missing[0]}")
-    _check_processor(image, model.config.vision_config.image_size, folder)
-    model.eval().requires_grad_(False)
-    return BlipParts(model, tokenizer, [float(x) for x in image["image_mean"]], [float(x) for x in image["image_std"]])
+    mean, std = _read_processor(image, model.config.vision_config.image_size, folder)
+    return BlipParts(model, tokenizer, mean, std)
 
 
 def caption_manifest(parts: BlipParts) -> dict[str, Any]:
@@ -174,18 +173,34 @@ GRAPHS: Mapping[str, Callable[[BlipParts, Signature, Precision], GraphExport]] =
 }
 
 
-def _check_processor(image: dict[str, Any], size: int, folder: Path) -> None:
-    expected = {
-        "do_resize": True, "resample": 3, "size": {"height": size, "width": size},
-        "do_rescale": True, "do_normalize": True,
-    }  # fmt: skip
-    for key, value in expected.items():
-        if image.get(key, value) != value:
-            raise ExportError(
-                f"{folder} prepares images with {key}={image[key]!r}; only {key}={value!r} can be exported"
-            )
-    if abs(image.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        raise ExportError(f"{folder} scales pixels by {image['rescale_factor']!r}; only 1/255 can be exported")
-    for key in ("image_mean", "image_std"):
-        if len(image.get(key, ())) != 3:
-            raise ExportError(f"{folder} has no {key} of three numbers in its preprocessor configuration")
+def _read_processor(settings: Mapping[str, Any], size: int, folder: Path) -> tuple[list[float], list[float]]:
+    """Mean and deviation per channel, for pixels scaled to 0..1, by which the folder's image processor normalises.
+
+    ``settings`` are read by transformers' own class: older forms of a size, and what is left out. Raises ExportError
+    when images of ``size`` are prepared by more than a bicubic resize, a factor, a mean and a deviation.
+    """
+    kind = str(settings.get("image_processor_type", PROCESSOR)).removesuffix("Fast").removesuffix("Pil")
+    if kind != PROCESSOR:
+        raise ExportError(f"{folder} prepares images with a {kind}; only {PROCESSOR} can be exported")
+    try:
+        read = BlipImageProcessorPil(**settings)
+    except Exception as error:  # whatever transformers finds wrong with a setting
+        raise ExportError(f"{folder}: the settings of the image processor cannot be read: {error}") from error
+    square = {"height": size, "width": size}
+    for switch, key, value in (("do_resize", "size", square), ("do_resize", "resample", BICUBIC),
+                               ("do_center_crop", "crop_size", square), ("do_pad", "pad_size", square)):  # fmt: skip
+        on, found = getattr(read, switch), getattr(read, key)
+        found = dict(found) if isinstance(found, SizeDict) else found
+        if switch == "do_resize" and not on:
+            raise ExportError(f"{folder} prepares images with do_resize = {on}; only True can be exported")
+        if on and found != value and not (switch == "do_pad" and found is None):
+            raise ExportError(f"{folder} prepares images with {key} = {found}; only {value} can be exported")
+    factor = 255 * (read.rescale_factor if read.do_rescale else 1)
+    mean, std = (read.image_mean, read.image_std) if read.do_normalize else (0.0, 1.0)
+    channels = [np.asarray(values, np.float64) / factor for values in (mean, std)]
+    if any(values.shape not in ((), (3,)) for values in channels) or not channels[1].all():
+        raise ExportError(
+            f"{folder} normalises images with image_mean = {mean} and image_std = {std}; "
+            "give three numbers each, no deviation zero"
+        )
+    return np.broadcast_to(channels[0], 3).tolist(), np.broadcast_to(channels[1], 3).tolist()

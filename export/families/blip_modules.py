@@ -108,7 +108,7 @@ class CaptionStep(nn.Module):
         logits = F.linear(x, head.decoder.weight.float(), head.decoder.bias.float())
         chosen = _choose(logits, self.eos, position, min_length)
         next_position = position + 1
-        free = (slots.T == next_position[:, None]) & (next_position >= prompt_length)[:, None]  # [B, M]
+        free = (next_position[:, None] == slots.T) & (next_position >= prompt_length)[:, None]  # [B, M]
         next_tokens = torch.where(free, chosen[:, None], tokens)
         return logits, next_tokens, next_position, torch.stack(written[0], 1), torch.stack(written[1], 1)
 

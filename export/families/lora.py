@@ -1,24 +1,102 @@
-"""A LoRA (arXiv 2106.09685) merged into the weights that are exported: W' = W + scale·(α/r)·B·A.
+"""A LoRA (arXiv 2106.09685) merged into the weights that are exported: W' = W + scale·factor·B·A.
+
+A file is used whole, each pair of tensors with the factor that its own format defines, or refused with a sentence:
+
+    kohya       ``lora_unet_….lora_down.weight``, ``.lora_up.weight``, ``.alpha``; linear and convolution   α/r, or 1
+    peft        ``….lora_A.weight``, ``.lora_B.weight``; α, ranks and rsLoRA in the header   α/r or α/√r, or 1
+    diffusers   ``….lora.down.weight``, ``….lora_linear_layer.down.weight``, ``….processor.to_q_lora.down.weight``   1
 
 A bundle knows nothing of it but its numbers: the graphs are those of the source, node by node.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dnp.engine.errors import ExportError
 from dnp.engine.system.imports import missing_extra
+from dnp.export.files import check_content
 
 COMPONENTS = ("unet", "text_encoder")  # that a LoRA may change
+
+# How a key begins, and what it belongs to. kohya's text encoders count from 1 where there are two.
+_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "unet.": "unet",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "diffusion_model.": "unet",
+    "lora_transformer_": "transformer",  # of another family
+    "transformer.": "transformer",
+}
+_PEFT_MODEL = "base_model.model."  # before each name that peft itself writes
+_TEXT_MODEL = ("text_model.", "encoder.layers.")  # so begins what names a text encoder's layer without saying so
+
+_PAIR = re.compile(r"(.+?)\.lora(?:_linear_layer)?[._](down|up|A|B)(?:\.default)?\.weight")
+_ALPHA = re.compile(r"(.+?)(?:\.lora)?\.alpha")
+_PROCESSOR = re.compile(r"(?:\.processor)?\.(to_(?:q|k|v|out))_lora\.")  # before diffusers 0.22
+
+# What is no plain LoRA, by a part of its keys.
+_KINDS = (
+    (r"\.(dora_scale|lora_magnitude_vector)\b", "a DoRA"),
+    (r"\bhada_", "a LoHa"),
+    (r"\blokr_", "a LoKr"),
+    (r"\b(oft_|boft_)", "an OFT"),
+    (r"\.[ab][12]\.weight$", "a GLoRA"),
+    (r"\.lora_mid\.", "a LoCon with a Tucker core"),
+    (r"\.(diff|diff_b|w_norm|b_norm|set_weight)$", "a file with full differences of weights"),
+    (r"\.on_input$", "an (IA)³"),
+    (r"\b(vera_lambda|ia3_l|lora_embedding_|trainable_tokens)", "a peft adapter of another kind"),
+    (r"\.lora[._](up|B)(\.default)?\.bias$", "a LoRA with biases"),
+    (r"^(emb_params|string_to_param|bundle_emb|clip_l$|clip_g$)", "a textual inversion"),
+)
+
+# Settings of peft that change no weight once it is trained. Others must be peft's own defaults.
+_TRAINING = frozenset(
+    {
+        "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules",
+        "layers_to_transform", "layers_pattern", "lora_dropout", "inference_mode", "base_model_name_or_path",
+        "revision", "task_type", "peft_type", "peft_version", "auto_mapping", "ensure_weight_tying",
+    }
+)  # fmt: skip
+_KEEPS_WEIGHTS = (True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights; others change W as they begin
+
+# Layers outside of blocks, and inside of them, by the names of the original Stable Diffusion: kohya's scripts keep them
+# for XL.
+_ORIGINAL = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+# Ends of names, and what they were when diffusers' attention processors held the LoRA.
+_PROCESSORS = {
+    ".q_proj": ".to_q",
+    ".k_proj": ".to_k",
+    ".v_proj": ".to_v",
+    ".out_proj": ".to_out",
+    ".to_out.0": ".to_out",
+}
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file in safetensors, as diffusers or kohya's scripts write it, and how much of it is added."""
+    """A LoRA file in safetensors, as kohya's scripts, peft or diffusers write it, and how much of it is added."""
 
     file: Path
     scale: float = 1.0
@@ -38,60 +116,304 @@ class Lora:
         return lora
 
 
+@dataclass(frozen=True)
+class _Change:
+    """What a file says of one layer: ΔW = factor·B·A.
+
+    Attributes:
+        layer: the layer's name in the file, without what says the component.
+        key: one of its keys, for messages.
+        down, up: A ``[r, …]`` and B ``[out, r, …]``.
+    """
+
+    layer: str
+    key: str
+    down: Any
+    up: Any
+    factor: float
+
+    def fits(self, weight: Any) -> bool:
+        """Whether ΔW has the shape of ``weight``; a linear layer and a 1×1 convolution are the same."""
+        rank, out = self.down.shape[0], weight.shape[0]
+        return _trim(self.down.shape) == _trim((rank, *weight.shape[1:])) and _trim(self.up.shape) == _trim((out, rank))
+
+    def added_to(self, weight: Any) -> Any:
+        """ΔW in float32, of the shape of ``weight``."""
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return self.factor * product.reshape(weight.shape)
+
+
 def check_loras(loras: tuple[Lora, ...]) -> None:
-    """Raises ExportError for what is no safetensors file or changes nothing, BackendError when peft is missing."""
+    """Raises ExportError for a file that is not wholly understood or changes nothing, BackendError without peft."""
     if not loras:
         return
     try:
-        import peft  # noqa: F401  diffusers' loader stands on it
+        import peft  # noqa: F401  which knows what the header of a file means
     except ModuleNotFoundError as error:
         raise missing_extra("peft", "cpu,export", "merging a LoRA") from error
     for lora in loras:
-        if lora.file.suffix != ".safetensors":
-            raise ExportError(f"{lora.file} is no .safetensors file; pickle is never loaded, it can run any code")
-        state, _ = _read(lora)
-        if not any(key.startswith(f"{component}.") for key in state for component in COMPONENTS):
-            raise ExportError(
-                f"{lora.file} is no LoRA for Stable Diffusion 1.x: it changes neither UNet nor text encoder"
-            )
+        for component, changes in _read(lora).items():
+            if component not in COMPONENTS:
+                raise ExportError(
+                    f"{lora.file} is no LoRA for Stable Diffusion 1.x: it changes a {component}, such as by "
+                    f"{changes[0].key!r}; export the model that it was trained for"
+                )
+
+
+def check_fit(model: Any, component: str, loras: Iterable[Lora]) -> None:
+    """Raises ExportError for what ``merge`` would refuse; ``model`` may be without weights, on torch's meta device."""
+    for lora in loras:
+        _matched(model, component, lora)
 
 
 def merge(model: Any, component: str, lora: Lora) -> None:
-    """Add ``lora`` to the weights of ``model``, the source's ``component``, where it changes any.
+    """Add ``lora`` to the weights of ``model``, the source's ``component`` in float32, where it changes any.
 
-    Raises ExportError when it does not fit the model.
+    Raises ExportError when it changes layers that the model lacks or has in another shape.
     """
-    state, alphas = _read(lora)
-    if not any(key.startswith(f"{component}.") for key in state):
-        return
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "scheduler", "safety_checker"))
-    pipeline = _loader()(**{**parts, component: model}, feature_extractor=None, requires_safety_checker=False)
-    try:
-        if component == "unet":
-            pipeline.load_lora_into_unet(state, alphas, unet=model)
+    for change, weight in _matched(model, component, lora):
+        weight.data += lora.scale * change.added_to(weight)
+        if not weight.isfinite().all():
+            raise ExportError(
+                f"{lora.file}, merged as {lora.scale:g}, makes numbers of {change.layer} in the {component} that "
+                "float32 cannot hold; choose a smaller scale"
+            )
+
+
+def _matched(model: Any, component: str, lora: Lora) -> list[tuple[_Change, Any]]:
+    """Each change of ``component`` that ``lora`` makes, with the weight of ``model`` that it changes."""
+    changes = _read(lora).get(component, [])
+    if not changes:
+        return []
+    misfit = f"{lora.file} does not fit the {component} of this model"
+    weights = _weights(model)
+    if lacking := [change.key for change in changes if _flat(change.layer) not in weights]:
+        raise ExportError(f"{misfit}, which lacks {len(lacking)} of the layers that are changed: {_some(lacking)}")
+    matched = [(change, weights[_flat(change.layer)]) for change in changes]
+    keys: dict[int, str] = {}
+    for change, weight in matched:
+        if not change.fits(weight):
+            raise ExportError(
+                f"{misfit}: {change.key!r} and its pair have the shapes {[*change.down.shape]} and "
+                f"{[*change.up.shape]}, the weight {[*weight.shape]}"
+            )
+        if (twin := keys.setdefault(id(weight), change.key)) != change.key:
+            raise ExportError(f"{misfit}: {twin!r} and {change.key!r} both change the same layer")
+    return matched
+
+
+def _read(lora: Lora) -> dict[str, list[_Change]]:
+    """What the file changes in each component. Raises ExportError unless every key has a known meaning."""
+    state, header = _load(lora.file)
+    parts: dict[tuple[str, str], dict[str, str]] = {}
+    unknown = []
+    for key in state:
+        component, name = _split(key)
+        name = _PROCESSOR.sub(r".\1.lora.", name)
+        if pair := _PAIR.fullmatch(name):
+            part = {"A": "down", "B": "up"}.get(pair[2], pair[2])
+        elif pair := _ALPHA.fullmatch(name):
+            part = "alpha"
         else:
-            pipeline.load_lora_into_text_encoder(state, alphas, text_encoder=model, prefix=component)
-        pipeline.fuse_lora(components=[component], lora_scale=lora.scale)
-    except Exception as error:  # whatever diffusers and peft find wrong with a file
-        raise ExportError(f"{lora.file} does not fit the {component} of this model: {error}") from error
-    pipeline.unload_lora_weights()
+            unknown.append(key)
+            continue
+        if parts.setdefault((component, pair[1]), {}).setdefault(part, key) != key:
+            raise ExportError(f"{lora.file} names one tensor twice, as {key!r} and otherwise")
+    if unknown:
+        raise ExportError(f"{lora.file} is {_kind(state, unknown)}")
+    if not parts:
+        raise ExportError(f"{lora.file} holds no tensors; download it again")
+    if alone := [key for found in parts.values() for key in found.values() if not {"down", "up"} <= {*found}]:
+        raise ExportError(f"{lora.file} is not complete, {_some(alone)} have no counterpart; download it again")
+    settings = _settings(lora.file, header, state)
+    for component, said in settings.items():
+        for pattern in [*(said.get("rank_pattern") or {}), *(said.get("alpha_pattern") or {})]:
+            if not any(_names(pattern, layer) for part, layer in parts if part == component):
+                raise ExportError(f"{lora.file} has settings for {pattern!r} in the {component}, but no such layer")
+    changes: dict[str, list[_Change]] = {}
+    for (component, layer), keys in parts.items():
+        down, up = state[keys["down"]], state[keys["up"]]
+        if not (down.is_floating_point() and up.is_floating_point() and down.ndim > 1 and up.ndim > 1):
+            raise ExportError(
+                f"{lora.file}: {keys['down']!r} and its pair are no matrices of floats; download it again"
+            )
+        alpha = state[keys["alpha"]] if "alpha" in keys else None
+        factor = _factor(lora.file, keys["down"], layer, down.shape[0], alpha, settings.get(component))
+        changes.setdefault(component, []).append(_Change(layer, keys["down"], down, up, factor))
+    return changes
 
 
-def _read(lora: Lora) -> tuple[dict[str, Any], Any]:
-    """The tensors by diffusers' names, and the alphas where they are apart. Raises ExportError."""
-    if not lora.file.is_file():
-        raise ExportError(f"{lora.file} does not exist; name the LoRA's .safetensors file")
+def _load(file: Path) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """The tensors and the header of a safetensors file. Raises ExportError, also for NaN and infinity."""
+    from safetensors import safe_open
+
+    if file.suffix != ".safetensors":
+        raise ExportError(f"{file} is no .safetensors file; pickle is never loaded, it can run any code")
+    if not file.is_file():
+        raise ExportError(f"{file} does not exist; name the LoRA's .safetensors file")
+    check_content(file)
     try:
-        state, alphas = _loader().lora_state_dict(
-            str(lora.file.parent), weight_name=lora.file.name, use_safetensors=True, local_files_only=True
-        )
-    except Exception as error:  # whatever safetensors and diffusers find wrong with a file
-        raise ExportError(f"{lora.file} cannot be read as a LoRA: {error}") from error
-    return state, alphas
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  it is no mapping
+    except Exception as error:  # safetensors has one class for a damaged file, the system others
+        raise ExportError(f"{file} cannot be read as safetensors: {error}") from error
+    if broken := [key for key, tensor in state.items() if not tensor.float().isfinite().all()]:
+        raise ExportError(f"{file} holds NaN or infinity in {_some(broken)}; its training failed, no precision helps")
+    return state, header
 
 
-def _loader() -> Any:
-    """The class of diffusers that reads LoRA files and puts them beside a model's weights."""
-    from diffusers import StableDiffusionPipeline
+def _split(key: str) -> tuple[str, str]:
+    """The component that a key belongs to, and the rest of it. Files from before diffusers 0.18 say no component."""
+    for prefix, component in _PREFIXES.items():
+        if key.startswith(prefix):
+            return component, key.removeprefix(prefix).removeprefix(_PEFT_MODEL)
+    name = key.removeprefix(_PEFT_MODEL)
+    return "text_encoder" if name.startswith(_TEXT_MODEL) else "unet", name
 
-    return StableDiffusionPipeline
+
+def _kind(state: Iterable[str], unknown: list[str]) -> str:
+    """What a file is that holds keys of no plain LoRA, as a sentence's end."""
+    for pattern, kind in _KINDS:
+        if found := [key for key in state if re.search(pattern, key)]:
+            return (
+                f"{kind} (its keys: {_some(found)}), and only plain LoRAs can be merged; merge it with the program "
+                "that made it, and export the model that this gives"
+            )
+    return f"no LoRA for Stable Diffusion 1.x that is known: {_some(unknown)} mean nothing here"
+
+
+def _settings(file: Path, header: Mapping[str, str], keys: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+    """peft's settings of each component: from the header that diffusers writes, or from the file that peft does."""
+    found: dict[str, dict[str, Any]] = {}
+    bare = [key for key in keys if key.startswith(_PEFT_MODEL)]
+    try:
+        for key, value in json.loads(header.get("lora_adapter_metadata", "{}")).items():
+            component, point, setting = key.partition(".")
+            if not point:
+                raise ValueError(f"{key!r} does not say of which component")
+            found.setdefault(component, {})[setting] = value
+        if bare:
+            component, _ = _split(bare[0])
+            found[component] = json.loads((file.parent / "adapter_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ExportError(
+            f"{file} was written by peft, which keeps alpha in an adapter_config.json beside it, and there is none"
+        ) from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise ExportError(f"the settings of {file} cannot be read: {error}") from error
+    for component, settings in found.items():
+        _check_settings(file, component, settings)
+    return {**found}
+
+
+def _check_settings(file: Path, component: str, settings: Mapping[str, Any]) -> None:
+    """Raises ExportError for settings of peft under which a pair means something else than factor·B·A."""
+    from peft import LoraConfig
+
+    usual = vars(LoraConfig())
+    for key, value in settings.items():
+        if key == "init_lora_weights":
+            fine = value in _KEEPS_WEIGHTS
+        else:
+            fine = key in _TRAINING or value == usual.get(key) or not value
+        if not fine:
+            raise ExportError(f"{file} was trained with {key} = {value!r} for the {component}, which cannot be merged")
+
+
+def _factor(file: Path, key: str, layer: str, rank: int, alpha: Any, settings: Mapping[str, Any] | None) -> float:
+    """What B·A is multiplied by: α/r, α/√r with rsLoRA, or 1 where nothing says α."""
+    if settings is None:
+        value, root = rank if alpha is None else alpha, False
+    elif alpha is not None:
+        raise ExportError(f"{file} says alpha twice, in its header and beside {key!r}")
+    else:
+
+        def of(setting: str, pattern: str, otherwise: int) -> Any:
+            own = [value for name, value in (settings.get(pattern) or {}).items() if _names(name, layer)]
+            if any(value != own[0] for value in own):  # peft takes the first, in an order that no file keeps
+                raise ExportError(f"the {pattern} of {file} says {own} of {key!r}, so which is meant is not known")
+            return own[0] if own else settings.get(setting, otherwise)
+
+        declared = of("r", "rank_pattern", 8)  # peft's defaults
+        if declared != rank:
+            raise ExportError(f"the header of {file} says rank {declared} of {key!r}, whose tensor has rank {rank}")
+        value, root = of("lora_alpha", "alpha_pattern", 8), bool(settings.get("use_rslora"))
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        number = 0.0
+    if not number or not math.isfinite(number):
+        raise ExportError(f"{file} has the alpha {value!r} for {key!r}; it must be a number other than 0")
+    return number / (math.sqrt(rank) if root else rank)
+
+
+def _names(pattern: str, layer: str) -> bool:
+    """Whether a pattern of peft's settings means ``layer``."""
+    from peft.utils.other import get_pattern_key
+
+    return bool(get_pattern_key([pattern], layer) == pattern)
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    """The weights of linear layers and convolutions, by every name that a file may give them, as ``_flat`` has it."""
+    from torch import nn
+
+    blocks = _original_blocks(model)
+    weights: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            continue
+        names = [path, path.removeprefix("text_model."), f"text_model.{path}", _ORIGINAL.get(path, path)]
+        for ours, theirs in blocks.items():
+            if path == ours or path.startswith(f"{ours}."):
+                layer = path[len(ours) + 1 :]
+                names.append(f"{theirs}.{_ORIGINAL.get(layer, layer)}".removesuffix("."))
+        for ours, theirs in _PROCESSORS.items():
+            names += [name.removesuffix(ours) + theirs for name in names if name.endswith(ours)]
+        weights |= {_flat(name): module.weight for name in names}
+    return weights
+
+
+def _original_blocks(unet: Any) -> dict[str, str]:
+    """The blocks of a UNet by diffusers' names, with those of the original Stable Diffusion. Empty for other models."""
+    if not hasattr(unet, "down_blocks"):
+        return {}
+    mid = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
+    names = {f"mid_block.{ours}": f"middle_block.{theirs}" for ours, theirs in mid.items()}
+    place = 1  # 0 is conv_in
+    for b, block in enumerate(unet.down_blocks):
+        for r in range(len(block.resnets)):
+            names[f"down_blocks.{b}.resnets.{r}"] = f"input_blocks.{place}.0"
+            names[f"down_blocks.{b}.attentions.{r}"] = f"input_blocks.{place}.1"
+            place += 1
+        names[f"down_blocks.{b}.downsamplers.0.conv"] = f"input_blocks.{place}.0.op"
+        place += block.downsamplers is not None
+    place = 0
+    for b, block in enumerate(unet.up_blocks):
+        for r in range(len(block.resnets)):
+            names[f"up_blocks.{b}.resnets.{r}"] = f"output_blocks.{place}.0"
+            names[f"up_blocks.{b}.attentions.{r}"] = f"output_blocks.{place}.1"
+            place += 1
+        after = 2 if getattr(block, "attentions", None) else 1
+        names[f"up_blocks.{b}.upsamplers.0"] = f"output_blocks.{place - 1}.{after}"
+    return names
+
+
+def _flat(name: str) -> str:
+    """A layer's name as kohya's scripts write it."""
+    return name.replace(".", "_")
+
+
+def _trim(shape: Iterable[int]) -> list[int]:
+    """``shape`` without the ones at its end."""
+    sizes = [*shape]
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return sizes
+
+
+def _some(keys: Iterable[str]) -> str:
+    """The first of ``keys``, and how many there are more."""
+    first, *more = map(repr, keys)
+    return f"{', '.join([first, *more[:2]])}" + (f" and {len(more) - 2} more" if len(more) > 2 else "")

@@ -1,19 +1,30 @@
 """A Stable Diffusion 1.x folder as diffusers saves it: what it declares, and why some cannot be exported.
 
-Everything here reads JSON and file names only, so that a model that cannot be exported is refused at once.
+Everything here reads JSON and file names only, so that a model that cannot be exported is refused at once. A
+configuration is read as its own library reads it: what it leaves out is the default of the class, and what
+StableDiffusionPipeline rewrites in old ones is rewritten here. (StableDiffusionXLPipeline rewrites nothing.)
 """
 
 from __future__ import annotations
 
-import json
+import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
+from packaging.version import InvalidVersion, Version
+from transformers import CLIPTextConfig
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
 from dnp.engine.errors import ExportError, SettingsError
 from dnp.export.families.lora import Lora
+from dnp.export.files import PICKLES, find_weights, read_json
+from dnp.runtime.sampling.samplers import sampler_of
 from dnp.runtime.sampling.schedule import NoiseSchedule
+from dnp.runtime.sampling.settings import KEYS, SCHEDULE_KEYS
 
 PIPELINE = "StableDiffusionPipeline"
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
@@ -22,18 +33,6 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "vae": ("AutoencoderKL",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
-SCHEDULE_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "prediction_type",
-    "steps_offset",
-    "set_alpha_to_one",
-    "timestep_spacing",
-    "rescale_betas_zero_snr",
-)
-SD1_SCALING = 0.18215  # what diffusers assumes; the published Stable Diffusion 1.x VAEs do not say
 MAX_LATENTS = 64  # the least that a bundle allows; a larger model allows twice its own size
 
 _WEIGHTS = {
@@ -41,16 +40,12 @@ _WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
 }
-_PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
-_TO_SAFETENSORS = (
-    "pickle is never loaded, it can run any code. Where you trust the file, convert it once with diffusers: "
-    "StableDiffusionPipeline.from_pretrained(SOURCE, use_safetensors=False)"
-    ".save_pretrained(FOLDER, safe_serialization=True)"
-)
 _SINGLE_FILE = (
     "convert a single checkpoint file with diffusers first: StableDiffusionPipeline.from_single_file(FILE)"
     ".save_pretrained(FOLDER, safe_serialization=True)"
 )
+
+FALLBACK_SAMPLER = "ddim"  # where the folder's scheduler is not among the samplers
 
 # component: {key: (the values that can be exported, what others mean)}. A missing key is the first value.
 _EXPECTED: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
@@ -78,7 +73,7 @@ class Source:
     """What a source folder declares, checked.
 
     Attributes:
-        configs: the JSON configuration of each component.
+        configs: the configuration of each component, the defaults of its class filled in.
         variants: the weight variant of each component, ``"fp16"`` where only that one is present.
         channels: latent channels C.
         height, width: the model's own latent size.
@@ -87,7 +82,9 @@ class Source:
         length, dim: L tokens of D channels make the text context.
         vocabulary: how many token ids there are.
         scaling: latents are multiplied by it after encoding, divided by it before decoding.
-        schedule: the keys of the scheduler's configuration that a bundle keeps.
+        schedule: the keys of the scheduler's configuration that a bundle keeps: those that count for some sampler.
+        sampler: the one that gives what the folder's own scheduler does.
+        notes: sentences on what was read in another way than it is written.
         loras: what is merged into the weights, in this order.
     """
 
@@ -104,6 +101,8 @@ class Source:
     vocabulary: int
     scaling: float
     schedule: Mapping[str, Any]
+    sampler: str
+    notes: tuple[str, ...] = ()
     loras: tuple[Lora, ...] = ()
 
     def latents_manifest(self) -> dict[str, int]:
@@ -134,12 +133,17 @@ def read_source(folder: Path) -> Source:
     if not folder.is_dir():
         raise ExportError(f"{folder} does not exist; give a folder that diffusers' save_pretrained wrote")
     if not (folder / "model_index.json").is_file():
-        loose = [f.name for pattern in ("*.safetensors", *_PICKLES) for f in folder.glob(pattern)]
+        loose = [f.name for pattern in ("*.safetensors", *PICKLES) for f in folder.glob(pattern)]
         hint = f"it holds {loose[0]}: {_SINGLE_FILE}" if loose else "give a folder that save_pretrained wrote"
         raise ExportError(f"{folder} has no model_index.json; {hint}")
-    _check_index(read_json(folder / "model_index.json"))
-    configs = {name: read_json(folder / name / "config.json") for name in _WEIGHTS}
-    configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
+    index = read_json(folder / "model_index.json")
+    _check_index(index)
+    configs = {
+        "text_encoder": _text_config(folder / "text_encoder"),
+        "unet": _with_defaults(diffusers.UNet2DConditionModel, read_json(folder / "unet" / "config.json")),
+        "vae": _with_defaults(diffusers.AutoencoderKL, read_json(folder / "vae" / "config.json")),
+    }
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     for component, expected in _EXPECTED.items():
         for key, (allowed, meaning) in expected.items():
             value = configs[component].get(key, allowed[0])
@@ -147,38 +151,9 @@ def read_source(folder: Path) -> Source:
                 raise ExportError(f"{component}: {key} = {value!r} means {meaning}; this is not supported")
     variants = {name: find_weights(folder / name, stem) for name, stem in _WEIGHTS.items()}
     try:
-        return _interpret(folder, configs, variants)
+        return _interpret(folder, index, configs, scheduler, variants)
     except (KeyError, TypeError, ValueError) as error:
         raise ExportError(f"{folder}: a configuration file is incomplete or damaged: {error!r}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises ExportError when there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ExportError(f"{path} is missing; the folder is not complete") from error
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ExportError(f"{path} holds no JSON object")
-    return content
-
-
-def find_weights(folder: Path, stem: str) -> str | None:
-    """Which variant of ``stem``'s safetensors ``folder`` holds: None for the plain one, or ``"fp16"``.
-
-    Raises ExportError when there are none, telling how to convert pickled ones.
-    """
-    for variant in (None, "fp16"):
-        name = f"{stem}.{variant}" if variant else stem
-        index = f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
-        if (folder / f"{name}.safetensors").is_file() or (folder / index).is_file():
-            return variant
-    pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]
-    if pickles:
-        raise ExportError(f"{folder} holds its weights as {pickles[0]} only; {_TO_SAFETENSORS}")
-    raise ExportError(f"{folder} has no {stem}.safetensors; the folder is not complete")
 
 
 def _check_index(index: Mapping[str, Any]) -> None:
@@ -189,16 +164,88 @@ def _check_index(index: Mapping[str, Any]) -> None:
             "not XL, inpainting, ControlNet or other pipelines"
         )
     for component, classes in COMPONENTS.items():
-        entry = index.get(component)
-        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        found = _class_of(index, component)
         if found not in classes:
             raise ExportError(f"model_index.json: {component} is {found!r}; it must be {' or '.join(classes)}")
 
 
-def _interpret(folder: Path, configs: Mapping[str, Mapping[str, Any]], variants: Mapping[str, str | None]) -> Source:
-    text, unet, vae, scheduler = (configs[n] for n in ("text_encoder", "unet", "vae", "scheduler"))
+def _class_of(index: Mapping[str, Any], component: str) -> Any:
+    entry = index.get(component)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+
+
+def _with_defaults(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` as diffusers' class ``kind`` takes it: what it leaves out has the value of the class's signature."""
+    parameters = inspect.signature(kind.__init__).parameters.items()
+    defaults = {name: parameter.default for name, parameter in parameters if parameter.default is not parameter.empty}
+    return {**defaults, **config}
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    """The text encoder's configuration as transformers reads it, nested in that of a whole CLIP too."""
+    read_json(folder / "config.json")
+    try:
+        config: dict[str, Any] = CLIPTextConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    except Exception as error:  # whatever transformers finds wrong with a configuration
+        raise ExportError(f"{folder / 'config.json'}: the configuration is incomplete or damaged: {error}") from error
+    return config
+
+
+def _latent_size(unet: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """The UNet's ``sample_size`` as StableDiffusionPipeline takes it, and what to say of that."""
+    size = unet["sample_size"] or 64
+    try:
+        old = Version(Version(str(unet["_diffusers_version"])).base_version) < Version("0.9.0.dev0")
+    except (KeyError, InvalidVersion):
+        old = False
+    if old and isinstance(size, int) and size < 64:
+        return 64, [
+            f"the UNet's sample_size is taken as 64 instead of {size}, as StableDiffusionPipeline takes it in "
+            "configurations from before diffusers 0.9"
+        ]
+    return size, []
+
+
+def _read_scheduler(kind: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], str, list[str]]:
+    """What a bundle keeps of the scheduler's configuration, the sampler that it means, and what to say of it.
+
+    The schedule's own keys are filled in with the defaults of the class, for they are the model's. The others are
+    not: another sampler has defaults of its own.
+    """
+    scheduler = getattr(diffusers, kind, None) if isinstance(kind, str) else None
+    if scheduler is None:
+        raise ExportError(f"model_index.json: scheduler is {kind!r}, which diffusers {diffusers.__version__} lacks")
+    whole, notes = _with_defaults(scheduler, config), []
+    for key, wanted in (("steps_offset", 1), ("clip_sample", False)):
+        if whole.get(key, wanted) != wanted:
+            notes.append(
+                f"the scheduler's {key} is taken as {wanted} instead of {whole[key]}, as StableDiffusionPipeline "
+                "takes it"
+            )
+    config = {**{key: whole[key] for key in SCHEDULE_KEYS if key in whole}, **config}
+    config |= {"steps_offset": 1, "clip_sample": False}
+    try:
+        NoiseSchedule.from_config(config)
+        sampler = sampler_of(kind, config)
+    except SettingsError as error:
+        raise ExportError(f"scheduler/scheduler_config.json: {error}") from error
+    if sampler is None:
+        sampler = FALLBACK_SAMPLER
+        notes.append(f"the folder's {kind} is not among the samplers; {sampler} is the bundle's default instead")
+    kept = {key: value for key, value in config.items() if key in KEYS and value not in (math.inf, -math.inf)}
+    return kept, sampler, notes
+
+
+def _interpret(
+    folder: Path,
+    index: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
+    scheduler: Mapping[str, Any],
+    variants: Mapping[str, str | None],
+) -> Source:
+    text, unet, vae = (configs[name] for name in ("text_encoder", "unet", "vae"))
     tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json")
-    channels, inputs = int(vae.get("latent_channels", 4)), int(unet["in_channels"])
+    channels, inputs = int(vae["latent_channels"]), int(unet["in_channels"])
     if inputs != channels or int(unet["out_channels"]) != channels:
         kind = {9: " (an inpainting model)", 8: " (an image-editing model)"}.get(inputs, "")
         raise ExportError(
@@ -206,28 +253,22 @@ def _interpret(folder: Path, configs: Mapping[str, Mapping[str, Any]], variants:
             "only text-to-image models, where all three are equal, can be exported"
         )
     dim = int(text["hidden_size"])
-    if unet["cross_attention_dim"] != dim:
-        raise ExportError(
-            f"the UNet expects text of {unet['cross_attention_dim']} channels, the text encoder gives {dim}"
-        )
-    length, positions = int(tokenizer["model_max_length"]), int(text["max_position_embeddings"])
+    width = unet["cross_attention_dim"]
+    if set(width if isinstance(width, list | tuple) else [width]) != {dim}:
+        raise ExportError(f"the UNet expects text of {width} channels, the text encoder gives {dim}")
+    length, positions = int(tokenizer.get("model_max_length", VERY_LARGE_INTEGER)), int(text["max_position_embeddings"])
     if not 3 <= length <= positions:
         raise ExportError(
             f"the tokenizer's model_max_length is {length}, the text encoder has {positions} positions; "
             "set model_max_length in tokenizer/tokenizer_config.json to what the model was trained with"
         )
-    size = unet.get("sample_size") or 64
+    size, notes = _latent_size(unet)
     height, width = (size, size) if isinstance(size, int) else (int(side) for side in size)
     multiple = 2 ** (len(unet["block_out_channels"]) - 1)
     if height % multiple or width % multiple:
         raise ExportError(f"the UNet's sample_size {size} is no multiple of {multiple}, its downsampling")
-    try:
-        NoiseSchedule.from_config(scheduler)  # the whole of it: what the samplers would refuse must not be dropped
-    except SettingsError as error:
-        raise ExportError(f"scheduler/scheduler_config.json: {error}") from error
-    schedule = {key: scheduler[key] for key in SCHEDULE_KEYS if scheduler.get(key) is not None}
-    schedule.setdefault("num_train_timesteps", 1000)
-    schedule.setdefault("prediction_type", "epsilon")
+    kind = _class_of(index, "scheduler") or scheduler.get("_class_name")
+    schedule, sampler, said = _read_scheduler(kind, scheduler)
     return Source(
         folder=folder,
         configs=configs,
@@ -240,8 +281,10 @@ def _interpret(folder: Path, configs: Mapping[str, Mapping[str, Any]], variants:
         length=length,
         dim=dim,
         vocabulary=int(text["vocab_size"]),
-        scaling=float(vae.get("scaling_factor", SD1_SCALING)),
+        scaling=float(vae["scaling_factor"]),
         schedule=schedule,
+        sampler=sampler,
+        notes=(*notes, *said),
     )
 
 

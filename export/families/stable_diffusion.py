@@ -17,10 +17,11 @@ from torch import nn
 from dnp.engine.bundle import columns
 from dnp.engine.bundle.contract import Signature
 from dnp.engine.errors import ExportError
-from dnp.export.families.lora import merge
+from dnp.export.families.lora import check_fit, merge
 from dnp.export.families.source import Source
 from dnp.export.fp16.precision import Precision, dtype_of, in_precision
 from dnp.export.graph import Array, Dims, GraphExport
+from dnp.export.loading import load_model, warnings_refused
 
 # The largest error allowed, by graph and precision; see GraphExport.bounds. Images are in grey levels.
 BOUNDS: Mapping[str, Mapping[Precision, float]] = {
@@ -217,6 +218,29 @@ GRAPHS: Mapping[str, Callable[[Source, Signature, Precision], GraphExport]] = {
 _VECTORS = (columns.OUTPUT, columns.NEGATIVE_OUTPUT, columns.NOISE, columns.INPUT, columns.CLEAN_STATE)
 
 
+def check_loras_fit(source: Source) -> None:
+    """Raises ExportError, before any weight is loaded, for LoRAs that change what the models of ``source`` lack."""
+    import diffusers
+    import transformers
+
+    if not source.loras:
+        return
+    try:
+        with warnings_refused(source.folder), torch.device("meta"):
+            models: dict[str, Any] = {
+                "text_encoder": transformers.CLIPTextModel(
+                    transformers.CLIPTextConfig.from_dict(source.configs["text_encoder"])
+                ),
+                "unet": diffusers.UNet2DConditionModel.from_config(source.configs["unet"]),
+            }
+    except ExportError:
+        raise
+    except Exception as error:  # whatever the libraries find wrong with a configuration
+        raise ExportError(f"the models in {source.folder} cannot be built: {error}") from error
+    for component, model in models.items():
+        check_fit(model, component, source.loras)
+
+
 def _entry(sequences: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """``sequences[p, index[p]]``: ``[P, n, ...]`` and ``[P]`` to ``[P, ...]``.
 
@@ -242,26 +266,18 @@ def _load(source: Source, component: str) -> Any:
     import diffusers
     import transformers
 
-    folder, variant = source.folder / component, source.variants[component]
-    options: dict[str, Any] = {
-        "use_safetensors": True,
-        "local_files_only": True,
-        "variant": variant,
-        "output_loading_info": True,
-    }
     kinds: dict[str, Any] = {
         "text_encoder": transformers.CLIPTextModel,
         "unet": diffusers.UNet2DConditionModel,
         "vae": diffusers.AutoencoderKL,
     }
-    options["dtype" if component == "text_encoder" else "torch_dtype"] = torch.float32
-    try:
-        model, report = kinds[component].from_pretrained(folder, **options)
-    except Exception as error:  # whatever diffusers, transformers and safetensors find wrong with a folder
-        raise ExportError(f"the weights in {folder} cannot be loaded: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ExportError(f"{folder} lacks {len(missing)} weights of the model, {missing[0]} among them")
+    dtype = "dtype" if component == "text_encoder" else "torch_dtype"
+    model = load_model(
+        kinds[component],
+        source.folder / component,
+        variant=source.variants[component],
+        **{dtype: torch.float32},
+    )
     for lora in source.loras:
         merge(model, component, lora)
-    return model.eval().requires_grad_(False)
+    return model

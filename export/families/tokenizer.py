@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
+from diffusers.loaders import TextualInversionLoaderMixin
 from tokenizers import Tokenizer
 
 from dnp.engine.bundle.manifest import TokenizerSpec
 from dnp.engine.errors import ExportError
 from dnp.export.families.source import Source
+from dnp.export.files import check_settings_files
+from dnp.export.loading import warnings_refused
 
 FILE = "tokenizers/prompt.json"
+_MARK = "\u2060"  # word joiner: before a token that is not to be expanded again; nothing shows it
 
 # Texts that tell tokenizers apart: case, spaces, accents composed or not, scripts, marks, digits, special tokens.
 PROBES = (
@@ -25,7 +32,7 @@ PROBES = (
 
 
 def prompt_tokenizer(source: Source) -> tuple[Tokenizer, TokenizerSpec]:
-    """Convert the CLIP tokenizer of ``source`` and compare its ids with transformers' on ``PROBES``.
+    """Convert the CLIP tokenizer of ``source`` and compare its ids with diffusers' on ``PROBES``.
 
     The result neither pads nor truncates. Raises ExportError when the tokenizer cannot be loaded, has ids that the
     text encoder lacks, or gives other ids.
@@ -33,23 +40,73 @@ def prompt_tokenizer(source: Source) -> tuple[Tokenizer, TokenizerSpec]:
     import transformers
 
     folder = source.folder / "tokenizer"
+    check_settings_files(folder)
     try:
-        theirs: Any = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        with warnings_refused(folder):
+            theirs: Any = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except ExportError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ExportError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
-    ours = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    expansions = _expansions(theirs)
+    ours = _with_expansions(theirs.backend_tokenizer.to_str(), expansions)
     ours.no_padding()
     ours.no_truncation()
     bos, eos, pad = theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id
     if len(theirs) > source.vocabulary:
         raise ExportError(f"the tokenizer in {folder} has {len(theirs)} tokens, the text encoder {source.vocabulary}")
     length = source.length
-    for text in PROBES:
-        ids = list(ours.encode(text).ids)
-        if len(ids) > length:
-            ids = [*ids[: length - 1], ids[-1]]
-        ids += [pad] * (length - len(ids))
-        expected = theirs(text, padding="max_length", truncation=True, max_length=length)["input_ids"]
-        if ids != expected or ids[0] != bos or eos not in ids:
-            raise ExportError(f"the tokenizer in {folder} cannot be converted: {text!r} gives {ids}, not {expected}")
+    pipeline = TextualInversionLoaderMixin()
+    with warnings_refused(folder):
+        for text in (*PROBES, *(f"a {token} cat, {token.upper()} {token}_1{token}" for token in expansions)):
+            ids = list(ours.encode(text).ids)
+            if len(ids) > length:
+                ids = [*ids[: length - 1], ids[-1]]
+            ids += [pad] * (length - len(ids))
+            converted = pipeline.maybe_convert_prompt(text, theirs)
+            expected = theirs(converted, padding="max_length", truncation=True, max_length=length)["input_ids"]
+            if ids != expected or ids[0] != bos or eos not in ids:
+                raise ExportError(
+                    f"the tokenizer in {folder} cannot be converted: {text!r} gives {ids}, not {expected}"
+                )
     return ours, TokenizerSpec(FILE, bos, eos, pad)
+
+
+def _expansions(tokenizer: Any) -> dict[str, list[str]]:
+    """The tokens of textual inversions of several vectors, each with those that follow it: ``<toy>_1``, ``<toy>_2``, …
+
+    diffusers' ``maybe_convert_prompt`` writes them all where a prompt has the first, if it tokenizes to itself.
+    """
+    added = tokenizer.added_tokens_encoder
+    found: dict[str, list[str]] = {}
+    for token in added:
+        more: list[str] = []
+        while (name := f"{token}_{len(more) + 1}") in added:
+            more.append(name)
+        if more and tokenizer.tokenize(token) == [token]:
+            found[token] = more
+    return found
+
+
+def _with_expansions(serialized: str, expansions: Mapping[str, list[str]]) -> Any:
+    """A tokenizer of the ``tokenizers`` library that does itself what diffusers does to prompts before.
+
+    As there, all of a token's places in the prompt are written out once it stands for itself in one of them, and not
+    only as the beginning of a longer token. The token is renamed, by ``_MARK``, or its own name would be written out.
+    """
+    whole = json.loads(serialized)
+    names = [token["content"] for token in whole["added_tokens"]]
+    steps = []
+    for token, more in expansions.items():
+        place = f"(?<!{_MARK}){re.escape(token)}"
+        longer = [re.escape(name.removeprefix(token)) for name in names if name.startswith(token) and name != token]
+        alone = f"(?i:{place}(?!{'|'.join(longer)}))"
+        pattern = rf"(?:\A(?=[\s\S]*{alone})|\G(?!\A))[\s\S]*?\K{place}"
+        steps.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": " ".join([_MARK + token, *more])})
+        steps.append({"type": "Replace", "pattern": {"Regex": alone}, "content": _MARK + token})  # as <TOY> is, to them
+    if steps:
+        whole["normalizer"] = {"type": "Sequence", "normalizers": [*steps, whole["normalizer"]]}
+    for token in whole["added_tokens"]:
+        if token["content"] in expansions:
+            token["content"] = _MARK + token["content"]
+    return Tokenizer.from_str(json.dumps(whole))

@@ -59,7 +59,7 @@ def in_precision(module: AnyModule, precision: Precision) -> AnyModule:
     half = copy.deepcopy(module).half()
     for name, weight in half.named_parameters():
         if not torch.isfinite(weight).all():
-            raise ExportError(f"the weight {name} goes beyond the 65,504 of fp16, or is not finite; use precision fp32")
+            raise ExportError(f"the weight {name} goes beyond the 65,504 of fp16; use precision fp32")
     for child in half.modules():
         if type(child) is nn.GroupNorm:
             child.__class__ = Float32GroupNorm

@@ -242,13 +242,16 @@ class Graphs:
             self.warm_up(captioner="captions" in captured)
 
     def require_open(self) -> None:
-        """Raises DnpError when closed."""
+        """Raises DnpError when closed, BackendError in a forked child."""
         if self.closed:
             raise DnpError("this pipeline is closed; open another one")
+        self.backend.require_own_process("this pipeline")
 
     def close(self) -> None:
-        """Free the graphs and their buffers."""
+        """Free the graphs and their buffers; in a forked child nothing is freed."""
         self.closed = True
+        if self.backend.forked:
+            return
         with ExitStack() as ending:  # whatever fails, the rest is done too
             ending.callback(self.backend.close)
             for session in self._sessions.values():

@@ -37,10 +37,10 @@ class Pipeline:
 
     >>> pipeline = Pipeline.open()
     >>> result = pipeline("a large red circle left of a small blue square", seed=7)
-    >>> result.images[0].save("dnp.png"); result.negatives[0]
+    >>> result.save("out"); result.negatives[0]
 
-    One request at a time: the buffers are the pipeline's own. Open one pipeline per thread. A ``Backend`` that is
-    handed in becomes the pipeline's, and is closed with it.
+    One request at a time: the buffers are the pipeline's own. Open one pipeline per thread, and in a forked process
+    one of its own. A ``Backend`` that is handed in becomes the pipeline's, and is closed with it.
     """
 
     def __init__(self, bundle: Bundle, backend: str | Backend = "cpu", options: BackendOptions | None = None) -> None:
@@ -96,6 +96,17 @@ class Pipeline:
         return self._graphs.sessions
 
     @property
+    def made_with(self) -> dict[str, Any]:
+        """What a ``Result`` will say that it was made with, by its names."""
+        backend = self._graphs.backend
+        return {
+            "bundle": self.bundle.fingerprint,
+            "backend": backend.name,
+            "precision": backend.options.precision,
+            "runs_on": self.runs_on,
+        }
+
+    @property
     def tokenizer(self) -> PromptTokenizer:
         """The prompt tokenizer of the bundle; the first one, where there are several."""
         return self._graphs.tokenizers[0]
@@ -144,9 +155,12 @@ class Pipeline:
     def close(self) -> None:
         """Free the graphs and their buffers, which can be hundreds of megabytes; the pipeline cannot be used again.
 
-        Closing it again does nothing. Raises DnpError while a request runs.
+        Closing it again does nothing, and so does closing it in a forked child. Raises DnpError while a request runs.
         """
         if self._graphs.closed:
+            return
+        if self._graphs.backend.forked:
+            self._graphs.close()
             return
         with self._exclusive():
             self._graphs.close()
@@ -275,18 +289,16 @@ class Pipeline:
             negatives=negatives,
             request=job.request,
             seconds=run.clock.total(),
-            bundle=self.bundle.fingerprint,
-            backend=self._graphs.backend.name,
-            precision=self._graphs.backend.options.precision,
-            runs_on=self.runs_on,
+            **self.made_with,
         )
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
+        self._graphs.require_open()
         if not self._busy.acquire(blocking=False):
             raise DnpError("this pipeline is busy with another request; finish or close it, or open one per thread")
         try:
-            self._graphs.require_open()
+            self._graphs.require_open()  # another thread may have closed it just now
             yield
         finally:
             self._busy.release()

@@ -41,7 +41,8 @@ from dnp.engine.bundle.manifest import Defaults
 from dnp.engine.bundle.schema import shown
 from dnp.engine.errors import SettingsError
 from dnp.runtime.sampling import solvers
-from dnp.runtime.sampling.schedule import CLEAN, SPACINGS, Level, NoiseSchedule, check_choice
+from dnp.runtime.sampling.schedule import CLEAN, SPACINGS, Floats, Level, NoiseSchedule, check_choice
+from dnp.runtime.sampling.settings import CONVERSIONS, read_settings
 from dnp.runtime.sampling.solvers import Grid, Row
 
 Table = npt.NDArray[np.float32]
@@ -90,35 +91,53 @@ class SamplerTable:
 
 class _Sampler(NamedTuple):
     run: Callable[[Grid], Iterator[Row]]
-    spacing: str | None  # the default spacing; None where the timesteps are the sampler's own
+    scheduler: str  # the class of diffusers whose results it gives
+    fixed: Mapping[str, Any] = {}  # the settings that the name stands for
     whole: bool = True  # timesteps are whole numbers
-    interval: bool = False  # see NoiseSchedule.timesteps
+    interval: bool = False  # see NoiseSchedule.timesteps; levels spaced anew go over all that were trained
     exploding: bool = False  # the latents are k-diffusion's x_0 + ratio·eps, not alpha x_0 + sigma eps
     zero_snr: bool = True  # can start from pure noise
-    clean_end: bool = True  # ends without noise; if not, at timestep 0
-    asks_schedule: bool = False  # ... unless the schedule's set_alpha_to_one says otherwise
+    clean_end: bool = True  # ends without noise, where no setting says; if not, at timestep 0
 
 
+_DPMPP: Mapping[str, Any] = {"algorithm_type": "dpmsolver++"}
 _SAMPLERS = {
-    "ddim": _Sampler(solvers.ddim, "leading", asks_schedule=True),
-    "ddpm": _Sampler(solvers.ddpm, "leading"),
-    "deis": _Sampler(solvers.deis, "linspace", interval=True, zero_snr=False, clean_end=False),
-    "dpmpp_2m": _Sampler(solvers.dpmpp_2m, "linspace", interval=True),
-    "dpmpp_2m_karras": _Sampler(solvers.dpmpp_2m, None),
-    "dpmpp_2m_sde": _Sampler(solvers.dpmpp_2m_sde, "linspace", interval=True),
-    "euler": _Sampler(solvers.euler, "linspace", whole=False, exploding=True),
-    "euler_a": _Sampler(solvers.euler_a, "linspace", whole=False, exploding=True),
-    "heun": _Sampler(solvers.heun, "linspace", whole=False, exploding=True, zero_snr=False),
-    "lcm": _Sampler(solvers.lcm, None),
-    "lms": _Sampler(solvers.lms, "linspace", whole=False, exploding=True, zero_snr=False),
-    "pndm": _Sampler(solvers.pndm, "leading", zero_snr=False, clean_end=False, asks_schedule=True),
-    "unipc": _Sampler(solvers.unipc, "linspace", interval=True),
+    "ddim": _Sampler(solvers.ddim, "DDIMScheduler"),
+    "ddpm": _Sampler(solvers.ddpm, "DDPMScheduler"),
+    "deis": _Sampler(solvers.deis, "DEISMultistepScheduler", interval=True, zero_snr=False, clean_end=False),
+    "dpmpp_2m": _Sampler(solvers.dpmpp_2m, "DPMSolverMultistepScheduler", _DPMPP, interval=True),
+    "dpmpp_2m_karras": _Sampler(
+        solvers.dpmpp_2m, "DPMSolverMultistepScheduler", {**_DPMPP, "use_karras_sigmas": True}, interval=True
+    ),
+    "dpmpp_2m_sde": _Sampler(
+        solvers.dpmpp_2m_sde, "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, interval=True
+    ),
+    "euler": _Sampler(solvers.euler, "EulerDiscreteScheduler", whole=False, exploding=True),
+    "euler_a": _Sampler(solvers.euler_a, "EulerAncestralDiscreteScheduler", whole=False, exploding=True),
+    "heun": _Sampler(solvers.heun, "HeunDiscreteScheduler", whole=False, exploding=True, zero_snr=False),
+    "lcm": _Sampler(solvers.lcm, "LCMScheduler"),
+    "lms": _Sampler(solvers.lms, "LMSDiscreteScheduler", whole=False, exploding=True, zero_snr=False),
+    "pndm": _Sampler(solvers.pndm, "PNDMScheduler", {"skip_prk_steps": True}, zero_snr=False),
+    "unipc": _Sampler(solvers.unipc, "UniPCMultistepScheduler", interval=True),
 }
 
 
 def sampler_names() -> tuple[str, ...]:
     """The samplers ``sampler_table`` knows, in alphabetical order."""
     return tuple(_SAMPLERS)
+
+
+def sampler_of(scheduler: str, config: Mapping[str, Any]) -> str | None:
+    """The sampler that gives what diffusers' class ``scheduler`` does under ``config``; None for an unknown class.
+
+    Raises SettingsError when the configuration says what no sampler can honour.
+    """
+    known = {name: spec for name, spec in _SAMPLERS.items() if spec.scheduler == scheduler}
+    if not known:
+        return None
+    settings = read_settings(scheduler, config)
+    fits = [name for name, spec in known.items() if spec.fixed.items() <= settings.items()]
+    return max(fits, key=lambda name: len(known[name].fixed))
 
 
 def sampler_table(
@@ -138,7 +157,7 @@ def sampler_table(
     ``embedded`` is the guidance scale that a distilled model takes as an input. ``methods`` sets parameters of guidance
     methods, by the names of METHODS.
     ``eta`` in 0..1 is the share of fresh noise, of ddim only. ``spacing`` is one of SPACINGS; by default the
-    schedule's own, else what diffusers would use for SD 1.5.
+    schedule's own. The schedule's other settings count as far as the sampler's class knows them.
 
     Raises SettingsError for what cannot be honoured.
     """
@@ -155,7 +174,13 @@ def sampler_table(
         raise SettingsError(f"{sampler} cannot start from zero terminal SNR; use one of {known}")
 
     grid, init_noise_sigma = _grid(schedule, sampler, count, spacing, float(eta))
-    described = list(spec.run(grid))
+    try:
+        described = list(spec.run(grid))
+    except ZeroDivisionError:  # the distance in log_snr to x_0 itself is infinite
+        raise SettingsError(
+            f"{sampler} of order {grid.settings['solver_order']} cannot end without noise; set lower_order_final to "
+            "true, or final_sigmas_type to 'sigma_min', in the scheduler configuration"
+        ) from None
     step_of_row = np.cumsum([not row.extra for row in described]) - 1
     noise_rows = tuple(number for number, row in enumerate(described) if row.draws)
     level_at = dict(zip(grid.timesteps, grid.levels, strict=False))
@@ -203,30 +228,51 @@ def _roles(w: np.float32) -> tuple[int, ...]:
 def _grid(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str | None, eta: float) -> tuple[Grid, float]:
     """What the sampler walks over, and the factor of the noise it starts from."""
     spec = _SAMPLERS[sampler]
+    settings = read_settings(spec.scheduler, {**schedule.settings, **spec.fixed})
+    spaced = next((kind for key, kind in CONVERSIONS.items() if settings.get(key)), None)
+    anew = spaced is not None and spec.interval
     if spacing is not None:
         check_choice("spacing", spacing, SPACINGS)
-        if spec.spacing is None:
+        if anew or "timestep_spacing" not in settings:
             raise SettingsError(f"spacing is {spacing!r}, but {sampler} has timesteps of its own; leave it out")
-    if spec.spacing is not None:
-        spacing = spacing or schedule.timestep_spacing or spec.spacing
-        timesteps = schedule.timesteps(steps, spacing, whole=spec.whole, interval=spec.interval)
-        ratios = schedule.sigmas_at(timesteps)
-    elif sampler == "lcm":
-        timesteps = schedule.lcm_timesteps(steps)
-        ratios = schedule.sigmas_at(timesteps)
-    else:
-        timesteps, ratios = schedule.karras(steps)
+    spacing = spacing or settings.get("timestep_spacing")
 
-    clean = spec.clean_end
-    if spec.asks_schedule and schedule.set_alpha_to_one is not None:
-        clean = schedule.set_alpha_to_one
+    if spacing is None:
+        timesteps = schedule.lcm_timesteps(steps, settings["original_inference_steps"])
+    elif anew:
+        timesteps = np.arange(schedule.train_timesteps - 1.0, -1.0, -1.0)
+    else:
+        offset = settings["steps_offset"]
+        timesteps = schedule.timesteps(steps, spacing, offset=offset, whole=spec.whole, interval=spec.interval)
+    ratios = schedule.sigmas_at(timesteps)
+    clean = settings.get("set_alpha_to_one", settings.get("final_sigmas_type", spec.clean_end) in (True, "zero"))
     end = CLEAN if clean else schedule.level(0)
+    if log_linear := settings.get("interpolation_type") == "log_linear":
+        low, high = float(schedule.sigmas[0]), float(schedule.sigmas[-1])
+        ratios = schedule.spaced("exponential", steps + 1, low, high)
+    if spaced:
+        low, high = settings.get("sigma_min") or ratios[-1], settings.get("sigma_max") or ratios[0]
+        ratios = schedule.spaced(spaced, steps, float(low), float(high))
+        timesteps = _nearest_timesteps(schedule, spec, spaced, ratios)
+        end = CLEAN if clean else Level.of_ratio(float(schedule.sigmas[0]))  # the last level again, to the last bit
+    elif log_linear:  # levels that the timesteps do not have, one of them in the end's place
+        ratios, end = ratios[:-1], Level.of_ratio(float(ratios[-1]))
+    ratios = ratios.astype(np.float32).astype(np.float64)
     levels = [*map(Level.of_ratio, ratios.tolist()), end]
     init_noise_sigma = 1.0
     if spec.exploding:
         # The norm of x_0 + ratio·eps, which diffusers simplifies when all timesteps are used.
         init_noise_sigma = ratios[0] if spacing != "leading" else math.hypot(ratios[0], 1.0)
-    return Grid(schedule, timesteps.tolist(), levels, eta), float(init_noise_sigma)
+    return Grid(schedule, timesteps.tolist(), levels, eta, settings), float(init_noise_sigma)
+
+
+def _nearest_timesteps(schedule: NoiseSchedule, spec: _Sampler, spaced: str, ratios: Floats) -> Floats:
+    """The timesteps of levels spaced anew; where they must be whole, as diffusers makes them so."""
+    timesteps = schedule.timesteps_at(ratios)
+    if not spec.whole:
+        return timesteps
+    unrounded = spec.scheduler == "DPMSolverMultistepScheduler" and schedule.beta_schedule == "squaredcos_cap_v2"
+    return np.rint(timesteps) if spaced in ("karras", "lu") and not unrounded else np.floor(timesteps)
 
 
 def _check_steps(steps: Any, schedule: NoiseSchedule) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -28,24 +28,10 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
 KARRAS_RHO = 7.0
-LCM_TRAINING_STEPS = 50
-"""Latent consistency models are distilled on that many timesteps: LCMScheduler's original_inference_steps."""
+BETA_SHAPE = 0.6
+"""Both parameters of the beta distribution by which noise levels are spaced, of arXiv 2407.12173."""
 TERMINAL_ALPHA_BAR = 2.0**-24
 """Stands for zero where a noise level is a ratio sigma/alpha, which zero terminal SNR makes infinite."""
-
-# diffusers_key: (the only values we can honour, why not others)
-_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "thresholding": ((False, None), "dynamic thresholding is not linear in the latents, a sampler table is"),
-    "clip_sample": ((False, None), "clipping x_0 is not linear in the latents, a sampler table is"),
-    "trained_betas": ((None,), "only schedules given by beta_schedule, beta_start and beta_end are known"),
-    "use_flow_sigmas": ((False, None), "flow matching models are not supported"),
-    "use_dynamic_shifting": ((False, None), "flow matching models are not supported"),
-    "timestep_type": (("discrete", None), "EDM models, with a continuous timestep, are not supported"),
-    "interpolation_type": (("linear", None), "noise levels are interpolated linearly"),
-    "sigma_min": ((None,), "the noise levels follow from the betas"),
-    "sigma_max": ((None,), "the noise levels follow from the betas"),
-    "variance_type": (("fixed_small", None), "a network that predicts variances has twice the channels"),
-}
 
 
 class Level(NamedTuple):
@@ -88,11 +74,9 @@ class NoiseSchedule:
         beta_start, beta_end: the first and last variance added per timestep.
         beta_schedule: how beta goes from one to the other, of BETA_SCHEDULES (the cosine one ignores both).
         prediction_type: ``epsilon``, the noise, or ``v_prediction``, alpha eps - sigma x_0 (2202.00512).
-        steps_offset: added to the timesteps of leading spacing.
-        set_alpha_to_one: the last step of DDIM and PNDM ends at alpha_bar = 1 rather than alpha_bar_0;
-            None is what diffusers does when the configuration does not say: yes for DDIM, no for PNDM.
-        timestep_spacing: the spacing for every sampler that knows it; None leaves each its own default.
         rescale_zero_terminal_snr: move the schedule to end in pure noise (arXiv 2305.08891).
+        trained_betas: the betas themselves, one a timestep; beta_start, beta_end and beta_schedule then mean nothing.
+        settings: what the scheduler configuration says to samplers, by diffusers' keys: see ``settings.py``.
 
     Raises SettingsError for values outside their range.
     """
@@ -102,32 +86,37 @@ class NoiseSchedule:
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
     prediction_type: str = "epsilon"
-    steps_offset: int = 1
-    set_alpha_to_one: bool | None = False
-    timestep_spacing: str | None = None
     rescale_zero_terminal_snr: bool = False
+    trained_betas: tuple[float, ...] | None = None
+    settings: Mapping[str, Any] = field(
+        default_factory=lambda: {"steps_offset": 1, "set_alpha_to_one": False}, hash=False
+    )
 
     def __post_init__(self) -> None:
         check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        if self.timestep_spacing is not None:
-            check_choice("timestep_spacing", self.timestep_spacing, SPACINGS)
-        for name, least, most in (("train_timesteps", 2, 100_000), ("steps_offset", 0, 100_000)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise SettingsError(f"{name} is {value!r}; give a whole number from {least} to {most}")
-        for name in ("beta_start", "beta_end"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        count = self.train_timesteps
+        if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= 100_000:
+            raise SettingsError(f"train_timesteps is {count!r}; give a whole number from 2 to 100000")
+        for name, value in (("beta_start", self.beta_start), ("beta_end", self.beta_end)):
+            if not _is_beta(value):
                 raise SettingsError(f"{name} is {value!r}; give a number between 0 and 1")
+        if self.trained_betas is not None and (
+            len(self.trained_betas) != count or not all(map(_is_beta, self.trained_betas))
+        ):
+            raise SettingsError(
+                f"trained_betas holds {len(self.trained_betas)} values for {count} training timesteps; "
+                "give one number between 0 and 1 for each"
+            )
         if self.rescale_zero_terminal_snr and self.prediction_type == "epsilon":
             raise SettingsError(
                 "rescale_zero_terminal_snr is true with prediction_type 'epsilon', which tells nothing of "
                 "x_0 in pure noise; such a model is trained with 'v_prediction'"
             )
         if not (np.diff(self.sigmas, prepend=0.0) > 0).all():
+            betas = self._betas()
             raise SettingsError(
-                f"betas from {self.beta_start!r} to {self.beta_end!r} give {self.train_timesteps} noise "
+                f"betas from {betas[0]:g} to {betas[-1]:g} give {self.train_timesteps} noise "
                 "levels that do not all differ in float32; give the betas the model was trained with"
             )
 
@@ -135,35 +124,27 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule of a diffusers ``scheduler_config.json``, whichever scheduler class wrote it.
 
-        What only chooses a sampler (solver order, Karras sigmas) is left out: here the sampler's name does.
-        Raises SettingsError when the schedule is incomplete or holds what a sampler table cannot do.
+        Raises SettingsError when the schedule is incomplete or cannot be followed. What else the configuration says
+        is kept for the samplers, which check it.
         """
-        for key, (honoured, reason) in _REFUSED.items():
-            value = config.get(key)
-            # The two oldest classes clip when their configuration does not say.
-            if key == "clip_sample" and config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler"):
-                value = config.get(key, True)
-            if value not in honoured:
-                raise SettingsError(
-                    f"the scheduler configuration has {key} = {value!r}, but {reason}; "
-                    f"set it to {honoured[0]!r} if the model does well without"
-                )
         missing = [key for key in ("beta_start", "beta_end", "beta_schedule") if key not in config]
         if missing:
             raise SettingsError(
                 f"the scheduler configuration lacks {', '.join(missing)}; "
                 "give the contents of the model's scheduler/scheduler_config.json"
             )
+        betas = config.get("trained_betas")
+        if betas is not None and not isinstance(betas, list | tuple):
+            raise SettingsError(f"trained_betas is {betas!r}; give a list of numbers")
         return cls(
             train_timesteps=config.get("num_train_timesteps", 1000),
             beta_start=config["beta_start"],
             beta_end=config["beta_end"],
             beta_schedule=config["beta_schedule"],
             prediction_type=config.get("prediction_type", "epsilon"),
-            steps_offset=config.get("steps_offset", 0),
-            set_alpha_to_one=config.get("set_alpha_to_one"),
-            timestep_spacing=config.get("timestep_spacing"),
             rescale_zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)),
+            trained_betas=None if betas is None else tuple(betas),
+            settings=dict(config),
         )
 
     @cached_property
@@ -191,24 +172,38 @@ class NoiseSchedule:
         sigmas = np.interp(timesteps, np.arange(self.train_timesteps), self.sigmas)
         return sigmas.astype(np.float32).astype(np.float64)
 
-    def karras(self, steps: int) -> tuple[Floats, Floats]:
-        """Timesteps and sigma/alpha [steps], even in the latter's seventh root: arXiv 2206.00364, equation 5.
+    def timesteps_at(self, ratios: Floats) -> Floats:
+        """The timesteps, whole or not, whose noise levels are ``ratios`` [n], interpolated in their logarithms."""
+        known, wanted = np.log(self.sigmas), np.log(np.maximum(ratios, 1e-10))
+        low = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, self.train_timesteps - 2)
+        # In diffusers' order and in its float32: samplers that drop the fraction would else differ by a timestep.
+        share = np.clip((known[low] - wanted) / (known[low] - known[low + 1]), 0, 1)
+        timesteps: Floats = (1 - share) * low + share * (low + 1)
+        return timesteps
 
-        The timesteps are those with the nearest noise level, as DPMSolverMultistepScheduler rounds them.
+    def spaced(self, kind: str, steps: int, low: float, high: float) -> Floats:
+        """``steps`` values of sigma/alpha from ``high`` to ``low``, [steps].
+
+        ``kind``: ``karras``, even in the seventh root (arXiv 2206.00364, equation 5); ``exponential`` and ``lu``, even
+        in the logarithm (2206.00927); ``beta``, quantiles of a beta distribution (2407.12173).
         """
-        low, high = (float(self.sigmas[i]) ** (1 / KARRAS_RHO) for i in (0, -1))
-        sigmas = (high + np.linspace(0, 1, steps) * (low - high)) ** KARRAS_RHO
-        timesteps = np.interp(np.log(sigmas), np.log(self.sigmas), np.arange(self.train_timesteps))
-        # diffusers does not round for the cosine schedule, and then drops the fraction.
-        whole = np.floor(timesteps) if self.beta_schedule == "squaredcos_cap_v2" else np.rint(timesteps)
-        return whole, sigmas.astype(np.float32).astype(np.float64)
+        ramp = np.linspace(0, 1, steps)
+        if kind == "karras":
+            first, last = high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO)
+            return np.asarray((first + ramp * (last - first)) ** KARRAS_RHO, np.float64)
+        if kind == "beta":
+            return low + _beta_quantiles(1 - ramp) * (high - low)
+        return np.asarray(np.exp(np.linspace(math.log(high), math.log(low), steps)), np.float64)
 
-    def timesteps(self, steps: int, spacing: str, *, whole: bool = True, interval: bool = False) -> Floats:
+    def timesteps(
+        self, steps: int, spacing: str, *, offset: int = 0, whole: bool = True, interval: bool = False
+    ) -> Floats:
         """``steps`` timesteps in the order they are visited, descending: [steps].
 
         Table 2 of arXiv 2305.08891, in which diffusers' schedulers differ in two ways. ``whole``: linspace is
         rounded to whole timesteps (by all but Euler, Heun and LMS). ``interval``: leading and linspace have
-        one point more, at the clean end, which is not visited (by DPM-Solver, DEIS and UniPC).
+        one point more, at the clean end, which is not visited (by DPM-Solver, DEIS and UniPC). ``offset`` is added to
+        leading ones.
 
         Raises SettingsError when a timestep would lie outside the schedule or come twice.
         """
@@ -220,7 +215,7 @@ class NoiseSchedule:
             if whole:
                 visited = np.rint(visited)
         elif spacing == "leading":
-            visited = np.arange(points)[::-1] * (last // points) + float(self.steps_offset)
+            visited = np.arange(points)[::-1] * (last // points) + float(offset)
         else:
             visited = np.rint(np.arange(last, 0, -last / steps)) - 1.0
         visited = visited[:steps]  # for 61 steps and some others, rounding makes arange one too long
@@ -231,9 +226,9 @@ class NoiseSchedule:
             )
         return visited.astype(np.float64)
 
-    def lcm_timesteps(self, steps: int) -> Floats:
-        """``steps`` of the timesteps that a latent consistency model is distilled on, descending: [steps]."""
-        trained = min(LCM_TRAINING_STEPS, self.train_timesteps)
+    def lcm_timesteps(self, steps: int, trained: int) -> Floats:
+        """``steps`` of the ``trained`` timesteps that a consistency model is distilled on, descending: [steps]."""
+        trained = min(trained, self.train_timesteps)
         if steps > trained:
             raise SettingsError(f"steps is {steps}, but lcm knows only {trained} timesteps; use 2 to 8 steps")
         timesteps = np.arange(trained, 0, -1) * (self.train_timesteps // trained) - 1.0
@@ -241,6 +236,8 @@ class NoiseSchedule:
         return timesteps[chosen].astype(np.float64)
 
     def _betas(self) -> Float32s:
+        if self.trained_betas is not None:
+            return np.array(self.trained_betas, np.float32)
         if self.beta_schedule == "linear":
             return _linspace32(self.beta_start, self.beta_end, self.train_timesteps)
         if self.beta_schedule == "scaled_linear":
@@ -260,6 +257,27 @@ def check_choice(name: str, value: object, known: Sequence[str]) -> None:
     near = get_close_matches(str(value).lower(), known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise SettingsError(f"{name} {value!r} is unknown; {hint}known: {', '.join(known)}")
+
+
+def _is_beta(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1
+
+
+def _beta_quantiles(shares: Floats) -> Floats:
+    """The quantiles [n] of the symmetric beta distribution with both parameters BETA_SHAPE.
+
+    By bisection of its power series on the lower half, where that converges to the last bit.
+    """
+    a, lower = BETA_SHAPE, np.minimum(shares, 1 - shares)
+    n = np.arange(1, 64)
+    terms = np.concatenate([[1.0], np.cumprod((n - a) / n)]) / (a + np.arange(64))
+    scale = math.gamma(2 * a) / math.gamma(a) ** 2
+    low, high = np.zeros_like(lower), np.full_like(lower, 0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = scale * middle**a * np.polynomial.polynomial.polyval(middle, terms) < lower
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.asarray(np.where(shares <= 0.5, low, 1 - low), np.float64)
 
 
 def _linspace32(start: float, end: float, count: int) -> Float32s:

@@ -9,15 +9,18 @@ which nobody has to write down. Each docstring ends with the class of diffusers 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from dnp.engine.bundle.columns import SLOTS
 from dnp.runtime.sampling.schedule import Level, NoiseSchedule
+
+FEW_STEPS = 15
+"""DPM-Solver and DEIS lower their order at the end of fewer steps only."""
 
 Form = npt.NDArray[np.float64]
 """A linear form, float64 [SLOTS + 2]: coefficients over (s_0 .. s_3, o, z)."""
@@ -44,17 +47,27 @@ class Grid:
         timesteps: descending, [N].
         levels: the noise level of each timestep, then that of the result, [N + 1].
         eta: DDIM's share of fresh noise, 0 to 1.
+        settings: of the sampler, checked: see dnp.runtime.sampling.settings.
     """
 
     schedule: NoiseSchedule
     timesteps: list[float]
     levels: list[Level]
     eta: float
+    settings: Mapping[str, Any]
 
     @property
     def steps(self) -> range:
         """The indices of the timesteps."""
         return range(len(self.timesteps))
+
+    def order(self, step: int, few: float = FEW_STEPS) -> int:
+        """The order of a multistep solver: it rises at the start, and falls at the end of less than ``few`` steps."""
+        if self.levels[step] == self.levels[step + 1]:
+            return 1  # the step goes nowhere
+        to_come = len(self.timesteps) - step
+        falls = self.settings["lower_order_final"] and len(self.timesteps) < few
+        return min(self.settings["solver_order"], step + 1, to_come if falls else SLOTS)
 
     def at(self, timestep: float) -> Level:
         """The noise level of a whole timestep; below zero it is the end."""
@@ -80,20 +93,21 @@ def ddim(grid: Grid) -> Iterator[Row]:
 
 
 def ddpm(grid: Grid) -> Iterator[Row]:
-    """Ancestral sampling, arXiv 2006.11239 equations 6 and 7. DDPMScheduler, variance "fixed_small"."""
+    """Ancestral sampling, arXiv 2006.11239 equations 6 and 7. DDPMScheduler with a fixed variance."""
+    large = grid.settings["variance_type"] == "fixed_large"
     for t, after in zip(grid.timesteps, [*grid.timesteps[1:], -1.0], strict=True):
         now, then = grid.at(t), grid.at(after)
         x0, _ = grid.predict(S0, now)
         kept = (now.alpha / then.alpha) ** 2
         mean = (then.alpha * (1 - kept) * x0 + math.sqrt(kept) * then.sigma**2 * S0) / now.sigma**2
-        # The last step has no variance; diffusers draws for it all the same, unless it is at timestep 0.
-        std = then.sigma / now.sigma * math.sqrt(1 - kept)
-        yield Row(t, S0, (mean + std * NOISE,), draws=t > 0)
+        # The last step has no variance, unless it is large; diffusers draws for it all the same, but at timestep 0.
+        std = math.sqrt(1 - kept) * (1.0 if large else then.sigma / now.sigma)
+        yield Row(t, S0, (mean + (std if t > 0 else 0.0) * NOISE,), draws=t > 0)
 
 
 def lcm(grid: Grid) -> Iterator[Row]:
     """Multistep latent consistency sampling, arXiv 2310.04378. LCMScheduler; the last step adds no noise."""
-    sigma_data, scaling = 0.5, 10.0
+    sigma_data, scaling = 0.5, grid.settings["timestep_scaling"]
     for i, t in enumerate(grid.timesteps):
         x0, _ = grid.predict(S0, grid.at(t))
         norm = math.hypot(t * scaling, sigma_data)
@@ -110,6 +124,9 @@ def pndm(grid: Grid) -> Iterator[Row]:
 
     The slots hold the last network outputs, newest first. Extrapolating needs two: the first step is taken
     twice, the second time with the mean of both ends, from the latents kept in slot 2.
+
+    The Runge-Kutta start of the paper would need five latents: those that a step began with, those that the
+    network sees, the weighted sum of its outputs, and two outputs of the steps before.
     """
     stride = grid.schedule.train_timesteps // len(grid.timesteps)
     adams_bashforth = ((3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -175,12 +192,9 @@ def lms(grid: Grid) -> Iterator[Row]:
         half = (ratios[i + 1] - ratios[i]) / 2
         between = ratios[i] + half * (1 + nodes)
         known = ratios[i::-1][:4]  # the levels where eps is known, newest first
-        x = S0
-        for j, past in enumerate((eps, S1, S2, S3)[: len(known)]):
-            others = np.delete(known, j)
-            lagrange = np.prod((between[:, None] - others) / (known[j] - others), axis=1)
-            x = x + half * (weights @ lagrange) * past
-        yield Row(t, x_in, (x, eps, S1, S2))
+        moves = [half * (weights @ basis) for basis in _lagrange(between, known)]
+        past = (eps, S1, S2, S3)[: len(moves)]
+        yield Row(t, x_in, (S0 + np.array(moves) @ np.stack(past), eps, S1, S2))
 
 
 def dpmpp_2m(grid: Grid) -> Iterator[Row]:
@@ -194,70 +208,113 @@ def dpmpp_2m_sde(grid: Grid) -> Iterator[Row]:
 
 
 def _dpmpp(grid: Grid, *, sde: bool) -> Iterator[Row]:
+    settings = grid.settings
+    euler_at_final = settings["euler_at_final"] or settings["final_sigmas_type"] == "zero"
     for i, t in enumerate(grid.timesteps):
         now, then = grid.levels[i : i + 2]
         x0, _ = grid.predict(S0, now)
+        order = 1 if euler_at_final and i == grid.steps[-1] else grid.order(i)
         decay = then.ratio / now.ratio  # exp(-h), h being the step in log_snr
-        estimate = x0  # order 1 for the first step, and for the last, whose log_snr is infinite
-        if 0 < i < grid.steps[-1]:
-            r = (now.log_snr - grid.levels[i - 1].log_snr) / (then.log_snr - now.log_snr)
-            estimate = x0 + (x0 - S1) / (2 * r)
+        grown = 1 - decay ** (2 if sde else 1)
+        estimate = grown * x0
+        if order > 1:
+            h = then.log_snr - now.log_snr
+            span = 2 * h if sde else h
+            r = (now.log_snr - grid.levels[i - 1].log_snr) / h
+            slope = (x0 - S1) / r
+            exact = order == 3 or settings["solver_type"] == "heun"
+            if order == 3:
+                r_before = (grid.levels[i - 1].log_snr - grid.levels[i - 2].log_snr) / h
+                curve = (slope - (S1 - S2) / r_before) / (r + r_before)
+                slope = slope + r * curve
+                # The sign of the half is diffusers'. The derivation has + in both forms.
+                estimate = estimate + ((grown - span) / span**2 + (-0.5 if sde else 0.5)) * curve
+            estimate = estimate + (1 - grown / span if exact else grown / 2) * slope
         if sde:
             noise = then.sigma * math.sqrt(1 - decay**2) * NOISE
-            x = then.sigma / now.sigma * decay * S0 + then.alpha * (1 - decay**2) * estimate + noise
+            x = then.sigma / now.sigma * decay * S0 + then.alpha * estimate + noise
         else:
-            x = then.sigma / now.sigma * S0 + then.alpha * (1 - decay) * estimate
-        yield Row(t, S0, (x, x0), draws=sde)
+            x = then.sigma / now.sigma * S0 + then.alpha * estimate
+        yield Row(t, S0, (x, x0, S1), draws=sde)
 
 
 def deis(grid: Grid) -> Iterator[Row]:
-    """DEIS, log-rho Adams-Bashforth of order 2, arXiv 2204.13902. DEISMultistepScheduler."""
-
-    def integral(upper: float, to: float, other: float) -> float:
-        return upper * (math.log(upper) - math.log(other) - 1) / (math.log(to) - math.log(other))
-
+    """DEIS, log-rho Adams-Bashforth of orders 1 to 3, arXiv 2204.13902. DEISMultistepScheduler."""
+    nodes, weights = np.polynomial.legendre.leggauss(32)
     for i, t in enumerate(grid.timesteps):
         now, then = grid.levels[i : i + 2]
         _, eps = grid.predict(S0, now)
-        # diffusers lowers the last order for few steps only.
-        if i == 0 or (i == grid.steps[-1] and len(grid.steps) < 15):
-            move = (then.ratio - now.ratio) * eps
-        else:
-            to, back, at = then.ratio, grid.levels[i - 1].ratio, now.ratio
-            move = (integral(to, at, back) - integral(at, at, back)) * eps
-            move = move + (integral(to, back, at) - integral(at, back, at)) * S1
-        yield Row(t, S0, (then.alpha * (S0 / now.alpha + move), eps))
+        # The integral over the ratio of the polynomial in its logarithm that goes through the outputs known.
+        known = np.log([level.ratio for level in grid.levels[i::-1][: grid.order(i)]])
+        half = (math.log(then.ratio) - known[0]) / 2
+        between = known[0] + half * (1 + nodes)
+        moves = [half * (weights @ (basis * np.exp(between))) for basis in _lagrange(between, known)]
+        past = (eps, S1, S2)[: len(moves)]
+        yield Row(t, S0, (then.alpha * (S0 / now.alpha + np.array(moves) @ np.stack(past)), eps, S1))
+
+
+def _lagrange(at: npt.NDArray[np.float64], known: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
+    """Of each point in ``known`` [n], the polynomial that is 1 there and 0 at the others, ``at`` these places [m]."""
+    others = [np.delete(known, j) for j in range(len(known))]
+    return [np.prod((at[:, None] - rest) / (point - rest), axis=1) for point, rest in zip(known, others, strict=True)]
 
 
 def unipc(grid: Grid) -> Iterator[Row]:
-    """UniPC of order 2 with B(h) = e^h - 1, arXiv 2302.04867. UniPCMultistepScheduler.
+    """UniPC of orders 1 to 3, arXiv 2302.04867. UniPCMultistepScheduler.
 
-    Slot 1 holds the corrected latents of the level before, slots 2 and 3 x_0 there and one level earlier.
+    Slots 1 to 3 hold x_0 at the levels before, newest first. The latents that the last step began with, which the
+    corrector begins with again, are not kept: they follow from where it ended.
     """
-
-    def first_order(x: Form, x0: Form, now: Level, then: Level) -> Form:
-        return then.sigma / now.sigma * x + then.alpha * (1 - then.ratio / now.ratio) * x0
-
-    levels = grid.levels
+    settings, levels = grid.settings, grid.levels
+    past = (S1, S2, S3)
+    order, kept, moved = 1, 1.0, np.zeros(SLOTS + 2)  # of the last step: order, and x = kept begin + moved
     for i, t in enumerate(grid.timesteps):
         now, then = levels[i : i + 2]
         x0, _ = grid.predict(S0, now)
         x = S0
-        if i > 0:  # correct the latents, now that x_0 at this level is known
-            before = levels[i - 1]
-            correction = (x0 - S2) / 2
-            if i > 1:
-                h = now.log_snr - before.log_snr
-                r = (levels[i - 2].log_snr - before.log_snr) / h
-                phi_1 = math.expm1(-h)
-                phi_2 = -phi_1 / h - 1
-                phi_3 = -phi_2 / h - 1 / 2
-                system = np.array([[1.0, 1.0], [r, 1.0]])
-                rho, rho_now = np.linalg.solve(system, np.array([phi_2, 2 * phi_3]) / phi_1)
-                correction = rho * (S3 - S2) / r + rho_now * (x0 - S2)
-            x = first_order(S1, S2, before, now) + now.alpha * (1 - now.ratio / before.ratio) * correction
-        predicted = x0
-        if 0 < i < grid.steps[-1]:
-            r = (levels[i - 1].log_snr - now.log_snr) / (then.log_snr - now.log_snr)
-            predicted = x0 + (S2 - x0) / (2 * r)
-        yield Row(t, S0, (first_order(x, predicted, now, then), x, x0, S2))
+        if i > 0 and i - 1 not in settings["disable_corrector"]:
+            begin = (S0 - moved) / kept
+            x = _unipc_step(settings["solver_type"], levels[: i + 1], i - 1, begin, (x0, *past), order, corrects=True)
+        order = grid.order(i, few=math.inf)
+        outputs = (x0, S1, S2)
+        ahead = _unipc_step(settings["solver_type"], levels, i, x, outputs, order, corrects=False)
+        kept = then.sigma / now.sigma
+        moved = _unipc_step(settings["solver_type"], levels, i, 0 * S0, past, order, corrects=False)
+        yield Row(t, S0, (ahead, x0, S1, S2))
+
+
+def _unipc_step(
+    kind: str,
+    levels: Sequence[Level],
+    i: int,
+    begin: Form,
+    outputs: Sequence[Form],
+    order: int,
+    *,
+    corrects: bool,
+) -> Form:
+    """From ``begin`` at level i to the level after, with x_0 of the levels known, newest first.
+
+    The corrector knows x_0 at the level after too, first in ``outputs``. ``kind`` says B(h): "bh1", h; "bh2", e^h - 1.
+    """
+    now, then = levels[i], levels[i + 1]
+    after, x0, *before = outputs if corrects else (outputs[0], *outputs)
+    x = then.sigma / now.sigma * begin + then.alpha * (1 - then.ratio / now.ratio) * x0
+    if order == 1 and not corrects:
+        return x
+    h = now.log_snr - then.log_snr  # negative: the papers' formulas in x_0 are those in eps with -h
+    r = [(levels[i - k].log_snr - now.log_snr) / -h for k in range(1, order)]
+    differences = [(m - x0) / r_k for m, r_k in zip(before, r, strict=False)]
+    b_h = h if kind == "bh1" else math.expm1(h)
+    if corrects:
+        differences.append(after - x0)
+        r.append(1.0)
+    if len(differences) == 1:
+        rho = np.array([0.5])
+    else:
+        phi, right = math.expm1(h) / h - 1, []
+        for k in range(1, len(r) + 1):
+            right.append(phi * math.factorial(k) / b_h)
+            phi = phi / h - 1 / math.factorial(k + 1)
+        rho = np.linalg.solve(np.vander(r, increasing=True).T, np.array(right))
+    return x - then.alpha * b_h * (rho @ np.stack(differences))

@@ -26,7 +26,9 @@ def import_onnxruntime(extra: str = "cpu") -> Any:
     """The onnxruntime module. Raises BackendError with the line that installs it, or that repairs it."""
     purpose = "the backend 'cpu'" if extra == "cpu" else "the backend 'cuda'"
     package = "onnxruntime" if extra == "cpu" else "onnxruntime-gpu"
-    return load("onnxruntime", package=package, extra=extra, purpose=purpose, has="InferenceSession")
+    module = load("onnxruntime", package=package, extra=extra, purpose=purpose, has="InferenceSession")
+    module.disable_telemetry_events()  # for a caller who imported it before this package
+    return module
 
 
 class OrtSession(HostSession):
