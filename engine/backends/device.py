@@ -213,7 +213,7 @@ class DeviceSession(StoredSession[DeviceBuffer]):
         """Drop what was recorded: addresses or copies in it are no longer right."""
 
     def capture(self, **dims: int) -> None:
-        self.reshape(**dims)
+        super().capture(**dims)
         if self._eager:
             return
         self._cuda.activate()

@@ -206,14 +206,15 @@ class Session(ABC):
         """The sets of sizes at which a run is one launch: those of ``capture``, where it could be done."""
         return ()
 
-    def capture(self, **dims: int) -> None:  # noqa: B027  there is nothing to capture in ordinary memory
-        """Run once at these sizes, so that later runs at them are one launch; nothing in ordinary memory.
+    def capture(self, **dims: int) -> None:
+        """Take on these sizes and run once, so that later runs at them are one launch; in ordinary memory none is.
 
-        For warm-up, never while serving: it may take long. The session has these sizes afterwards, and what its buffers
-        hold is unspecified. Buffers must not move later: the largest sizes come first.
+        For warm-up, never while serving: it may take long. What the buffers hold is unspecified afterwards. A buffer
+        that moves later undoes it, so the largest sizes come first.
 
         Raises what ``reshape`` and ``run`` raise.
         """
+        self.reshape(**dims)
 
     def check_refit(self) -> None:
         """Raises BackendError when the weights cannot be exchanged."""
