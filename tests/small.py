@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
+from dataclasses import asdict
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from dnp.engine.bundle import manifest as m
-from dnp.engine.bundle.bundle import Bundle
+from dnp.engine.bundle.bundle import Bundle, seal
 from dnp.engine.bundle.contract import signatures
 
 ONNX_TYPES = {
@@ -37,15 +38,19 @@ def small_manifest(**changes):
 
 
 def small_bundle(folder, **changes):
-    """The bundle in ``folder``: only what the manifest lists as graphs is written."""
+    """Write the bundle to ``folder``, and open it."""
     manifest = small_manifest(**changes)
-    graphs, files = {}, {}
+    graphs = {}
     for name, (inputs, outputs) in signatures(manifest).items():
-        graphs[name] = write_signature(folder / "graphs" / f"{name}.onnx", name, inputs, outputs)
-        data = graphs[name].path.read_bytes()
-        files[f"graphs/{name}.onnx"] = m.FileRecord(len(data), hashlib.sha256(data).hexdigest())
-    fields = {**vars(manifest), "graphs": graphs, "files": files}
-    return Bundle(**fields, path=folder, fingerprint="0" * 16)
+        write_signature(folder / "graphs" / f"{name}.onnx", name, inputs, outputs)
+        sides = {"inputs": inputs, "outputs": outputs}
+        specs = {side: {n: spec.to_dict() for n, spec in tensors.items()} for side, tensors in sides.items()}
+        graphs[name] = {"file": f"graphs/{name}.onnx", **specs}
+    (folder / "words.json").write_text("{}")
+    data = {**asdict(manifest), "graphs": graphs}
+    del data["files"]
+    seal(folder, json.loads(json.dumps(data)))
+    return Bundle.open(folder)
 
 
 def write_signature(path, name, inputs, outputs):
@@ -63,7 +68,7 @@ def write_signature(path, name, inputs, outputs):
             if isinstance(entry, int):
                 weights[sizes[-1]] = np.array([entry], np.int64)
                 continue
-            factor, symbol = (entry.split("*") if "*" in entry else ("1", entry))
+            factor, symbol = entry.split("*") if "*" in entry else ("1", entry)
             source, at = next((n, s.shape.index(symbol)) for n, s in inputs.items() if symbol in s.shape)
             size = helper.make_node("Shape", [source], [f"{sizes[-1]}.size"], start=at, end=at + 1)
             weights[f"{sizes[-1]}.factor"] = np.array([int(factor)], np.int64)

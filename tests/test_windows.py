@@ -177,7 +177,7 @@ def test_nothing_is_captured_when_run_eagerly(graph, gpu, backend):
 def test_sizes_out_of_range_are_neither_captured_nor_run(graph, gpu):
     with open_graph(graph, "tensorrt-rtx") as session:
         for use in (session.capture, session.reshape):
-            with pytest.raises(SettingsError, match="'double': the plan was compiled for width 1:4:8, not for 9$"):
+            with pytest.raises(SettingsError, match=r"'double': the plan was compiled for width 1:4:8, not for 9$"):
                 use(places=2, width=9)
 
 
@@ -193,7 +193,8 @@ def test_the_backends_capture_what_the_contract_says(gpu, tmp_path):
             found[name] = {
                 symbol: [fit(symbol, size) for size in sizes]
                 for symbol, sizes in {
-                    "places": (1, 3), "rows": (1, 2, 5, 6, 7), "steps": (4, 129), "noise_steps": (1, 2), "height": (10,),
+                    "places": (1, 3), "rows": (1, 2, 5, 6, 7), "steps": (4, 129), "noise_steps": (1, 2),
+                    "height": (10,),
                 }.items()
             }  # fmt: skip
         backend.close()

@@ -177,7 +177,7 @@ def plan_table(plans: list[dict[str, Any]]) -> str:
         else:
             memory += f", weights {_mb(statistics.get('weights_bytes'))}, mapped into memory"
         lines += [
-            f"{spec['graph']:<15}{spec['product']} {spec['version']}, {spec['architecture']}, {spec['precision']}"
+            f"{spec['graph']:<15}{spec['backend']} {spec['version']}, {spec['architecture']}, {spec['precision']}"
             + (f", {flags}" if flags else ""),
             f"{'':<15}profile   {sizes or 'every size'}",
             f"{'':<15}memory    {memory}",
