@@ -44,8 +44,8 @@ def main() -> None:
     stray = float32_outside_islands(work / "bundle")
     rows = []
     for name in BOUNDS:
-        engines = work / "engines" / name
-        sizes = ["--sm", chosen.sm, "--batch", chosen.batch, "--engines", engines, "--graph", name]
+        plans = work / "plans" / name
+        sizes = ["--sm", chosen.sm, "--batch", chosen.batch, "--plans", plans, "--graph", name]
         (plan,) = json.loads(run("build", work / "bundle", *sizes, "--json"))["plans"]
         rows.append(plan)
         print(line(plan), flush=True)

@@ -24,18 +24,18 @@ import numpy as np
 from dnp import Pipeline
 from dnp.engine import Bundle, open_backend, open_session
 from dnp.engine.backends.session import BackendOptions
+from dnp.engine.bundle.contract import BATCH
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import DnpError, OutputError, SettingsError
 from dnp.engine.plans.build import BuildSettings, build_plans
 from dnp.engine.plans.plan import FOLDER
 from dnp.engine.plans.product import PRODUCTS
-from dnp.engine.plans.profile import BATCH
 from dnp.engine.system import cuda
 from dnp.engine.system.cuda import GpuProperties
 from dnp.engine.system.files import refuse_folder, write_together
 from dnp.runtime.captioning.resize import resize_matrices
 from dnp.runtime.pictures import output_folder
-from dnp.runtime.sampling.denoise import Sample, load_samples
+from dnp.runtime.sampling.denoise import Denoiser, Sample
 from dnp.runtime.sampling.samplers import sampler_table
 from dnp.runtime.sampling.schedule import NoiseSchedule
 
@@ -103,18 +103,18 @@ def write(report: dict, path: Path) -> None:
         raise
 
 
-def check(bundle: Bundle, gpu: GpuProperties, backend: str, engines: Path, batches: int) -> dict:
+def check(bundle: Bundle, gpu: GpuProperties, backend: str, folder: Path, batches: int) -> dict:
     """All of it, as JSON can hold it."""
     started = time.perf_counter()
     compiles = backend in PRODUCTS  # the backend 'cuda' has no plans
-    plans = build_plans(bundle, backend, folder=engines, report=tell) if compiles else []
+    plans = build_plans(bundle, backend, folder=folder, report=tell) if compiles else []
     build_s = time.perf_counter() - started
-    options = BackendOptions(engines=engines)
+    options = BackendOptions(plans=folder)
     request, start = compare_requests(bundle, backend, options)  # first: nothing is warm yet
     checks: dict[str, dict] = {"graphs": compare_graphs(bundle, backend, options), "request": request}
     checks["capture"] = captured(bundle, backend, options)
     if compiles:
-        checks["refit"] = refit(bundle, backend, engines.with_name("refit"))
+        checks["refit"] = refit(bundle, backend, folder.with_name("refit"))
     report = {
         "gpu": asdict(gpu),
         "backend": backend,
@@ -168,11 +168,14 @@ def compare_graphs(bundle: Bundle, backend: str, options: BackendOptions) -> dic
 
 
 def example_dims(bundle: Bundle, graph: GraphSpec, batch: int, session) -> dict[str, int]:
+    """The sizes of a request for ``batch`` images, filled up as ``session`` is captured."""
     latents = bundle.latents
-    height, width = latents.height * latents.pixels, latents.width * latents.pixels
-    sizes = {"batch": batch, "images": batch, "height": latents.height, "width": latents.width}
-    sizes |= {"rows": session.bucket("rows", 4), "draws": 1, "image_height": height, "image_width": width}
-    return {symbol: sizes[symbol] for symbol in graph.symbols}
+    scale = latents.vae_scale_factor
+    sizes = dict.fromkeys(("batch", "places", "images", "sequences"), batch)
+    sizes |= {"rows": 2 * batch, "steps": 4, "noise_steps": 1, "tokens": bundle.text.length}
+    sizes |= {"height": latents.height, "image_height": latents.height * scale}
+    sizes |= {"width": latents.width, "image_width": latents.width * scale}
+    return {symbol: session.limits.fit(symbol, sizes[symbol]) for symbol in graph.symbols}
 
 
 def example_inputs(bundle: Bundle, graph: GraphSpec, dims: dict[str, int], rng: np.random.Generator) -> dict:
@@ -185,16 +188,24 @@ def example_inputs(bundle: Bundle, graph: GraphSpec, dims: dict[str, int], rng: 
         else:
             arrays[name] = rng.integers(0, 255 if spec.dtype == "uint8" else 2, shape).astype(spec.dtype)
     if graph.name == "encode_text":
-        arrays["ids"] = rng.integers(0, bundle.text.eos, arrays["ids"].shape)
+        for name, tokenizer in zip(arrays, bundle.text.tokenizers, strict=True):
+            arrays[name] = rng.integers(0, tokenizer.eos, arrays[name].shape)
     if graph.name == "denoise":
         table = sampler_table(NoiseSchedule.from_config(bundle.schedule), "ddim", 4, 7.5).rows
         arrays["table"][:, : len(table)] = table
+        rows, places = np.arange(dims["rows"]), dims["places"]
+        arrays |= {"row_place": rows // 2 % places, "row_role": rows % 2}
+        first = 2 * np.arange(places)[:, None]
+        arrays["place_rows"] = (first + np.arange(arrays["place_rows"].shape[1])) % len(rows)
+    if graph.name == "decode_latents":
+        arrays["decoded"] = np.arange(dims["batch"])
     if graph.name == "encode_image":
         columns, rows = resize_matrices(dims["image_height"], dims["image_width"], bundle.caption.image_size)
         arrays |= {"resize_columns": columns, "resize_rows": rows}
     if graph.name == "caption_step":
-        arrays["parent"] = np.arange(dims["batch"])
-        arrays["position"] = np.full(dims["batch"], 3)
+        sequences = dims["sequences"]
+        arrays |= {"parent": np.arange(sequences), "position": np.full(sequences, 3)}
+        arrays |= {"prompt_length": np.ones(sequences, np.int64), "min_length": np.zeros(sequences, np.int64)}
     return arrays
 
 
@@ -267,12 +278,10 @@ def captured(bundle: Bundle, backend: str, options: BackendOptions) -> dict:
     results = []
     recorded: dict[str, list[bool]] = {name: [] for name in LOOPS}
     for eager in (False, True):
-        with Pipeline(bundle, backend, BackendOptions(engines=options.engines, eager=eager)) as pipeline:
+        with Pipeline(bundle, backend, BackendOptions(plans=options.plans, eager=eager)) as pipeline:
             results.append(pipeline(PROMPT, seed=3, steps=5, dns_steps=5))
             for name in LOOPS:
-                session = pipeline._graphs._sessions[name]
-                runs = getattr(session, "_prepared", None) or getattr(session, "_numbers", None)
-                recorded[name].append(bool(runs))
+                recorded[name].append(bool(pipeline.sessions[name].captured))
     found: dict[str, dict] = {
         name: {"recorded": usual, "recorded_when_eager": eager, "passed": usual and not eager}
         for name, (usual, eager) in recorded.items()
@@ -283,7 +292,7 @@ def captured(bundle: Bundle, backend: str, options: BackendOptions) -> dict:
     return {"passed": all(entry["passed"] for entry in found.values()), **found}
 
 
-def refit(bundle: Bundle, backend: str, engines: Path) -> dict:
+def refit(bundle: Bundle, backend: str, folder: Path) -> dict:
     """Weights A, then B, then A again: the last results must be the first, bit by bit, and B's must differ.
 
     A's must be those of the cpu backend as well: NVIDIA lists a known issue of TensorRT 11.3, where plans that can be
@@ -294,8 +303,8 @@ def refit(bundle: Bundle, backend: str, engines: Path) -> dict:
 
     graph = bundle.graphs["encode_text"]
     try:
-        build_plans(bundle, backend, graphs=[graph.name], settings=BuildSettings(refit=True), folder=engines)
-        other = engines / "other.onnx"
+        build_plans(bundle, backend, graphs=[graph.name], settings=BuildSettings(refit=True), folder=folder)
+        other = folder / "other.onnx"
         model = onnx.load(graph.path)
         for tensor in model.graph.initializer:
             array = numpy_helper.to_array(tensor)
@@ -305,7 +314,7 @@ def refit(bundle: Bundle, backend: str, engines: Path) -> dict:
         results = []
         with open_session(bundle, graph.name) as on_cpu:
             expected = context(bundle, on_cpu)
-        with open_session(bundle, graph.name, backend, BackendOptions(engines=engines)) as session:
+        with open_session(bundle, graph.name, backend, BackendOptions(plans=folder)) as session:
             for weights in (None, other, graph.path):
                 if weights is not None:
                     session.refit(weights)
@@ -313,7 +322,7 @@ def refit(bundle: Bundle, backend: str, engines: Path) -> dict:
     except DnpError as error:
         return {"passed": False, "error": str(error)}
     finally:
-        shutil.rmtree(engines, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     same, different = np.array_equal(results[0], results[2]), not np.array_equal(results[0], results[1])
     error = difference(expected, results[0])
     return {
@@ -326,42 +335,47 @@ def refit(bundle: Bundle, backend: str, engines: Path) -> dict:
 
 def context(bundle: Bundle, session) -> np.ndarray:
     """What the text encoder makes of the first token ids there are."""
-    session.reshape(batch=1)
-    session.inputs["ids"].write(np.arange(bundle.text.length, dtype=np.int64)[None])
+    session.reshape(batch=1, tokens=bundle.text.length)
+    for buffer in session.inputs.values():
+        buffer.write(np.arange(bundle.text.length, dtype=np.int64)[None])
     session.run()
-    return session.outputs["context"].read()
+    return next(iter(session.outputs.values())).read()
 
 
 def time_steps(bundle: Bundle, backend: str, options: BackendOptions, batches: int) -> list[dict]:
     """Milliseconds a denoising step, launched from a recorded graph and enqueued, interleaved; and the host's share."""
     latents = bundle.latents
-    shape = (latents.channels, latents.height, latents.width)
+    sizes = {"height": latents.height, "width": latents.width, "tokens": bundle.text.length}
     table = sampler_table(NoiseSchedule.from_config(bundle.schedule), "ddim", 25, 7.5)
     found = []
-    opened = {eager: open_backend(backend, BackendOptions(engines=options.engines, eager=eager)) for eager in (0, 1)}
+    opened = {eager: open_backend(backend, BackendOptions(plans=options.plans, eager=eager)) for eager in (0, 1)}
     sessions = {eager: one.session(bundle.graphs["denoise"], bundle) for eager, one in opened.items()}
+    denoisers = {eager: Denoiser(session) for eager, session in sessions.items()}
     for batch in range(1, batches + 1):
         times: dict[int, list[float]] = {0: [], 1: []}
         host: dict[int, list[float]] = {0: [], 1: []}
-        for session in sessions.values():
-            load_samples(session, [Sample(table, 0)] * batch, shape)
-            session.prepare()
-            load_samples(session, [Sample(table, 0)] * batch, shape)
+        for denoiser in denoisers.values():
+            denoiser.open(batch, steps=len(table.rows), noise_steps=1, **sizes)
+            denoiser.capture(2 * batch)
+            denoiser.open(batch, steps=len(table.rows), noise_steps=1, **sizes)
+            for place in range(batch):
+                denoiser.join(place, Sample(table, 0))
+            denoiser.step()  # from here on a step is a run
         for _ in range(REPEATS):
             for eager, session in sessions.items():
-                device = opened[eager].device
-                start, end = device.cuda.event(), device.cuda.event()
-                device.cuda.synchronize(device.stream)
-                device.cuda.record(start, device.stream)
+                gpu = opened[eager].gpu
+                start, end = gpu.cuda.event(), gpu.cuda.event()
+                gpu.cuda.synchronize(gpu.stream)
+                gpu.cuda.record(start, gpu.stream)
                 began = time.perf_counter()
                 for _ in range(10):
                     session.run()
                 host[eager].append((time.perf_counter() - began) / 10)
-                device.cuda.record(end, device.stream)
-                device.cuda.wait(end)
-                times[eager].append(device.cuda.elapsed(start, end) / 10)
-                device.cuda.free_event(start)
-                device.cuda.free_event(end)
+                gpu.cuda.record(end, gpu.stream)
+                gpu.cuda.wait(end)
+                times[eager].append(gpu.cuda.elapsed(start, end) / 10)
+                gpu.cuda.free_event(start)
+                gpu.cuda.free_event(end)
         found.append(
             {
                 "batch": batch,

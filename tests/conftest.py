@@ -159,19 +159,19 @@ def open_pipeline(gpu, tmp_path, default_bundle, monkeypatch):
     from dnp.engine.backends import device
     from dnp.engine.backends.registry import open_backend
     from dnp.engine.backends.session import BackendOptions
+    from dnp.engine.plans.build import build_plans
+    from dnp.engine.plans.profile import Range
     from dnp.engine.plans.store import PlanStore
 
     opened = []
 
     def open_one(product="tensorrt-rtx", largest=2, **options):
-        """A pipeline on plans for batches up to ``largest``: every size is warmed up, on a processor here."""
-        options = {"engines": tmp_path / "engines", **options}
+        """A pipeline on plans for batches up to ``largest``, built unless there are any: every size is warmed up."""
+        options = {"plans": tmp_path / "plans", **options}
         if product == "cuda":  # which has no plans to say it
             monkeypatch.setattr(device, "BATCH", largest)
-        store = PlanStore(options["engines"])
-        if not (store.folder / f"{product}.json").exists():
-            asked = {"ranges": {"batch": [1, 1, largest]}, "settings": {}}
-            store.keep_settings(product, dict.fromkeys(default_bundle.graphs, asked))
+        elif not any(plan.spec.backend == product for plan in PlanStore(options["plans"]).plans()):
+            build_plans(default_bundle, product, ranges={"batch": Range(1, 1, largest)}, folder=options["plans"])
         opened.append(dnp.Pipeline(default_bundle, open_backend(product, BackendOptions(**options))))
         return opened[-1]
 

@@ -158,9 +158,13 @@ class FakeCuda:
         blocks[block.ctypes.data] = block
         return block.ctypes.data
 
+    def _within(self, blocks, address, size):
+        ends = ((start, start + block.nbytes) for start, block in blocks.items())
+        return any(start <= address and address + size <= end for start, end in ends)
+
     def _move(self, into, into_blocks, source, source_blocks, size):
-        assert into_blocks[into].nbytes >= size, "a copy beyond the end"
-        assert source_blocks[source].nbytes >= size, "a copy from beyond the end"
+        assert self._within(into_blocks, into, size), "a copy beyond the end"
+        assert self._within(source_blocks, source, size), "a copy from beyond the end"
         ctypes.memmove(into, source, size)
 
 

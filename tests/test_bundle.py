@@ -294,8 +294,8 @@ def test_an_unknown_graph_is_named(folder):
 
 
 def test_sealing_lists_what_is_there_and_nothing_private(folder):
-    (folder / "engines").mkdir()
-    (folder / "engines/plan").write_text("a plan")
+    (folder / "plans").mkdir()
+    (folder / "plans/plan").write_text("a plan")
     (folder / ".hidden").write_text("")
     (folder / "graphs/denoise.onnx.data").write_bytes(b"weights")
     seal(folder, unsealed())

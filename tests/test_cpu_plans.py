@@ -37,23 +37,24 @@ DNP = str(Path(sys.executable).with_name("dnp"))
 def bundle(tmp_path_factory):
     """A copy of the default bundle, with plans."""
     folder = tmp_path_factory.mktemp("planned") / "default"
-    shutil.copytree(Bundle.default().path, folder, ignore=shutil.ignore_patterns("engines"))
+    shutil.copytree(Bundle.default().path, folder, ignore=shutil.ignore_patterns("plans"))
     opened = Bundle.open(folder)
     build_cpu_plans(opened)
     return opened
 
 
 @pytest.fixture
-def engines(bundle, tmp_path):
+def folder(bundle, tmp_path):
     """A folder with a plan of ``encode_text`` that a test may spoil."""
-    (plan,) = build_cpu_plans(bundle, graphs=["encode_text"], folder=tmp_path / "engines")
+    (plan,) = build_cpu_plans(bundle, graphs=["encode_text"], folder=tmp_path / "plans")
     return plan.path.parent
 
 
 def run_graph(session, seed):
     """Its outputs for random inputs of a random size."""
     rng = np.random.default_rng(seed)
-    sides = {"height": 16, "width": 8, "image_height": 40, "image_width": 72, "images": 2, "batch": 2 + 2 * (seed % 2)}
+    sides = {"height": 16, "width": 8, "image_height": 40, "image_width": 72, "tokens": 32, "images": 2}
+    sides["sequences"] = 2 + 2 * (seed % 2)
     session.reshape(**{name: sides.get(name, 3) for name in session.graph.symbols})
     for buffer in session.inputs.values():
         if buffer.dtype.kind == "f":
@@ -67,7 +68,7 @@ def run_graph(session, seed):
 @pytest.mark.parametrize("graph", ["encode_text", "denoise", "decode_latents", "encode_image", "caption_step"])
 def test_a_plan_computes_bit_for_bit_what_its_graph_does(bundle, tmp_path, graph):
     with (
-        open_session(bundle, graph, options=BackendOptions(engines=tmp_path)) as plain,
+        open_session(bundle, graph, options=BackendOptions(plans=tmp_path)) as plain,
         open_session(bundle, graph) as planned,
     ):
         assert planned.backend == plain.backend.replace(")", ", plan)")
@@ -81,7 +82,7 @@ def test_a_plan_computes_bit_for_bit_what_its_graph_does(bundle, tmp_path, graph
 
 def test_a_request_gives_the_same_picture_and_words(bundle, tmp_path):
     settings = {"prompt": "a red circle", "seed": 5, "steps": 3, "dns_steps": 3}
-    with Pipeline.open(bundle.path) as planned, Pipeline.open(Bundle.default().path, engines=tmp_path) as plain:
+    with Pipeline.open(bundle.path) as planned, Pipeline.open(Bundle.default().path, plans=tmp_path) as plain:
         one, other = planned(**settings), plain(**settings)
     assert one.negatives == other.negatives
     for mine, its in zip(one.images, other.images, strict=True):
@@ -100,18 +101,19 @@ def test_the_weights_are_mapped_and_not_copied(bundle):
 
 
 def plan_path(bundle, graph):
-    plan, reason = PlanStore(bundle.path / "engines").find(plan_spec(bundle, bundle.graph(graph)))
+    plan, reason = PlanStore(bundle.path / "plans").find(plan_spec(bundle, bundle.graph(graph)))
     assert not reason
     return plan.path
 
 
-def test_a_plan_that_is_there_is_not_built_again_unless_told_so(bundle, engines):
-    (before,) = engines.glob("*.plan")
+def test_a_plan_that_is_there_is_not_built_again_unless_told_so(bundle, folder):
+    (before,) = folder.glob("*.plan")
     said = []
-    (again,) = build_cpu_plans(bundle, graphs=["encode_text"], folder=engines, report=said.append)
-    assert (again.path, said) == (before, [])
+    (again,) = build_cpu_plans(bundle, graphs=["encode_text"], folder=folder, report=said.append)
+    assert (again.path, said) == (before, [f"encode_text: there already, {before.name}"])
+    said.clear()
     stamp = before.stat().st_mtime_ns
-    build_cpu_plans(bundle, graphs=["encode_text"], folder=engines, force=True, report=said.append)
+    build_cpu_plans(bundle, graphs=["encode_text"], folder=folder, force=True, report=said.append)
     assert before.stat().st_mtime_ns > stamp
     (line,) = said
     assert re.fullmatch(r"encode_text: optimising \d+ MB, about [\d.]+ GB of memory and [\d.]+ GB of disk", line)
@@ -151,33 +153,33 @@ def without_its_hash(path):
         (".json", without_its_hash, r"no sidecar that can be read"),
     ],
 )
-def test_a_plan_in_doubt_is_named_and_not_used(bundle, engines, caplog, ending, spoil, reason):
-    (path,) = engines.glob(f"*{ending}")
+def test_a_plan_in_doubt_is_named_and_not_used(bundle, folder, caplog, ending, spoil, reason):
+    (path,) = folder.glob(f"*{ending}")
     spoil(path)
     caplog.set_level(logging.WARNING, "dnp.engine")
-    with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
+    with open_session(bundle, "encode_text", options=BackendOptions(plans=folder)) as session:
         assert "plan" not in session.backend
         run_graph(session, 0)
     (record,) = caplog.records
-    remedy = f"dnp build {bundle.path} --backend cpu --engines {engines}"
+    remedy = f"dnp build {bundle.path} --backend cpu --plans {folder}"
     told = rf"encode_text: opened without its plan: .*{reason}.*; build it again: {re.escape(remedy)}"
     assert re.fullmatch(told, record.message)
     said = []
-    build_cpu_plans(bundle, graphs=["encode_text"], folder=engines, report=said.append)
+    build_cpu_plans(bundle, graphs=["encode_text"], folder=folder, report=said.append)
     assert re.search(rf"building, since .*{reason}", said[0])
-    with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
+    with open_session(bundle, "encode_text", options=BackendOptions(plans=folder)) as session:
         assert session.backend.endswith(", plan)")
 
 
-def test_a_plan_of_another_processor_is_not_used(bundle, engines, caplog, monkeypatch):
+def test_a_plan_of_another_processor_is_not_used(bundle, folder, caplog, monkeypatch):
     monkeypatch.setattr("dnp.engine.backends.onnxruntime.cpu.processor_features", lambda: ("avx512f",))
-    with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
+    with open_session(bundle, "encode_text", options=BackendOptions(plans=folder)) as session:
         assert "plan" not in session.backend
     assert "architecture is" in caplog.text
 
 
 def test_no_plans_is_nothing_to_speak_of(bundle, tmp_path, caplog):
-    with open_session(bundle, "encode_text", options=BackendOptions(engines=tmp_path / "none")) as session:
+    with open_session(bundle, "encode_text", options=BackendOptions(plans=tmp_path / "none")) as session:
         assert "plan" not in session.backend
     assert not caplog.records
     assert not (tmp_path / "none").exists()
@@ -196,19 +198,19 @@ def test_without_a_gpu_the_plans_are_the_processors(bundle, tmp_path, capsys, mo
 
 
 def test_the_commands(bundle, tmp_path, capsys):
-    engines = ["--engines", str(tmp_path / "engines")]
-    assert run(["build", str(bundle.path), "--backend", "cpu", *engines, "--json"]) == 0
+    folder = ["--plans", str(tmp_path / "plans")]
+    assert run(["build", str(bundle.path), "--backend", "cpu", *folder, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["plans"]
     assert [plan["spec"]["graph"] for plan in listed] == list(bundle.graphs)
     assert all(plan["statistics"]["weights_bytes"] and plan["statistics"]["seconds"] for plan in listed)
-    assert run(["inspect", str(bundle.path), *engines, "--layers"]) == 0  # only plans of TensorRT have any
+    assert run(["inspect", str(bundle.path), *folder, "--layers"]) == 0  # only plans of TensorRT have any
     page = capsys.readouterr().out
     assert page.count("profile   every size") == len(bundle.graphs)
     assert page.count("mapped into memory") == len(bundle.graphs)
     assert "GPU" not in page.split("plans\n")[1]
     out = tmp_path / "out"
     command = ["generate", "a red circle", "--bundle", str(bundle.path), "--steps", "2", "--dns-steps", "2"]
-    assert run([*command, "--out", str(out), *engines, "--json"]) == 0
+    assert run([*command, "--out", str(out), *folder, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["runs_on"].endswith(", plan)")
     assert len(list(out.glob("*.png"))) == 2
 
@@ -221,13 +223,13 @@ def test_options_of_tensorrt_are_refused(bundle, option, capsys):
     assert f"{option[0]} is for TensorRT; plans of the backend 'cpu' take every size" in capsys.readouterr().err
 
 
-def test_a_plan_that_is_whole_and_does_not_open_is_named_and_not_used(bundle, engines, caplog):
-    (path,) = engines.glob("*.plan")
+def test_a_plan_that_is_whole_and_does_not_open_is_named_and_not_used(bundle, folder, caplog):
+    (path,) = folder.glob("*.plan")
     path.write_bytes(b"no graph")
     sidecar = json.loads(path.with_suffix(".json").read_text())
     sidecar |= {"size": 8, "sha256": hashlib.sha256(b"no graph").hexdigest()}
     path.with_suffix(".json").write_text(json.dumps(sidecar))
-    options = BackendOptions(engines=engines)
+    options = BackendOptions(plans=folder)
     with open_session(bundle, "encode_text", options=options) as session:
         assert "plan" not in session.backend
         run_graph(session, 0)
@@ -239,15 +241,15 @@ def test_a_plan_that_is_whole_and_does_not_open_is_named_and_not_used(bundle, en
         assert session.backend.endswith(", plan)")
 
 
-def test_a_precision_that_it_lacks_is_no_fault_of_the_plan(bundle, engines, caplog):
+def test_a_precision_that_it_lacks_is_no_fault_of_the_plan(bundle, folder, caplog):
     with pytest.raises(BackendError, match="has no precision 'bf16'"):
-        open_session(bundle, "encode_text", options=BackendOptions(engines=engines, precision="bf16"))
+        open_session(bundle, "encode_text", options=BackendOptions(plans=folder, precision="bf16"))
     assert not caplog.records
 
 
 def test_a_folder_that_cannot_be_looked_into_is_named(bundle, caplog):
     unreadable = Path("/" + "a" * 300)  # whatever the system refuses: a folder without permission is none for root
-    with open_session(bundle, "encode_text", options=BackendOptions(engines=unreadable)) as session:
+    with open_session(bundle, "encode_text", options=BackendOptions(plans=unreadable)) as session:
         assert "plan" not in session.backend
     assert re.search(r"opened without its plan: .* cannot be read \(File name too long\)", caplog.text)
 
@@ -258,7 +260,7 @@ def test_a_working_folder_that_is_gone(bundle, tmp_path):
 import os, sys
 from dnp import Pipeline
 os.rmdir(os.getcwd())
-with Pipeline.open(sys.argv[1], engines="plans") as pipeline:
+with Pipeline.open(sys.argv[1], plans="plans") as pipeline:
     print(pipeline("a red circle", steps=1, dns_steps=1).negatives)
 """
     (tmp_path / "gone").mkdir()
@@ -270,18 +272,18 @@ with Pipeline.open(sys.argv[1], engines="plans") as pipeline:
 def test_no_plans_where_the_system_does_not_tell_what_the_processor_can_do(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr("dnp.engine.backends.onnxruntime.cpu.processor_features", tuple)
     with pytest.raises(BackendError, match=r"does not tell what its processor can do.*opens the graphs themselves"):
-        build_cpu_plans(bundle, folder=tmp_path / "engines")
-    assert not (tmp_path / "engines").exists()
+        build_cpu_plans(bundle, folder=tmp_path / "plans")
+    assert not (tmp_path / "plans").exists()
 
 
-def test_plans_that_are_built_again_while_others_open_them(bundle, engines, caplog):
+def test_plans_that_are_built_again_while_others_open_them(bundle, folder, caplog):
     """A plan never meets the weights of another build, and what was verified can be opened."""
-    options, errors = BackendOptions(engines=engines), []
+    options, errors = BackendOptions(plans=folder), []
 
     def build_again():
         try:
             for _ in range(12):
-                build_cpu_plans(bundle, graphs=["encode_text"], folder=engines, force=True)
+                build_cpu_plans(bundle, graphs=["encode_text"], folder=folder, force=True)
         except Exception as error:
             errors.append(error)
 
@@ -300,12 +302,12 @@ def test_plans_that_are_built_again_while_others_open_them(bundle, engines, capl
     assert all("does not open" in record.message or "cannot be read" in record.message for record in caplog.records)
     with open_session(bundle, "encode_text", options=options) as session:
         assert session.backend.endswith(", plan)")
-    assert len(list(engines.glob("*.weights"))) == 1
+    assert len(list(folder.glob("*.weights"))) == 1
 
 
 @pytest.mark.parametrize("last", [".weights", ".json"])
-def test_a_plan_survives_the_failure_of_the_next_one(bundle, engines, monkeypatch, last):
-    before = {path: path.read_bytes() for path in engines.iterdir()}
+def test_a_plan_survives_the_failure_of_the_next_one(bundle, folder, monkeypatch, last):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     replace_file = Path.replace
 
     def fail(self, target):
@@ -315,8 +317,8 @@ def test_a_plan_survives_the_failure_of_the_next_one(bundle, engines, monkeypatc
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OutputError, match=r"^cannot write .*\.plan: No space left on device; name another folder$"):
-        build_cpu_plans(bundle, graphs=["encode_text"], folder=engines, force=True)
-    assert {path: path.read_bytes() for path in engines.iterdir()} == before
+        build_cpu_plans(bundle, graphs=["encode_text"], folder=folder, force=True)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_what_killed_builds_left_is_removed_and_what_others_are_building_is_not(bundle, tmp_path):
@@ -338,13 +340,13 @@ def nested(depth):
 
 
 @pytest.mark.parametrize("flags", [{"x": None}, {"x\x1b[2J\n": "y" * 1000}, nested(900)])
-def test_flags_that_were_edited_are_told_in_a_line(bundle, engines, caplog, flags):
-    (path,) = engines.glob("*.json")
+def test_flags_that_were_edited_are_told_in_a_line(bundle, folder, caplog, flags):
+    (path,) = folder.glob("*.json")
     sidecar = json.loads(path.read_text())
     sidecar["spec"]["flags"] = flags
     path.write_text(json.dumps(sidecar))
-    assert run(["inspect", str(bundle.path), "--engines", str(engines)]) == 0
-    with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
+    assert run(["inspect", str(bundle.path), "--plans", str(folder)]) == 0
+    with open_session(bundle, "encode_text", options=BackendOptions(plans=folder)) as session:
         assert "plan" not in session.backend
     (record,) = caplog.records
     assert "flags.x" in record.message
@@ -368,8 +370,8 @@ def test_flags_that_were_edited_are_told_in_a_line(bundle, engines, caplog, flag
         "[" * 100_000,
     ],
 )
-def test_sidecars_that_are_not_as_they_were_written(bundle, engines, caplog, capsys, change):
-    (path,) = engines.glob("*.json")
+def test_sidecars_that_are_not_as_they_were_written(bundle, folder, caplog, capsys, change):
+    (path,) = folder.glob("*.json")
     sidecar = json.loads(path.read_text())
     if isinstance(change, dict):
         for name, value in change.items():
@@ -377,9 +379,9 @@ def test_sidecars_that_are_not_as_they_were_written(bundle, engines, caplog, cap
         path.write_text(json.dumps(sidecar))
     else:
         path.write_text(change)
-    assert run(["inspect", str(bundle.path), "--engines", str(engines)]) == 0
+    assert run(["inspect", str(bundle.path), "--plans", str(folder)]) == 0
     assert "encode_text-" not in capsys.readouterr().out
-    with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
+    with open_session(bundle, "encode_text", options=BackendOptions(plans=folder)) as session:
         assert "plan" not in session.backend
     (record,) = caplog.records
     assert "has no sidecar that can be read" in record.message
@@ -388,41 +390,41 @@ def test_sidecars_that_are_not_as_they_were_written(bundle, engines, caplog, cap
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no such files")
 @pytest.mark.parametrize("spoil", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
-def test_sidecars_that_are_no_files_are_not_read(bundle, engines, capsys, spoil):
-    (path,) = engines.glob("*.json")
+def test_sidecars_that_are_no_files_are_not_read(bundle, folder, capsys, spoil):
+    (path,) = folder.glob("*.json")
     path.unlink()
     spoil(path)
-    assert run(["inspect", str(bundle.path), "--engines", str(engines)]) == 0
+    assert run(["inspect", str(bundle.path), "--plans", str(folder)]) == 0
     assert "no plans" in capsys.readouterr().out
-    with open_session(bundle, "encode_text", options=BackendOptions(engines=engines)) as session:
+    with open_session(bundle, "encode_text", options=BackendOptions(plans=folder)) as session:
         assert "plan" not in session.backend
 
 
-def test_what_a_sidecar_says_cannot_write_to_the_terminal(bundle, engines, capsys):
-    (path,) = engines.glob("*.json")
+def test_what_a_sidecar_says_cannot_write_to_the_terminal(bundle, folder, capsys):
+    (path,) = folder.glob("*.json")
     sidecar = json.loads(path.read_text())
     sidecar["statistics"]["built"] = "\x1b[2Jnever\nmore"
     path.write_text(json.dumps(sidecar))
-    assert run(["inspect", str(bundle.path), "--engines", str(engines)]) == 0
+    assert run(["inspect", str(bundle.path), "--plans", str(folder)]) == 0
     assert "?[2Jnever?more" in capsys.readouterr().out.replace("\n", "?")
 
 
-def test_a_plan_under_another_name_is_none(bundle, engines, capsys):
-    for path in engines.glob("encode_text-*"):
+def test_a_plan_under_another_name_is_none(bundle, folder, capsys):
+    for path in folder.glob("encode_text-*"):
         path.rename(path.with_name(path.name.replace("encode_text-", "foo-")))
-    assert run(["inspect", str(bundle.path), "--engines", str(engines)]) == 0
+    assert run(["inspect", str(bundle.path), "--plans", str(folder)]) == 0
     assert "no plans" in capsys.readouterr().out
 
 
 def test_an_empty_folder_name_is_refused(bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(["build", str(bundle.path), "--backend", "cpu", "--engines", ""]) == 2
+    assert run(["build", str(bundle.path), "--backend", "cpu", "--plans", ""]) == 2
     assert "the path is empty; name one, or leave it out" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
 
 
 def test_plans_of_other_versions_are_removed_when_asked(bundle, tmp_path, monkeypatch, capsys):
-    command = ["build", str(bundle.path), "--backend", "cpu", "--engines", str(tmp_path), "--graph", "encode_text"]
+    command = ["build", str(bundle.path), "--backend", "cpu", "--plans", str(tmp_path), "--graph", "encode_text"]
     assert run(command) == 0
     before = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")}
     monkeypatch.setattr("dnp.engine.backends.onnxruntime.cpu.processor_name", lambda: "another processor")
@@ -433,7 +435,7 @@ def test_plans_of_other_versions_are_removed_when_asked(bundle, tmp_path, monkey
 
 
 def test_two_processes_that_want_the_same_plans_build_them_once(bundle, tmp_path):
-    command = [DNP, "build", str(bundle.path), "--backend", "cpu", "--engines", str(tmp_path), "--json"]
+    command = [DNP, "build", str(bundle.path), "--backend", "cpu", "--plans", str(tmp_path), "--json"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     told = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], told
@@ -477,8 +479,8 @@ def test_a_graph_that_cannot_be_read_is_the_graphs_own_error(bundle, tmp_path):
     object.__setattr__(spoiled, "files", {**bundle.files, "broken.onnx": bundle.files["graphs/encode_text.onnx"]})
     object.__setattr__(spoiled, "path", tmp_path)
     with pytest.raises(BundleError, match=r"broken\.onnx: no graph that ONNX Runtime can load"):
-        build_cpu_plans(spoiled, graphs=["encode_text"], folder=tmp_path / "engines")
-    assert not list((tmp_path / "engines").glob("*.plan"))
+        build_cpu_plans(spoiled, graphs=["encode_text"], folder=tmp_path / "plans")
+    assert not list((tmp_path / "plans").glob("*.plan"))
 
 
 def test_a_build_that_is_stopped_leaves_nothing(bundle, tmp_path, monkeypatch):

@@ -61,7 +61,9 @@ def unreached(monkeypatch):
 @pytest.fixture
 def quick(default_bundle):
     """The default bundle with few steps."""
-    return replace(default_bundle, defaults=replace(default_bundle.defaults, steps=3, dns_steps=3))
+    defaults = default_bundle.defaults
+    few = {name: replace(getattr(defaults, name), steps=3) for name in ("final", "dns")}
+    return replace(default_bundle, defaults=replace(defaults, **few))
 
 
 def refused(capsys, *arguments):
@@ -188,13 +190,13 @@ def test_a_stage_that_is_wrong_fails_alone(monkeypatch, quick, wrong, stage):
 
 @pytest.mark.parametrize("left_out", [None, "denoise", "caption_step"])
 def test_a_loop_that_is_not_recorded_is_named(gpu, monkeypatch, quick, left_out):
-    prepare = ort_cuda.CudaSession.prepare
+    capture = ort_cuda.CudaSession.capture
 
-    def prepare_some(session):
+    def capture_some(session, **dims):
         if session.graph.name != left_out:
-            prepare(session)
+            capture(session, **dims)
 
-    monkeypatch.setattr(ort_cuda.CudaSession, "prepare", prepare_some)
+    monkeypatch.setattr(ort_cuda.CudaSession, "capture", capture_some)
     found = gpu_check.captured(quick, "cuda", BackendOptions())
     assert found["passed"] == (left_out is None)
     for name in ("denoise", "caption_step"):

@@ -8,7 +8,6 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from fractions import Fraction
 from types import SimpleNamespace
 
 import fake_gpu
@@ -25,7 +24,7 @@ from dnp.engine.backends.session import BackendOptions
 from dnp.engine.backends.tensorrt import TrtSession
 from dnp.engine.errors import BackendError, DnpError, SettingsError
 from dnp.engine.plans.build import BuildSettings, build_plans
-from dnp.engine.plans.profile import Limits, Range
+from dnp.engine.plans.profile import Range
 from dnp.engine.plans.store import PlanStore
 from dnp.engine.system import cuda
 
@@ -33,14 +32,14 @@ PROMPT = "a large red circle left of a small blue square on a plain yellow backg
 QUICK = {"steps": 2, "dns_steps": 2}
 
 
-def asked(default_bundle, folder, largest=2, product="tensorrt-rtx", **settings):
-    """As if ``dnp build`` had been asked for this, with nothing built yet."""
-    entry = {"ranges": {"batch": [1, 1, largest]}, "settings": settings}
-    PlanStore(folder).keep_settings(product, dict.fromkeys(default_bundle.graphs, entry))
+def asked(default_bundle, folder, largest=2, **settings):
+    """Plans of all graphs for so many images."""
+    ranges = {"batch": Range(1, 1, largest)}
+    build_plans(default_bundle, ranges=ranges, settings=BuildSettings(**settings), folder=folder)
 
 
 def sessions_of(pipeline):
-    return pipeline._graphs._sessions
+    return pipeline.sessions
 
 
 def failing(message):
@@ -56,7 +55,7 @@ def failing(message):
 def other_weights(tmp_path_factory, default_bundle):
     """The default bundle with another first bias in the denoiser."""
     folder = tmp_path_factory.mktemp("other") / "bundle"
-    shutil.copytree(default_bundle.path, folder, ignore=shutil.ignore_patterns("engines"))
+    shutil.copytree(default_bundle.path, folder, ignore=shutil.ignore_patterns("plans"))
     path = folder / "graphs/denoise.onnx"
     model = onnx.load(path)
     tensor = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 1)
@@ -70,25 +69,25 @@ def other_weights(tmp_path_factory, default_bundle):
 
 class TestBatches:
     def test_a_plan_for_fewer_images_than_the_others_limits_the_pipeline(self, open_pipeline, default_bundle, tmp_path):
-        engines = tmp_path / "engines"
-        asked(default_bundle, engines, 2)
-        build_plans(default_bundle, graphs=["decode_latents"], ranges={"batch": Range(1, 1, 1)}, folder=engines)
+        folder = tmp_path / "plans"
+        asked(default_bundle, folder, 2)
+        build_plans(default_bundle, graphs=["decode_latents"], ranges={"batch": Range(1, 1, 1)}, folder=folder)
         result = open_pipeline()(PROMPT, images=2, **QUICK)
         assert len(result.images) == 2
 
     def test_captions_are_found_in_parts_where_the_image_encoder_takes_fewer(
         self, open_pipeline, default_bundle, tmp_path
     ):
-        engines = tmp_path / "engines"
-        asked(default_bundle, engines, 2)
-        build_plans(default_bundle, graphs=["encode_image"], ranges={"batch": Range(1, 1, 1)}, folder=engines)
+        folder = tmp_path / "plans"
+        asked(default_bundle, folder, 2)
+        build_plans(default_bundle, graphs=["encode_image"], ranges={"batch": Range(1, 1, 1)}, folder=folder)
         assert len(open_pipeline()(PROMPT, images=2, **QUICK).negatives) == 2
 
     @pytest.mark.parametrize("graph", ["encode_text", "encode_image", "caption_step"])
     def test_what_cannot_be_had_is_refused_before_any_work(self, open_pipeline, gpu, default_bundle, tmp_path, graph):
-        engines = tmp_path / "engines"
-        asked(default_bundle, engines, 2)
-        build_plans(default_bundle, graphs=[graph], ranges={"batch": Range(2, 2, 2)}, folder=engines)
+        folder = tmp_path / "plans"
+        asked(default_bundle, folder, 2)
+        build_plans(default_bundle, graphs=[graph], ranges={"batch": Range(2, 2, 2)}, folder=folder)
         pipeline = open_pipeline()
         pipeline.warm_up()
         since = len(gpu.calls)
@@ -101,11 +100,11 @@ class TestBatches:
         self, open_pipeline, default_bundle, gpu, tmp_path, images, beams, fits
     ):
         """15 images by 5 beams are captioned 6, 6 and 3 at a time, 13 of them 6, 6 and 1."""
-        entry = {"ranges": {"batch": [3, 4, 8]}, "settings": {}}
-        store = PlanStore(tmp_path / "engines")
-        store.keep_settings("tensorrt-rtx", dict.fromkeys(("encode_image", "caption_step"), entry))
-        sampling = {"ranges": {"batch": [1, 1, 8]}, "settings": {}}
-        store.keep_settings("tensorrt-rtx", dict.fromkeys(("encode_text", "denoise", "decode_latents"), sampling))
+        for graphs, sizes in (
+            (("encode_image", "caption_step"), Range(3, 4, 8)),
+            (("encode_text", "denoise", "decode_latents"), Range(1, 1, 8)),
+        ):
+            build_plans(default_bundle, graphs=graphs, ranges={"batch": sizes}, folder=tmp_path / "plans")
         pipeline = open_pipeline(eager=True)
         request = pipeline.resolve(dnp.Request(PROMPT, images=images, beams=beams, **QUICK))
         if fits:
@@ -128,7 +127,7 @@ class TestRefit:
     def test_a_session_that_cannot_take_the_weights_is_not_left_behind(
         self, open_pipeline, gpu, default_bundle, other_weights, tmp_path
     ):
-        asked(default_bundle, tmp_path / "engines", 1, refit=True)
+        asked(default_bundle, tmp_path / "plans", 1, refit=True)
         pipeline = open_pipeline()
         gpu.trt.fail.add("refit")
         with pytest.raises(BackendError):
@@ -174,10 +173,11 @@ class TestInterruptions:
 
 class TestBuffers:
     def test_a_closed_session_s_buffers_take_nothing(self, gpu, default_bundle, tmp_path):
+        build_plans(default_bundle, graphs=["decode_latents"], folder=tmp_path / "plans")
         session = open_session(
-            default_bundle, "decode_latents", "tensorrt-rtx", BackendOptions(engines=tmp_path / "engines")
+            default_bundle, "decode_latents", "tensorrt-rtx", BackendOptions(plans=tmp_path / "plans")
         )
-        session.reshape(batch=1, height=16, width=16)
+        session.reshape(places=1, batch=1, height=16, width=16)
         buffer = session.inputs["latents"]
         session.close()
         with pytest.raises(SettingsError, match="'latents' holds float32"):
@@ -187,24 +187,25 @@ class TestBuffers:
     def test_a_size_that_the_memory_does_not_hold_leaves_all_as_it_was(self, gpu, default_bundle):
         session = open_session(default_bundle, "encode_text", "cuda")
         with session:
-            session.reshape(batch=1)
+            session.reshape(batch=1, tokens=32)
             session.inputs["ids"].write(np.full(session.inputs["ids"].shape, 1, np.int64))
             session.run()
-            before = session.outputs["context"].read()
+            before = session.outputs["embeddings"].read()
             gpu.memory = sum(block.nbytes for block in gpu.device.values()) + 300_000  # one buffer, and no more
             with pytest.raises(BackendError, match="no memory on cuda:0"):
-                session.reshape(batch=1000)
+                session.reshape(batch=1000, tokens=32)
             assert session.inputs["ids"].shape == (1, 32)
             session.inputs["ids"].write(np.full(session.inputs["ids"].shape, 1, np.int64))
             session.run()
-            np.testing.assert_array_equal(session.outputs["context"].read(), before)
+            np.testing.assert_array_equal(session.outputs["embeddings"].read(), before)
 
     def test_a_buffer_on_another_stream_is_out_of_reach(self, gpu, default_bundle, tmp_path):
-        options = BackendOptions(engines=tmp_path / "engines")
+        options = BackendOptions(plans=tmp_path / "plans")
+        build_plans(default_bundle, graphs=["denoise", "decode_latents"], folder=tmp_path / "plans")
         with (
             open_session(default_bundle, "denoise", "tensorrt-rtx", options) as denoise,
             open_session(default_bundle, "decode_latents", "tensorrt-rtx", options) as decode,
-            pytest.raises(BackendError, match="out of reach here; copy it instead"),
+            pytest.raises(BackendError, match="cannot be read in place here; copy it instead"),
         ):
             decode.alias("latents", denoise.outputs["latents"])
 
@@ -215,8 +216,8 @@ class TestBuffers:
         gpu.fail.clear()
 
     def test_a_size_to_warm_up_that_fails_is_not_tried_again(self, open_pipeline, gpu, default_bundle, tmp_path):
-        entry = {"ranges": {"batch": [1, 1, 1], "height": [64, 64, 96], "width": [64, 64, 96]}, "settings": {}}
-        PlanStore(tmp_path / "engines").keep_settings("tensorrt-rtx", dict.fromkeys(default_bundle.graphs, entry))
+        sides = dict.fromkeys(("height", "width"), Range(64, 64, 96))
+        build_plans(default_bundle, ranges={"batch": Range(1, 1, 1), **sides}, folder=tmp_path / "plans")
         pipeline = open_pipeline()
         expected = pipeline(PROMPT, **QUICK)
         gpu.fail["to_device"] = fake_gpu.broken("cuda call to_device failed")
@@ -228,12 +229,12 @@ class TestBuffers:
         assert np.array_equal(pipeline(PROMPT, **QUICK).arrays, expected.arrays)
         assert not gpu.counted(since)["begin_capture"]
 
-    def test_sessions_are_prepared_from_any_thread(self, gpu, default_bundle, tmp_path):
-        options = BackendOptions(engines=tmp_path / "engines")
+    def test_sessions_are_captured_from_any_thread(self, gpu, default_bundle, tmp_path):
+        options = BackendOptions(plans=tmp_path / "plans")
+        build_plans(default_bundle, graphs=["decode_latents"], folder=tmp_path / "plans")
         with open_session(default_bundle, "decode_latents", "tensorrt-rtx", options) as session:
-            session.reshape(batch=1, height=16, width=16)
             with ThreadPoolExecutor(1) as pool:
-                pool.submit(session.prepare).result()
+                pool.submit(session.capture, places=1, batch=1, height=16, width=16).result()
             assert gpu.counted()["begin_capture"] == 1
 
 
@@ -262,63 +263,15 @@ class TestClosing:
         pipeline.warm_up()
         pipeline.close()
         assert not gpu.device
-        assert not list((tmp_path / "engines").glob("*.sm*.cache"))
+        assert not list((tmp_path / "plans").glob("*.sm*.cache"))
 
 
 class TestPlans:
-    def test_a_build_for_other_cards_leaves_the_plans_for_this_one(self, open_pipeline, gpu, default_bundle, tmp_path):
-        engines = tmp_path / "engines"
-        ranges = {"batch": Range(1, 1, 1)}
-        asked(default_bundle, engines, 1)
-        settings = BuildSettings(sm=(89, 120), optimization_level=5)
-        build_plans(default_bundle, ranges=ranges, settings=settings, folder=engines)
-        build_plans(default_bundle, ranges=ranges, settings=BuildSettings(sm=(86,)), folder=engines)
-        built = gpu.trt.built
-        open_pipeline().warm_up()
-        assert gpu.trt.built == built
-
-    def test_what_was_asked_for_last_is_opened_and_not_what_was_built_last(self, gpu, default_bundle, tmp_path):
-        for largest in (8, 2, 8):  # the last one is there already
-            ranges = {"batch": Range(1, 1, largest)}
-            build_plans(default_bundle, graphs=["encode_text"], ranges=ranges, folder=tmp_path)
-        options = BackendOptions(engines=str(tmp_path), device=0)
-        with open_session(default_bundle, "encode_text", "tensorrt-rtx", options) as session:
-            assert session.most["batch"] == 8
-            with pytest.raises(
-                SettingsError, match=rf"dnp build \S+ --backend tensorrt-rtx --engines {tmp_path} --sm 89"
-            ):
-                session.validate(batch=9)
-
-    def test_sizes_asked_for_now_stand_in_for_those_that_cannot_be_had(self, gpu, default_bundle, tmp_path):
-        entry = {"ranges": {"height": [1024, 1024, 1024]}, "settings": {}}
-        PlanStore(tmp_path).keep_settings("tensorrt-rtx", {"denoise": entry})  # of a larger bundle
-        build_plans(default_bundle, graphs=["denoise"], ranges={"height": Range(128, 128, 128)}, folder=tmp_path)
-        with pytest.raises(SettingsError, match="height 100 has sizes"):
-            build_plans(default_bundle, graphs=["denoise"], ranges={"height": Range(100, 100, 100)}, folder=tmp_path)
-
-    def test_a_remedy_widens_all_that_is_too_narrow(self):
-        limits = Limits({"batch": Range(1, 1, 8), "images": Range(1, 1, 2)}, {"batch": Fraction(1, 4)}, "build")
-        with pytest.raises(SettingsError, match=r"; build a wider one: build --batch 1:1:12$"):
-            limits.check("caption_step", {"batch": 45, "images": 3})
-
     def test_a_session_s_files_are_no_leftovers(self, gpu, default_bundle, tmp_path):
         writing = tmp_path / ".dnp.encode_text-0123456789abcdef.sm89.cache.x"
         writing.write_bytes(b"half")
         build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)
         assert writing.exists()
-
-    def test_two_builds_of_different_graphs_keep_both_settings(self, gpu, default_bundle, tmp_path, monkeypatch):
-        store = PlanStore(tmp_path)
-        keep = PlanStore.keep_settings
-
-        def keep_late(self, product, settings):
-            if self is not store:
-                keep(store, product, {"denoise": {"ranges": {}, "settings": {}}})  # another process ended meanwhile
-            keep(self, product, settings)
-
-        monkeypatch.setattr(PlanStore, "keep_settings", keep_late)
-        build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)
-        assert set(store.settings("tensorrt-rtx")) == {"denoise", "encode_text"}
 
     def test_a_plan_that_is_there_needs_no_folder_that_can_be_written(self, gpu, default_bundle, tmp_path, monkeypatch):
         build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)
@@ -354,9 +307,9 @@ class TestPlans:
         pipeline = open_pipeline()
         pipeline.warm_up()
         assert read == []
-        assert len(list((tmp_path / "engines").glob("*.sm89.cache"))) == 5  # although nothing was closed
+        assert len(list((tmp_path / "plans").glob("*.sm89.cache"))) == 5  # although nothing was closed
         with monkeypatch.context() as later:
-            later.setattr(TrtSession, "prepared", failing("a request that prepares nothing has nothing to keep"))
+            later.setattr(TrtSession, "_save_cache", failing("a request that captures nothing has nothing to keep"))
             pipeline(PROMPT, **QUICK)
         open_pipeline().warm_up()
         assert read == [b"kernels"] * 5
@@ -365,7 +318,7 @@ class TestPlans:
         pipeline = open_pipeline()
         pipeline.warm_up()
         pipeline.close()
-        for path in (tmp_path / "engines").glob("*.sm89.cache"):
+        for path in (tmp_path / "plans").glob("*.sm89.cache"):
             path.unlink()
             path.mkdir()
         caplog.clear()
@@ -385,12 +338,6 @@ class TestPlans:
         with pytest.raises(BackendError, match=r"gone\.plan cannot be read any more"):
             open_pipeline().warm_up()
 
-    def test_kept_sizes_that_cannot_be_had_name_the_file_they_come_from(self, gpu, default_bundle, tmp_path):
-        for ranges in ({"foo": [1, 1, 1]}, {"height": [65, 65, 65]}):
-            PlanStore(tmp_path).keep_settings("tensorrt-rtx", {"encode_text": {"ranges": ranges, "settings": {}}})
-            with pytest.raises(BackendError, match=r"tensorrt-rtx\.json is damaged .*remove it"):
-                build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)
-
     @pytest.mark.parametrize(
         "changes", [{"sm": 89}, {"sm": ("89",)}, {"weight_streaming": "no"}, {"workspace": 10**13}]
     )
@@ -402,10 +349,6 @@ class TestPlans:
         assert [plan.spec.graph for plan in build_plans(default_bundle, graphs="denoise", folder=tmp_path)] == [
             "denoise"
         ]
-
-    def test_ranges_of_wrong_kinds(self, gpu, default_bundle, tmp_path):
-        with pytest.raises(SettingsError, match=r"the sizes of 'batch' are a Range"):
-            build_plans(default_bundle, ranges={"batch": (1, 1, 2)}, folder=tmp_path)
 
 
 class TestTensorRt:
@@ -438,7 +381,7 @@ class TestTensorRt:
         told = SimpleNamespace(get_engine_information=lambda form: '{"Layers": ["a fused kernel"]}')
         monkeypatch.setattr(fake_gpu.FakeEngine, "create_engine_inspector", lambda self: told, raising=False)
         build_plans(default_bundle, graphs=["encode_text"], folder=tmp_path)
-        assert run(["inspect", "--engines", str(tmp_path), "--layers"]) == 0
+        assert run(["inspect", "--plans", str(tmp_path), "--layers"]) == 0
         assert "a fused kernel" in capsys.readouterr().out
 
     def test_it_compiles_for_no_other_gpu(self, gpu, default_bundle, tmp_path):
@@ -487,7 +430,7 @@ class TestOnnxRuntime:
 
     def test_a_run_that_fails_names_the_sizes(self, gpu, default_bundle, monkeypatch):
         with open_session(default_bundle, "encode_text", "cuda") as session:
-            session.reshape(batch=1)
+            session.reshape(batch=1, tokens=32)
             monkeypatch.setattr(session._session, "run_with_iobinding", failing("out of memory"), raising=False)
             with pytest.raises(BackendError, match=r"failed on cuda .*'batch': 1.*ask for fewer images at once"):
                 session.run()

@@ -35,7 +35,7 @@ def job(tmp_path: Path, **changes) -> Job:
         captioner=str(model.captioner),
         converted=str(tmp_path),
         bundle=str(model.bundle),
-        engines=str(tmp_path),
+        plans=str(tmp_path),
         threads=1,
         prompt="a large blue cross on a plain red background",
         pixels=64,

@@ -67,7 +67,7 @@ def main(
             captioner=str(model.captioner),
             converted=str(model.folder),
             bundle=str(model.bundle),
-            engines=str(model.engines),
+            plans=str(model.plans),
             threads=threads or core_count(),
             prompt=PROMPT,
             pixels=pixels or model.pixels,

@@ -25,7 +25,7 @@ class Job:
         model: a diffusers folder of Stable Diffusion, ``captioner`` a transformers folder of BLIP, float16 weights.
         converted: the folder of these weights in the formats of the peers that have their own, a subfolder each.
         bundle: the same weights exported by ``dnp export``.
-        engines: the bundle's plans, built by ``dnp build``.
+        plans: the bundle's plans, built by ``dnp build``.
         guidance: w of a plain image and of the final pass.
         caption_tokens: the most tokens of a caption, the begin token included.
         dns_guidance: s of the DNS pass, ``eps(∅) + s·(eps(∅) − eps(p))``.
@@ -41,7 +41,7 @@ class Job:
     captioner: str
     converted: str
     bundle: str
-    engines: str
+    plans: str
     threads: int
     prompt: str
     pixels: int

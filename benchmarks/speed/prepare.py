@@ -43,9 +43,9 @@ class Model:
     steps: int
 
     @property
-    def engines(self) -> Path:
+    def plans(self) -> Path:
         """The folder of the bundle's plans."""
-        return self.folder / "engines"
+        return self.folder / "plans"
 
 
 MODELS = {
@@ -119,7 +119,7 @@ def prepare_model(model: Model) -> None:
     if not model.bundle.exists():
         _say(f"exporting {model.title}")
         _run([dnp, "export", model.source, model.bundle, "--captioner", model.captioner])
-    _run([dnp, "build", model.bundle, "--backend", "cpu", "--engines", model.engines])
+    _run([dnp, "build", model.bundle, "--backend", "cpu", "--plans", model.plans])
 
 
 def use_published_names(path: Path) -> None:

@@ -125,15 +125,15 @@ def export(
 
 @click.command()
 @click.argument("bundle", required=False, type=PATH)
-@click.option("--engines", type=PATH, help="Folder with the plans; engines/ in BUNDLE by default.")
+@click.option("--plans", "folder", type=PATH, help="Folder with the plans; plans/ in BUNDLE by default.")
 @click.option("--layers", is_flag=True, help="Also list the layers of TensorRT's plans, which takes a GPU.")
 @json_option
-def inspect(bundle: Path | None, engines: Path | None, layers: bool, as_json: bool) -> None:
+def inspect(bundle: Path | None, folder: Path | None, layers: bool, as_json: bool) -> None:
     """Verify BUNDLE, the shipped default when none is named, and show what is in it and in its compiled plans."""
     from dnp.engine.bundle.bundle import Bundle
 
     opened = Bundle.default() if bundle is None else Bundle.open(bundle)
-    plans = plans_of(opened, engines)
+    plans = plans_of(opened, folder)
     if layers:
         from dnp.engine.plans.product import PRODUCTS
 
@@ -183,7 +183,7 @@ def _setting(text: str) -> tuple[str, str | int | float]:
 def _backend_line(report: BackendReport) -> str:
     line = f"{report.name:<12} {'works' if report.works else 'does not work'}"
     if report.works:
-        line += f": {', '.join(filter(None, [report.version, *report.precisions]))}, on {report.device}"
+        line += f": {', '.join(filter(None, [report.version, *report.precisions]))}, on {report.hardware}"
     if report.why_not:
         line += f": {report.why_not}"
     if report.remedy:

@@ -52,7 +52,7 @@ class Engine:
     device: int | None
     eager: bool
     memory_limit: int | None
-    engines: Path | None
+    plans: Path | None
 
     def open(self) -> Pipeline:
         """The pipeline asked for, closed when the command ends; raises what ``Pipeline.open`` raises."""
@@ -66,7 +66,7 @@ class Engine:
             device=self.device or 0,
             eager=self.eager,
             memory_limit=None if self.memory_limit is None else self.memory_limit * MB,
-            engines=self.engines,
+            engines=self.plans,
         )
         return click.get_current_context().with_resource(pipeline)
 
@@ -87,7 +87,7 @@ def engine_options(function: F) -> F:
         click.option("--device", type=int, help="Number of the GPU, where the backend runs on one; 0 when left out."),
         click.option("--eager", is_flag=True, help="Run without recorded CUDA graphs, where the backend has them."),
         click.option("--memory-limit", type=int, metavar="MB", help="Most GPU memory to use."),
-        click.option("--engines", type=PATH, help="Folder of compiled plans, see `dnp build`."),
+        click.option("--plans", type=PATH, help="Folder of compiled plans, see `dnp build`."),
     )(packed)  # type: ignore[return-value]
 
 

@@ -33,14 +33,15 @@ if TYPE_CHECKING:
 @click.option("--width", help="Of images, in pixels, in the same form; the bundle's default when left out.")
 @click.option("--image-height", help="Of images to caption, in pixels; that of --height when left out.")
 @click.option("--image-width", help="Of images to caption, in pixels; that of --width when left out.")
-@click.option("--rows", help="Network runs of a sampler, in the same form. [default: 1:25:128]")
+@click.option("--steps", help="Network runs of a sampler, in the same form. [default: 1:25:128]")
+@click.option("--windows", help="Windows of a prompt, of as many tokens as the model reads at once. [default: 1]")
 @click.option("--optimization-level", type=int, help="0 (fast build) to 5 (fast plan); the compiler's own by default.")
 @click.option("--workspace", type=int, metavar="MB", help="Most scratch memory of a kernel; no limit when left out.")
 @click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory where the GPU's is too small.")
 @click.option("--refit", is_flag=True, help="Let weights be exchanged later; slower plans, and needs a GPU to build.")
 @click.option("--graph", "graphs", multiple=True, help="Only this graph; may be given several times.")
 @click.option("--device", type=click.IntRange(0), default=0, help="Number of the GPU to build for. [default: 0]")
-@click.option("--engines", type=PATH, help="Folder for the plans; engines/ in BUNDLE by default.")
+@click.option("--plans", type=PATH, help="Folder for the plans; plans/ in BUNDLE by default.")
 @click.option("--force", is_flag=True, help="Build also where there is a plan.")
 @click.option("--prune", is_flag=True, help="Afterwards remove all other plans of the same graphs and backend.")
 @json_option
@@ -50,7 +51,7 @@ def build(
     sm: str | None,
     graphs: tuple[str, ...],
     device: int,
-    engines: Path | None,
+    plans: Path | None,
     force: bool,
     prune: bool,
     as_json: bool,
@@ -64,8 +65,7 @@ def build(
 
     tensorrt-rtx compiles for any of its architectures on a machine with no GPU; tensorrt for the GPU that is there.
     The arithmetic is the bundle's: export it with --precision fp16. A plan that is there already is not built again.
-    Sizes that were asked for before are kept unless others are asked for. The text length is the bundle's own: it is
-    fixed when the graphs are exported.
+    What runs later takes the newest plan of each graph that fits, and never builds one.
 
     cpu keeps what ONNX Runtime makes of the graphs on this processor, with the weights in the form that it computes
     with: a large bundle opens in seconds, and its processes share one copy in memory. Its plans take every size, and
@@ -74,9 +74,9 @@ def build(
     from dnp.engine.backends.onnxruntime.cpu import NAME, build_cpu_plans
     from dnp.engine.backends.registry import compiles_here
     from dnp.engine.bundle.bundle import Bundle
+    from dnp.engine.bundle.contract import BATCH
     from dnp.engine.plans.build import BuildSettings, build_plans
     from dnp.engine.plans.product import PRODUCTS, TENSORRT_RTX
-    from dnp.engine.plans.profile import BATCH
 
     opened = Bundle.default() if bundle is None else Bundle.open(bundle)
     if backend is None:
@@ -85,8 +85,8 @@ def build(
     if backend == NAME:
         _refuse_compiler_options()
         with closing(_Bar()) as bar:
-            plans = build_cpu_plans(opened, graphs=graphs, folder=engines, force=force, report=bar.say, progress=bar)
-        _tell(plans, prune, as_json)
+            built = build_cpu_plans(opened, graphs=graphs, folder=plans, force=force, report=bar.say, progress=bar)
+        _tell(built, prune, as_json)
         return
     settings = BuildSettings(
         sm=_architectures(sm),
@@ -104,25 +104,25 @@ def build(
             err=True,
         )
     with closing(_Bar()) as bar:
-        plans = build_plans(
+        built = build_plans(
             opened,
             backend,
             graphs=graphs,
             ranges=ranges,
             settings=settings,
-            folder=engines,
+            folder=plans,
             force=force,
             device=device,
             report=bar.say,
             progress=bar,
         )
-    _tell(plans, prune, as_json)
+    _tell(built, prune, as_json)
 
 
 def _refuse_compiler_options() -> None:
     """Raises UsageError for an option that only TensorRT understands."""
     for name, option in given_options().items():
-        if name not in ("bundle", "backend", "graphs", "engines", "force", "prune", "as_json"):
+        if name not in ("bundle", "backend", "graphs", "plans", "force", "prune", "as_json"):
             raise click.UsageError(
                 f"{option} is for TensorRT; plans of the backend 'cpu' take every size; leave it out, or name "
                 "TensorRT by --backend"
@@ -139,12 +139,12 @@ def _tell(plans: list[Plan], prune: bool, as_json: bool) -> None:
     say({"plans": listed}, as_json, plan_table(listed))
 
 
-def plans_of(bundle: Bundle, engines: Path | None = None) -> list[dict[str, Any]]:
+def plans_of(bundle: Bundle, folder: Path | None = None) -> list[dict[str, Any]]:
     """What ``dnp inspect`` tells of the compiled plans of a bundle."""
     from dnp.engine.plans.plan import FOLDER
     from dnp.engine.plans.store import PlanStore
 
-    return [_entry(plan) for plan in PlanStore(engines or bundle.path / FOLDER).plans()]
+    return [_entry(plan) for plan in PlanStore(folder or bundle.path / FOLDER).plans()]
 
 
 def plan_layers(bundle: Bundle, plan: dict[str, Any]) -> str:
@@ -224,8 +224,8 @@ def _range(name: str, text: str) -> Range:
     from dnp.engine.plans.profile import Range
 
     found = Range.parse(text)
-    # Few mean one batch size alone, or one length of sampler tables.
-    return Range(1, 1, found.high) if name in ("batch", "rows") and ":" not in text else found
+    # Few mean one batch size alone, or one length of sampler tables or prompts.
+    return Range(1, 1, found.high) if name in ("batch", "steps", "windows") and ":" not in text else found
 
 
 def _architectures(text: str | None) -> tuple[int, ...]:

@@ -1,10 +1,11 @@
-"""One GPU and what is in its memory: ``Device``, buffers, and what the sessions on it have in common."""
+"""What is in a GPU's memory: buffers, windows on them, and what the sessions there have in common."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import math
+import operator
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,158 +13,106 @@ from typing import Any
 
 import numpy as np
 
-from dnp.engine.backends.session import Array, Backend, BackendOptions, Buffer, StoredBuffer, StoredSession
+from dnp.engine.backends.gpu import Gpu
+from dnp.engine.backends.session import (
+    Array,
+    Backend,
+    BackendOptions,
+    Buffer,
+    StoredBuffer,
+    StoredSession,
+    window_name,
+)
+from dnp.engine.bundle.contract import BATCH
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import BackendError
-from dnp.engine.plans.profile import BATCH
 from dnp.engine.system import cuda
-from dnp.engine.system.cuda import Cuda, GpuProperties, OutOfMemoryError
 
 _log = logging.getLogger("dnp.engine")
 
 
-class Device:
-    """A GPU for the sessions of one backend: one stream, one piece of scratch memory, one account of the bytes.
+class DeviceMemory(Buffer):
+    """A buffer in a device's memory. What crosses to or from the host goes through pinned memory.
 
-    ``memory_limit`` is in bytes; ``remedy`` is what a user can do who has too few of them. Raises BackendError for a
-    GPU that is too old.
-
-    Attributes:
-        cuda: the calls.
-        stream: where everything happens, in the order it was started.
-        name: ``cuda:0``.
+    Only ``read`` waits.
     """
 
-    def __init__(self, cuda: Cuda, number: int = 0, memory_limit: int | None = None, remedy: str = "") -> None:
-        self.cuda, self.name = cuda, f"cuda:{number}"
-        self.properties: GpuProperties = cuda.properties(number)
-        self.properties.check_age()
-        self._limit, self._remedy = memory_limit, remedy
-        self._sizes: dict[int, int] = {}
-        self._held = 0  # bytes of weights, which the libraries allocate themselves
-        self._streamable = 0  # bytes of weights that may stay on the host, and have no share of the memory yet
-        self._scratch = (0, 0)  # address, size
-        self._wanted = 0  # bytes of scratch memory that the most demanding graph takes
-        self.stream: Any = cuda.stream()
+    gpu: Gpu
+
+    @abstractmethod
+    def _place(self) -> tuple[DeviceBuffer, int]:
+        """The buffer that it lies in, and the byte of it where it begins."""
 
     @property
-    def allocated(self) -> int:
-        """Bytes of device memory in use by buffers, scratch and weights."""
-        return sum(self._sizes.values()) + self._held
+    def address(self) -> int:
+        """Where it begins on the device; 0 for a buffer without memory: not reshaped yet, or closed."""
+        buffer, start = self._place()
+        return buffer.start + start
 
     @property
-    def left(self) -> int | None:
-        """Bytes of the memory limit that are left; ``None`` where there is none."""
-        return None if self._limit is None else max(0, self._limit - self.allocated)
+    def nbytes(self) -> int:
+        """Bytes of the present shape."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
-    def allocate(self, size: int, what: str) -> int:
-        """Device memory filled with zeros. Raises BackendError, with what would fit, when there is not enough."""
-        self._check_limit(size, what, self._remedy)
-        try:
-            address = self.cuda.malloc(max(size, 1))
-        except OutOfMemoryError as error:
-            free = self.cuda.free_memory()
-            raise BackendError(
-                self._too_much(what, size, free, f"is free on {self.properties.name}", self._remedy)
-            ) from error
-        self._sizes[address] = size
-        if size:
-            self.cuda.clear(address, size, self.stream)
-        return address
+    def write(self, array: Array) -> None:
+        """Start the copy and do not wait for it."""
+        self._check(array.shape, array.dtype, "was given")
+        self.gpu.cuda.activate()
+        buffer, start = self._place()
+        pinned = buffer.pinned(start, start + self.nbytes)
+        np.copyto(self._on_host(pinned), array)
+        self.gpu.cuda.to_device(self.address, pinned, self.nbytes, self.gpu.stream)
+        buffer.sent(start, start + self.nbytes)
 
-    def pin(self, size: int, what: str) -> int:
-        """Pinned host memory. Raises BackendError when there is not enough."""
-        try:
-            return self.cuda.malloc_host(size)
-        except OutOfMemoryError as error:
-            raise BackendError(f"no pinned memory on the host for {what}: {size / 1e6:.1f} MB are wanted") from error
+    def read(self) -> Array:
+        if not self.address:
+            return np.empty(self.shape, self.dtype)
+        self.gpu.cuda.activate()
+        buffer, start = self._place()
+        pinned = buffer.pinned(start)
+        self.gpu.cuda.to_host(pinned, self.address, self.nbytes, self.gpu.stream)
+        self.gpu.cuda.synchronize(self.gpu.stream)
+        contents: Array = self._on_host(pinned).copy()
+        return contents
 
-    def free(self, address: int) -> None:
-        """Give back what ``allocate`` gave."""
-        del self._sizes[address]
-        self.cuda.free(address)
+    def _on_host(self, pinned: int) -> Array:
+        memory = (ctypes.c_uint8 * self.nbytes).from_address(pinned)
+        array: Array = np.ctypeslib.as_array(memory).view(self.dtype).reshape(self.shape)
+        return array
 
-    def hold(self, size: int, what: str, remedy: str) -> None:
-        """Count memory that a library is about to allocate. Raises BackendError when the limit does not allow it."""
-        self._check_limit(size, what, remedy)
-        self._held += size
+    def copy(self, other: Buffer) -> None:
+        self._check(other.shape, other.dtype, f"{other.name!r} holds")
+        self.gpu.cuda.activate()
+        if isinstance(other, DeviceMemory) and other.gpu is self.gpu:  # another one of the same number has its stream
+            self.gpu.cuda.on_device(self.address, other.address, self.nbytes, self.gpu.stream)
+        else:
+            self.write(other.read())
 
-    def release(self, size: int) -> None:
-        """Count no longer what ``hold`` or ``share`` counted."""
-        self._held -= size
-
-    def want_share(self, size: int) -> None:
-        """Say that a graph has so many bytes of weights that may stay on the host: less than 0 takes it back."""
-        self._streamable += size
-
-    def share(self, size: int) -> int:
-        """How many of ``size`` bytes that ``want_share`` was told of may lie on the device, counted from now on.
-
-        All that were announced by now get the same part of what is left, once there is room for the activations.
-        """
-        free = self.cuda.free_memory() * 7 // 8  # the rest is for recorded graphs, and for what is opened later
-        room = max(0, (free if self.left is None else min(free, self.left)) - max(0, self._wanted - self._scratch[1]))
-        given = min(size, room * size // max(self._streamable, 1))
-        self._streamable -= size
-        self._held += given
-        return given
-
-    def want_scratch(self, size: int) -> None:
-        """Say that a graph will take so much scratch memory; the first that runs allocates it for all."""
-        self._wanted = max(self._wanted, size)
-
-    def scratch(self) -> int:
-        """Memory for the activations of a graph while it runs, shared by all that run on the stream.
-
-        It holds what was wanted so far. When a more demanding graph comes later, a larger piece is added for those
-        who ask from then on: no address that a recorded graph holds ever changes. ``Pipeline.warm_up`` opens all
-        graphs before the first one runs, so that there is one piece.
-        """
-        address, there = self._scratch
-        if self._wanted > there:
-            address = self.allocate(self._wanted, "the activations")
-            self._scratch = (address, self._wanted)
-        return address
-
-    def close(self) -> None:
-        """Free everything."""
-        with suppress(BackendError):  # after an error that lasts, every call fails; what can be freed is
-            self.cuda.activate()
-            self.cuda.synchronize(self.stream)
-        for address in [*self._sizes]:
-            with suppress(BackendError):
-                self.free(address)
-        self._scratch = (0, 0)
-        with suppress(BackendError):
-            self.cuda.free_stream(self.stream)
-
-    def _check_limit(self, size: int, what: str, remedy: str) -> None:
-        if self.left is not None and size > self.left:
-            raise BackendError(self._too_much(what, size, self.left, "of the memory limit is left", remedy))
-
-    def _too_much(self, what: str, size: int, left: int, where: str, remedy: str) -> str:
-        wanted, there = f"{size / 1e6:.1f} MB are wanted", f"{left / 1e6:.1f} MB {where}"
-        return f"no memory on {self.name} for {what}: {wanted}, {there}; {remedy}"
+    def at(self, *index: int) -> DeviceMemory:
+        return _DeviceWindow(self, index)
 
 
-class DeviceBuffer(StoredBuffer):
-    """A buffer in a device's memory. Its address changes only when ``reserve`` makes it larger.
+class DeviceBuffer(DeviceMemory, StoredBuffer):
+    """A buffer on memory of its own, which ``start`` is the address of: it changes only when it grows.
 
-    What crosses to or from the host goes through pinned memory of its own. Only ``read`` waits.
+    The pinned memory mirrors it byte by byte, so that parts of it can be on their way at the same time.
     """
 
-    def __init__(self, name: str, dtype: str, device: Device, graph: str) -> None:
-        self.name, self.dtype, self.device = name, np.dtype(dtype), device.name
-        self._device, self._graph = device, graph
+    def __init__(self, name: str, dtype: str, gpu: Gpu, graph: str) -> None:
+        self.name, self.dtype, self.location = name, np.dtype(dtype), gpu.name
+        self.gpu, self._graph = gpu, graph
         self._shape: tuple[int, ...] = (0,)
-        self._capacity, self.address = 0, 0
+        self._capacity, self.start = 0, 0
         self._pinned = 0
-        self._copied: Any = None  # happens when the device has read the pinned memory
+        self._copied: Any = None  # happens when the device has read all of `_unread`
+        self._unread: list[tuple[int, int]] = []  # bytes of the pinned memory, first and end
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The present shape; ``(0,)`` before the first reshape."""
         return self._shape
+
+    def _place(self) -> tuple[DeviceBuffer, int]:
+        return self, 0
 
     def reserve(self, shape: tuple[int, ...]) -> None:
         """Make room for ``shape``, which loses the contents when there was too little; takes old and new for a moment.
@@ -172,102 +121,110 @@ class DeviceBuffer(StoredBuffer):
         """
         size = math.prod(shape) * self.dtype.itemsize
         if size > self._capacity:
-            address = self._device.allocate(size, f"{self.name!r} {list(shape)} of {self._graph!r}")
+            address = self.gpu.allocate(size, f"{self.name!r} {list(shape)} of {self._graph!r}")
             present = self._shape
             self.free()
-            self.address, self._capacity, self._shape = address, size, present
+            self.start, self._capacity, self._shape = address, size, present
 
     def shape_to(self, shape: tuple[int, ...]) -> None:
-        """Take on a shape that ``reserve`` made room for."""
         assert math.prod(shape) * self.dtype.itemsize <= self._capacity
         self._shape = shape
 
-    def on(self, device: Device) -> bool:
-        """Whether it is this very device's: another one's, of the same number, has another stream."""
-        return self._device is device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the present shape."""
-        return math.prod(self._shape) * self.dtype.itemsize
-
-    def write(self, array: Array) -> None:
-        """See ``Buffer.write``. Starts the copy and does not wait for it."""
-        self._check(array.shape, array.dtype, "was given")
-        self._device.cuda.activate()
-        if self._copied is None:
-            self._copied = self._device.cuda.event()
-        else:
-            self._device.cuda.wait(self._copied)  # it has long happened, unless the last write was just now
-        np.copyto(self._host(), array)
-        self._device.cuda.to_device(self.address, self._pinned, self.nbytes, self._device.stream)
-        self._device.cuda.record(self._copied, self._device.stream)
-
-    def read(self) -> Array:
-        """See ``Buffer.read``."""
-        if not self.address:  # never sized, or closed
-            return np.empty(self._shape, self.dtype)
-        self._device.cuda.activate()
-        host = self._host()
-        self._device.cuda.to_host(self._pinned, self.address, self.nbytes, self._device.stream)
-        self._device.cuda.synchronize(self._device.stream)
-        contents: Array = host.copy()
-        return contents
-
-    def copy(self, other: Buffer) -> None:
-        """See ``Buffer.copy``."""
-        self._check(other.shape, other.dtype, f"{other.name!r} holds")
-        self._device.cuda.activate()
-        if isinstance(other, DeviceBuffer) and other.on(self._device):
-            self._device.cuda.on_device(self.address, other.address, self.nbytes, self._device.stream)
-        else:
-            self.write(other.read())
+    def clear(self) -> None:
+        """Start filling it with zeros."""
+        self.gpu.cuda.clear(self.start, self.nbytes, self.gpu.stream)
 
     def free(self) -> None:
-        """Give the memory back."""
-        if self.address:
-            self._device.free(self.address)
-            self._capacity, self.address, self._shape = 0, 0, (0,)
+        if self.start:
+            self.gpu.free(self.start)
+            self._capacity, self.start, self._shape = 0, 0, (0,)
         if self._pinned:
-            self._device.cuda.free_host(self._pinned)
+            self.gpu.cuda.free_host(self._pinned)
             self._pinned = 0
         if self._copied is not None:
-            self._device.cuda.free_event(self._copied)
+            self.gpu.cuda.free_event(self._copied)
             self._copied = None
+        self._unread.clear()
 
-    def _host(self) -> Array:
+    def pinned(self, begin: int, end: int | None = None) -> int:
+        """The address of the pinned memory for the bytes from ``begin`` on; those up to ``end`` may be written.
+
+        Waits until the device has read what was written there before. What lies beside it is not waited for.
+        """
         if not self._pinned:
-            self._pinned = self._device.pin(max(self._capacity, 1), f"{self.name!r} of {self._graph!r}")
-        memory = (ctypes.c_uint8 * self.nbytes).from_address(self._pinned)
-        array: Array = np.ctypeslib.as_array(memory).view(self.dtype).reshape(self._shape)
-        return array
+            self._pinned = self.gpu.pin(max(self._capacity, 1), f"{self.name!r} of {self._graph!r}")
+        if end is not None and any(max(begin, first) < min(end, last) for first, last in self._unread):
+            self.gpu.cuda.wait(self._copied)
+            self._unread.clear()
+        return self._pinned + begin
+
+    def sent(self, begin: int, end: int) -> None:
+        """Note that the device was told to read these bytes of the pinned memory."""
+        if self._copied is None:
+            self._copied = self.gpu.cuda.event()
+        self.gpu.cuda.record(self._copied, self.gpu.stream)
+        self._unread.append((begin, end))
+
+
+class _DeviceWindow(DeviceMemory):
+    """A part of a buffer, found anew at each use, since the buffer may move."""
+
+    def __init__(self, whole: DeviceMemory, index: tuple[int, ...]) -> None:
+        self.name, self.dtype, self.location = window_name(whole, index), whole.dtype, whole.location
+        self.gpu, self._whole, self._index = whole.gpu, whole, tuple(map(operator.index, index))
+        whole._part(self._index)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._whole._part(self._index)
+
+    def _place(self) -> tuple[DeviceBuffer, int]:
+        buffer, start = self._whole._place()
+        before = 0  # parts of this shape that lie before it
+        for size, i in zip(self._whole.shape, self._index, strict=False):
+            before = before * size + i
+        return buffer, start + before * self.nbytes
 
 
 class DeviceSession(StoredSession[DeviceBuffer]):
     """A session whose buffers are in a device's memory. A backend says how a run is started."""
 
+    asynchronous = True
+
     def __init__(self, graph: GraphSpec, backend: DeviceBackend, software: str) -> None:
-        self._backend, self._device, self._cuda = backend, backend.device, backend.device.cuda
+        self._backend, self._gpu, self._cuda = backend, backend.gpu, backend.gpu.cuda
         self._cuda.activate()
-        gpu = backend.device.properties
-        super().__init__(graph, f"{backend.name} ({software}, {gpu.name}, SM {gpu.sm}, {backend.device.name})")
+        found = backend.gpu.properties
+        super().__init__(graph, f"{backend.name} ({software}, {found.name}, SM {found.sm}, {backend.gpu.name})")
         self._eager = backend.options.eager
 
     def _buffer(self, name: str, dtype: str) -> DeviceBuffer:
-        return DeviceBuffer(name, dtype, self._device, self.graph.name)
+        return DeviceBuffer(name, dtype, self._gpu, self.graph.name)
 
     def _reach(self, buffer: Buffer) -> DeviceBuffer | None:
-        return buffer if isinstance(buffer, DeviceBuffer) and buffer.on(self._device) else None
+        return buffer if isinstance(buffer, DeviceBuffer) and buffer.gpu is self._gpu else None
+
+    @abstractmethod
+    def _record(self) -> None:
+        """Have the run at the present sizes recorded, unless it is."""
 
     @abstractmethod
     def _forget(self) -> None:
         """Drop what was recorded: addresses or copies in it are no longer right."""
 
+    def capture(self, **dims: int) -> None:
+        super().capture(**dims)
+        if self._eager:
+            return
+        self._cuda.activate()
+        for buffer, _ in self._own(self._require_dims()):  # left from other sizes, it might be indices out of range
+            buffer.clear()
+        self._record()
+
     def reshape(self, **dims: int) -> None:
-        """See ``Session.reshape``."""
         self._require_open()
         dims = self._checked(dims)
-        self.validate(**dims)
+        self.limits.check(**dims)
         self._cuda.activate()
         shapes = self._own(dims)
         for buffer, shape in shapes:
@@ -277,19 +234,16 @@ class DeviceSession(StoredSession[DeviceBuffer]):
         self._dims = dims
 
     def alias(self, name: str, buffer: Buffer) -> None:
-        """See ``Session.alias``."""
         super().alias(name, buffer)
         self._drop()
 
     def feed_back(self, into: str, output: str) -> None:
-        """See ``Session.feed_back``."""
         before = dict(self._fed_back)
         super().feed_back(into, output)
         if self._fed_back != before:
             self._drop()
 
     def close(self) -> None:
-        """See ``Session.close``."""
         if self._closed:
             return
         if not self.forked:
@@ -301,7 +255,7 @@ class DeviceSession(StoredSession[DeviceBuffer]):
         """``_forget`` when the device is done with it."""
         self._cuda.activate()
         try:
-            self._cuda.synchronize(self._device.stream)
+            self._cuda.synchronize(self._gpu.stream)
         finally:
             self._forget()
 
@@ -320,7 +274,7 @@ class DeviceSession(StoredSession[DeviceBuffer]):
     def _start_feedback(self) -> None:
         for into, output in self._fed_back.items():
             target, source = self._inputs[into], self._outputs[output]
-            self._cuda.on_device(target.address, source.address, source.nbytes, self._device.stream)
+            self._cuda.on_device(target.address, source.address, source.nbytes, self._gpu.stream)
 
 
 class DeviceBackend(Backend):
@@ -341,7 +295,7 @@ class DeviceBackend(Backend):
             )
         self.module = self._load()
         number = self.options.device
-        self.device = Device(cuda.open_cuda(number), number, self.options.memory_limit, self.remedy)
+        self.gpu = Gpu(cuda.open_cuda(number), number, self.options.memory_limit, self.remedy)
         self._warned: set[str] = set()
 
     @abstractmethod
@@ -350,7 +304,7 @@ class DeviceBackend(Backend):
 
     @property
     def batches(self) -> Sequence[int]:
-        """See ``Backend.batches``. From the largest, so that what grows has grown before anything is recorded."""
+        """From the largest, so that what grows has grown before anything is recorded."""
         return () if self.options.eager else range(BATCH, 0, -1)
 
     def warn_about(self, topic: str, message: str) -> None:
@@ -360,6 +314,5 @@ class DeviceBackend(Backend):
             _log.warning("%s", message)
 
     def close(self) -> None:
-        """See ``Backend.close``."""
         if not self.forked:
-            self.device.close()
+            self.gpu.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from dnp.engine.backends.session import Array, Buffer, StoredBuffer, StoredSession
+from dnp.engine.backends.session import Array, Buffer, StoredBuffer, StoredSession, window_name
 from dnp.engine.bundle.contract import TensorSpec
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import REMEDY
@@ -22,20 +23,66 @@ _ALIGNMENT: Final = 64  # bytes: a cache line, and the widest vector
 _ORT_PLACES: Final = re.compile(r".*\[ONNXRuntimeError\] : \d+ : \w+ : (?:\S+\.cc:\d+ \w+ )?")
 
 
-class HostBuffer(StoredBuffer):
-    """A buffer in ordinary memory: ``view`` is the front part of a store that only ever grows."""
+class HostMemory(Buffer):
+    """A buffer in ordinary memory: all of it is in ``view``."""
 
-    device = "cpu"
+    location = "cpu"
+
+    @property
+    @abstractmethod
+    def view(self) -> Array:
+        """The contents, in place."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.view.shape
+
+    def write(self, array: Array) -> None:
+        self._check(array.shape, array.dtype, "was given")
+        np.copyto(self.view, array)
+
+    def read(self) -> Array:
+        contents: Array = self.view.copy()
+        return contents
+
+    def copy(self, other: Buffer) -> None:
+        self._check(other.shape, other.dtype, f"{other.name!r} holds")
+        np.copyto(self.view, other.view if isinstance(other, HostMemory) else other.read())
+
+    def at(self, *index: int) -> HostMemory:
+        return _HostWindow(self, index)
+
+
+class _HostWindow(HostMemory):
+    """A part of a buffer, found anew at each use, since the buffer may move."""
+
+    def __init__(self, whole: HostMemory, index: tuple[int, ...]) -> None:
+        self.name, self.dtype = window_name(whole, index), whole.dtype
+        self._whole, self._index = whole, tuple(map(operator.index, index))
+        whole._part(self._index)
+
+    @property
+    def view(self) -> Array:
+        self._whole._part(self._index)
+        index: Any = (*self._index, ...)  # a view also where it is one number
+        part: Array = self._whole.view[index]
+        return part
+
+
+class HostBuffer(HostMemory, StoredBuffer):
+    """A buffer on a store that only ever grows, of which ``view`` is the front part.
+
+    Its shape is ``(0,)`` before the first reshape.
+    """
 
     def __init__(self, name: str, dtype: str) -> None:
         self.name, self.dtype = name, np.dtype(dtype)
         self._store: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
-        self.view: Array = np.zeros(0, self.dtype)
+        self._view: Array = np.zeros(0, self.dtype)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The present shape; ``(0,)`` before the first reshape."""
-        return self.view.shape
+    def view(self) -> Array:
+        return self._view
 
     def reserve(self, shape: tuple[int, ...]) -> None:
         """Make room for ``shape`` and leave ``view`` alone. Raises MemoryError or ValueError when impossible."""
@@ -48,26 +95,10 @@ class HostBuffer(StoredBuffer):
     def shape_to(self, shape: tuple[int, ...]) -> None:
         """Take on a shape that ``reserve`` made room for; the old ``view`` is no longer the buffer."""
         size = math.prod(shape) * self.dtype.itemsize
-        self.view = self._store[:size].view(self.dtype).reshape(shape)
+        self._view = self._store[:size].view(self.dtype).reshape(shape)
 
     def free(self) -> None:
-        """Give the memory back."""
-        self._store, self.view = np.zeros(0, np.uint8), np.zeros(0, self.dtype)
-
-    def write(self, array: Array) -> None:
-        """See ``Buffer.write``."""
-        self._check(array.shape, array.dtype, "was given")
-        np.copyto(self.view, array)
-
-    def read(self) -> Array:
-        """See ``Buffer.read``."""
-        contents: Array = self.view.copy()
-        return contents
-
-    def copy(self, other: Buffer) -> None:
-        """See ``Buffer.copy``."""
-        self._check(other.shape, other.dtype, f"{other.name!r} holds")
-        np.copyto(self.view, other.view if isinstance(other, HostBuffer) else other.read())
+        self._store, self._view = np.zeros(0, np.uint8), np.zeros(0, self.dtype)
 
 
 class HostSession(StoredSession[HostBuffer]):
@@ -96,7 +127,6 @@ class HostSession(StoredSession[HostBuffer]):
         """Run the graph on what is bound. Raises any exception, also for an output of another shape."""
 
     def reshape(self, **dims: int) -> None:
-        """See ``Session.reshape``."""
         self._require_open()
         dims = self._checked(dims)
         if dims == self._dims:
@@ -115,7 +145,6 @@ class HostSession(StoredSession[HostBuffer]):
         self._bound.clear()
 
     def run(self) -> None:
-        """See ``Session.run``."""
         dims = self._require_dims()
         self._bind_all(self._inputs, self.graph.inputs, dims, is_input=True)
         self._bind_all(self._outputs, self.graph.outputs, dims, is_input=False)
@@ -127,7 +156,6 @@ class HostSession(StoredSession[HostBuffer]):
             np.copyto(self._inputs[into].view, self._outputs[output].view)
 
     def close(self) -> None:
-        """See ``Session.close``."""
         super().close()
         self._bound.clear()
 

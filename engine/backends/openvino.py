@@ -132,7 +132,6 @@ class OpenVinoBackend(Backend):
     name = "openvino"
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> OpenVinoSession:
-        """See ``Backend.session``."""
         return OpenVinoSession(graph, self.options)
 
 

@@ -116,7 +116,7 @@ class BackendReport:
     Attributes:
         works: whether a small graph, run on it just now, gave the right numbers.
         version: the installed package, as ``onnxruntime 1.32.0``; empty when there is none.
-        device: what it runs on, and with how many threads.
+        hardware: what it runs on, and with how many threads.
         precisions: those that it computed the small graph in, the usual one first.
         why_not: what is wrong; may be set although it works. Empty when all is well.
         remedy: what to do about it, empty when all is well.
@@ -125,7 +125,7 @@ class BackendReport:
     name: str
     works: bool
     version: str
-    device: str
+    hardware: str
     precisions: tuple[str, ...]
     why_not: str
     remedy: str
@@ -158,7 +158,7 @@ def _examine(name: str, kind: _Kind, graph: GraphSpec) -> BackendReport:
         name=name,
         works=works,
         version=found,
-        device=_gpu() if kind.on_gpu else f"{processor_name()}, {core_count()} threads",
+        hardware=_gpu() if kind.on_gpu else f"{processor_name()}, {core_count()} threads",
         precisions=tuple(precision for precision, failure in failures.items() if precision and not failure),
         why_not=why_not,
         remedy=remedy,

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import nearest
 from dnp.engine.errors import BackendError, SettingsError
+from dnp.engine.plans.limits import Limits
 from dnp.engine.system.forks import OfOneProcess
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class BackendOptions:
         eager: run without recorded CUDA graphs, the same code otherwise.
         memory_limit: bytes of device memory for buffers, activations and weights; on ``cuda`` the activations are
             counted for each graph by itself.
-        engines: where compiled plans are kept; the bundle's own ``engines/`` when ``None``.
+        plans: where compiled plans are kept; the bundle's own ``plans/`` when ``None``.
     """
 
     threads: int | None = None
@@ -47,7 +48,7 @@ class BackendOptions:
     device: int = 0
     eager: bool = False
     memory_limit: int | None = None
-    engines: Path | None = None
+    plans: Path | None = None
 
     def __post_init__(self) -> None:
         threads = self.threads
@@ -70,7 +71,7 @@ class Buffer(ABC):
 
     name: str
     dtype: np.dtype[Any]
-    device: str
+    location: str
     """Where the memory is: ``cpu``, or a device with its number such as ``cuda:0``."""
 
     @property
@@ -96,11 +97,35 @@ class Buffer(ABC):
         Raises SettingsError when shape or dtype differ.
         """
 
+    @abstractmethod
+    def at(self, *index: int) -> Buffer:
+        """The part at these leading indices, as a buffer: ``state.at(3)`` is place 3 of ``[places, 4, C, h, w]``.
+
+        It is a window on the same memory, so its neighbours stay as they are. It follows the buffer that it is of, and
+        cannot be aliased.
+
+        Raises SettingsError for an index that the present shape lacks, now or when the window is used.
+        """
+
+    def _part(self, index: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what is at these leading indices. Raises SettingsError when there is nothing."""
+        shape = self.shape
+        if len(index) > len(shape) or not all(0 <= i < size for i, size in zip(index, shape, strict=False)):
+            raise SettingsError(
+                f"{self.name!r} {list(shape)} has nothing at {list(index)}; indices count from 0, in each dimension"
+            )
+        return shape[len(index) :]
+
     def _check(self, shape: tuple[int, ...], dtype: np.dtype[Any], source: str) -> None:
         if shape != self.shape or dtype != self.dtype:
             raise SettingsError(
                 f"{self.name!r} holds {self.dtype} {list(self.shape)}, but {source} {dtype} {list(shape)}"
             )
+
+
+def window_name(whole: Buffer, index: tuple[int, ...]) -> str:
+    """What a window is called in messages: ``state[3]``."""
+    return f"{whole.name}[{', '.join(map(str, index))}]"
 
 
 class Session(OfOneProcess, ABC):
@@ -110,14 +135,15 @@ class Session(OfOneProcess, ABC):
         graph: the graph, with the shapes its symbols appear in.
         backend: what really runs, asked of the library after opening: ``name (library version, details)``.
         inputs, outputs: the buffers by name.
-        least, most: the smallest and largest size of each symbol that has one; empty where memory is the only limit.
+        limits: the sizes that it runs at, and those to fill up to.
+        asynchronous: whether ``run`` returns before the work is done, so that reading an output waits for a device.
         owned: the backend that is closed with this session, where nobody else holds it.
     """
 
     inputs: Mapping[str, Buffer]
     outputs: Mapping[str, Buffer]
-    least: Mapping[str, int] = MappingProxyType({})
-    most: Mapping[str, int] = MappingProxyType({})
+    limits: Limits = Limits()
+    asynchronous: bool = False
     owned: Backend | None = None
 
     def __init__(self, graph: GraphSpec, backend: str) -> None:
@@ -177,29 +203,20 @@ class Session(OfOneProcess, ABC):
             raise SettingsError(f"{self._where}: input {into!r} is aliased, nothing can be fed back into it")
         self._fed_back[into] = output
 
-    def validate(self, **dims: int) -> None:  # ordinary memory takes any size
-        """Raises SettingsError when this session cannot run at these sizes; symbols may be left out."""
+    @property
+    def captured(self) -> Sequence[Mapping[str, int]]:
+        """The sets of sizes at which a run is one launch: those of ``capture``, where it could be done."""
+        return ()
 
-    def nearest(self, symbol: str, size: int) -> int:
-        """The size nearest to ``size`` that this session can run at."""
-        return min(max(size, self.least.get(symbol, size)), self.most.get(symbol, size))
+    def capture(self, **dims: int) -> None:
+        """Take on these sizes and run once, so that later runs at them are one launch; in ordinary memory none is.
 
-    def bucket(self, symbol: str, size: int) -> int:
-        """The size to run ``size`` at: the next one that this session is prepared for, ``size`` itself where any is.
+        For warm-up, never while serving: it may take long. What the buffers hold is unspecified afterwards. A buffer
+        that moves later undoes it, so the largest sizes come first.
 
-        The caller fills up what lies between. Raises SettingsError when no size is large enough.
+        Raises what ``reshape`` and ``run`` raise.
         """
-        return size
-
-    def prepare(self) -> None:  # there is nothing to prepare in ordinary memory
-        """Run once at the present sizes, so that later runs at them need nothing of the host but their start.
-
-        For warm-up, never while serving: it may take long, and what the buffers hold is unspecified afterwards.
-        Raises what ``run`` raises.
-        """
-
-    def prepared(self) -> None:  # there is nothing to keep in ordinary memory
-        """Keep what preparing found out, for the next start. Called when the last size is prepared. Raises nothing."""
+        self.reshape(**dims)
 
     def check_refit(self) -> None:
         """Raises BackendError when the weights cannot be exchanged."""
@@ -243,7 +260,8 @@ class Session(OfOneProcess, ABC):
             raise SettingsError(f"{self._where}: no input {name!r} to alias, {nearest(name, self.graph.inputs)}")
         if not reachable:
             raise BackendError(
-                f"{self._where}: {buffer.name!r} lies on {buffer.device}, out of reach here; copy it instead"
+                f"{self._where}: {buffer.name!r} lies on {buffer.location} and cannot be read in place here; "
+                "copy it instead"
             )
         if any(buffer is output for output in self.outputs.values()):
             raise SettingsError(
@@ -317,7 +335,6 @@ class StoredSession(Session, Generic[B]):
         """Drop what the library holds."""
 
     def alias(self, name: str, buffer: Buffer) -> None:
-        """See ``Session.alias``."""
         self._require_open()
         reached = self._reach(buffer)
         self._check_alias(name, buffer, reachable=reached is not None)
@@ -328,7 +345,6 @@ class StoredSession(Session, Generic[B]):
         self._inputs[name] = reached
 
     def close(self) -> None:
-        """See ``Session.close``."""
         if self._closed:
             return
         self._closed = True

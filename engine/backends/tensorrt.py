@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import mmap
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +13,19 @@ from dnp.engine.backends.device import DeviceBackend, DeviceSession
 from dnp.engine.backends.host import check_signature
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import BackendError, OutputError
-from dnp.engine.plans.build import BuildSettings, build_command, obtain, target_for, wanted_plan
+from dnp.engine.plans.build import BuildSettings, build_command, settings_of, target_for
+from dnp.engine.plans.choice import plan_for
 from dnp.engine.plans.compiler import compile_plan
+from dnp.engine.plans.limits import Limits
 from dnp.engine.plans.plan import FOLDER, Plan
 from dnp.engine.plans.product import TENSORRT, TENSORRT_RTX, Log, Product, listening, logger
-from dnp.engine.plans.profile import Limits, any_profile, from_dict, largest, limits_of, smallest
+from dnp.engine.plans.profile import any_profile, from_dict, largest
 from dnp.engine.plans.store import PlanStore
 from dnp.engine.system.files import write_together
 
 if TYPE_CHECKING:
     from dnp.engine.bundle.bundle import Bundle
 
-_log = logging.getLogger("dnp.engine")
 _STREAM: Final = "build the plan with --weight-streaming"
 _DTYPES: Final = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "UINT8": "uint8"}
 
@@ -41,7 +42,7 @@ class _Run:
 class TrtSession(DeviceSession):
     """A plan on a GPU. Buffers have the profile's largest sizes and never move, so what was recorded stays valid.
 
-    Sizes that were prepared have an execution context each, whose run is one launch of a recorded CUDA graph; all
+    Sizes that were captured have an execution context each, whose run is one launch of a recorded CUDA graph. All
     others share one, whose runs are enqueued.
     """
 
@@ -55,26 +56,25 @@ class TrtSession(DeviceSession):
         weights: int,
     ) -> None:
         super().__init__(graph, backend, f"{backend.product.title} {backend.module.__version__}")
-        self._limits = limits
-        self.least, self.most = smallest(limits.profile), largest(limits.profile)
-        self._flavour, self._trt, self._cache_file = backend.product, backend.module, cache
+        self.limits = limits
+        self._product, self._trt, self._cache_file = backend.product, backend.module, cache
         self._loose: _Run | None = None
-        self._prepared: dict[tuple[int, ...], _Run] = {}
+        self._captured: dict[tuple[int, ...], _Run] = {}
         self._saved = b""  # the runtime cache as it lies beside the plan
-        self._device.hold(weights, f"the weights of {graph.name!r}", _STREAM)
+        self._gpu.hold(weights, f"the weights of {graph.name!r}", _STREAM)
         self._held = weights
         try:
             self._load(plan)
-            for buffer, shape in self._own(self.most):
+            for buffer, shape in self._own(largest(limits.ranges)):
                 buffer.reserve(shape)
         except BaseException:
-            self._device.release(weights)
+            self._gpu.release(weights)
             self._free_buffers()
             raise
         self._streamable = int(self._engine.streamable_weights_size)  # 0 unless it was built to be
         if self._streamable:
             self._engine.weight_streaming_budget_v2 = 0  # its share is known when all others are open: `_settle`
-            self._device.want_share(self._streamable)
+            self._gpu.want_share(self._streamable)
         self._want_scratch()
 
     def _load(self, plan: memoryview | mmap.mmap) -> None:
@@ -83,8 +83,8 @@ class TrtSession(DeviceSession):
             engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(
-                f"{self._where}: {self._flavour.title} cannot load the plan on {self._device.properties.name}: "
-                f"{log.errors()}; {self._remedy(log, f'build it again: {self._limits.command} --force')}"
+                f"{self._where}: {self._product.title} cannot load the plan on {self._gpu.properties.name}: "
+                f"{log.errors()}; {self._remedy(log, f'build it again: {self.limits.build_command()} --force')}"
             )
         self._engine = engine
         self._check_engine()
@@ -92,85 +92,75 @@ class TrtSession(DeviceSession):
 
     def _want_scratch(self) -> None:
         self._scratch_size = int(self._engine.get_device_memory_size_for_profile_v2(0))
-        self._device.want_scratch(self._scratch_size)
+        self._gpu.want_scratch(self._scratch_size)
 
     def _settle(self) -> None:
         """Decide how many of the weights lie on the device, which cannot be changed once there is a context."""
         if not self._streamable:
             return
-        share = self._device.share(self._streamable)
+        share = self._gpu.share(self._streamable)
         self._streamable, self._held = 0, self._held + share
         self._engine.weight_streaming_budget_v2 = share
         self._want_scratch()  # it depends on how many are streamed
 
-    def validate(self, **dims: int) -> None:
-        """See ``Session.validate``."""
-        self._limits.check(self.graph.name, dims)
+    @property
+    def captured(self) -> Sequence[Mapping[str, int]]:
+        return [run.dims for run in self._captured.values()]
 
-    def bucket(self, symbol: str, size: int) -> int:
-        """See ``Session.bucket``: sampler tables are run at one or two lengths, whatever the sampler."""
-        if symbol not in ("rows", "draws") or symbol not in self.most or (symbol == "draws" and size == 1):
-            return size
-        self.validate(**{symbol: size})
-        return self.most[symbol]
-
-    def prepare(self) -> None:
-        """See ``Session.prepare``: record the run at the present sizes as a CUDA graph.
+    def _record(self) -> None:
+        """Record the run at the present sizes as a CUDA graph, and keep the kernels that this took.
 
         When that cannot be done, this session runs without recorded graphs from then on; the backend says so once.
         """
         key = tuple(self._require_dims().values())
-        if key in self._prepared or self._eager:
+        if key in self._captured:
             return
-        self._cuda.activate()
         try:
             run = _Run(self._context(), {})
             self._enqueue(run)  # what TensorRT does only once must not be recorded
-            self._cuda.synchronize(self._device.stream)
-            if self._flavour.portable and not run.context.is_stream_capturable(self._device.stream):
+            self._cuda.synchronize(self._gpu.stream)
+            if self._product.portable and not run.context.is_stream_capturable(self._gpu.stream):
                 raise BackendError("TensorRT says that this graph cannot be recorded at these sizes")
-            self._cuda.begin_capture(self._device.stream)
+            self._cuda.begin_capture(self._gpu.stream)
             try:
                 self._enqueue(run)
             except BaseException:  # a Ctrl-C must not leave a stream that records instead of computing
                 with suppress(BackendError):  # what it says of the end is less than what went wrong
-                    self._cuda.free_graph(self._cuda.end_capture(self._device.stream))
+                    self._cuda.free_graph(self._cuda.end_capture(self._gpu.stream))
                 raise
-            run.recorded = self._cuda.end_capture(self._device.stream)
+            run.recorded = self._cuda.end_capture(self._gpu.stream)
         except BackendError as error:
             self._run_eagerly(error)
             return
-        self._prepared[key] = run
-
-    def prepared(self) -> None:
-        """See ``Session.prepared``. Saved not only when it is closed: a process that is killed keeps it too."""
-        self._save_cache()
+        self._captured[key] = run
+        self._save_cache()  # not only when it is closed: a process that is killed keeps it too
 
     def run(self) -> None:
-        """See ``Session.run``. Starts the work and does not wait for it."""
+        """Starts the work and does not wait for it."""
         dims = self._require_dims()
         self._cuda.activate()
-        run = self._prepared.get(tuple(dims.values()))
+        run = self._captured.get(tuple(dims.values()))
         if run is None:
             self._loose = self._loose or _Run(self._context(), {})
             self._enqueue(self._loose)
         else:
             self._check_inputs(dims)
-            self._cuda.launch(run.recorded, self._device.stream)
+            self._cuda.launch(run.recorded, self._gpu.stream)
 
     def check_refit(self) -> None:
-        """See ``Session.check_refit``: weights are exchanged in plans that were built for it."""
+        """Weights are exchanged in plans that were built for it."""
         self._require_open()
         if not self._engine.refittable:
             raise BackendError(
-                f"{self._where}: this plan keeps its weights; build one that does not: {self._limits.command} --refit"
+                f"{self._where}: this plan keeps its weights; build one that does not: "
+                f"{self.limits.build_command()} --refit"
             )
 
     def refit(self, path: Path) -> None:
-        """See ``Session.refit``. A LoRA is merged into the original weights before, see ``dnp export --lora``."""
+        """A LoRA is merged into the original weights before, see ``dnp export --lora``."""
         self.check_refit()
         self._cuda.activate()
-        self._cuda.synchronize(self._device.stream)
+        self._cuda.synchronize(self._gpu.stream)
         with listening(self._trt) as log:
             refitter = self._trt.Refitter(self._engine, logger(self._trt))
             parser = self._trt.OnnxParserRefitter(refitter, logger(self._trt))
@@ -200,7 +190,7 @@ class TrtSession(DeviceSession):
                             f"{self._where}: TensorRT takes no {name!r} of {list(shape)}: {log.errors()}"
                         )
                 run.dims = dims
-            if not run.context.execute_async_v3(int(self._device.stream)):
+            if not run.context.execute_async_v3(int(self._gpu.stream)):
                 raise BackendError(f"{self._where} failed on {self.backend} with {dims}: {log.errors()}")
         self._start_feedback()
 
@@ -214,7 +204,7 @@ class TrtSession(DeviceSession):
                 f"{self._remedy(log, 'see `dnp doctor`')}"
             )
         if self._scratch_size:
-            context.set_device_memory(self._device.scratch(), self._scratch_size)
+            context.set_device_memory(self._gpu.scratch(), self._scratch_size)
         for name, buffer in [*self._inputs.items(), *self._outputs.items()]:
             if not context.set_tensor_address(name, buffer.address):
                 raise BackendError(f"{self._where}: TensorRT takes no address for {name!r}")
@@ -224,7 +214,7 @@ class TrtSession(DeviceSession):
         trt = self._trt
         config = self._given(self._engine.create_runtime_config(), "runtime configuration")
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if self._flavour.portable:
+        if self._product.portable:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # we record ourselves, with what is carried
             # A recorded graph keeps the kernels that it was recorded with: they must be the best ones by then.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
@@ -239,12 +229,12 @@ class TrtSession(DeviceSession):
     def _given(self, thing: Any, what: str) -> Any:
         """What TensorRT made. Raises BackendError when it made none."""
         if thing is None:
-            raise BackendError(f"{self._where}: {self._flavour.title} made no {what}; see `dnp doctor`")
+            raise BackendError(f"{self._where}: {self._product.title} made no {what}; see `dnp doctor`")
         return thing
 
     def _save_cache(self) -> None:
         """Keep the kernels that the driver finished, for the next start."""
-        if self._cache_file is None or not self._flavour.portable:
+        if self._cache_file is None or not self._product.portable:
             return
         data = self._cache.serialize()
         if data is None or bytes(data) == self._saved:
@@ -276,14 +266,14 @@ class TrtSession(DeviceSession):
         return f"its weights take {wanted:.1f} MB, {free:.1f} MB is free: {_STREAM}, or with smaller largest sizes"
 
     def _forget(self) -> None:
-        runs, self._prepared, self._loose = [*self._prepared.values()], {}, None
+        runs, self._captured, self._loose = [*self._captured.values()], {}, None
         for run in runs:
             with suppress(BackendError):  # after an error that lasts; what can be freed is
                 self._cuda.free_graph(run.recorded)
 
     def _release(self) -> None:
-        self._device.release(self._held)
-        self._device.want_share(-self._streamable)
+        self._gpu.release(self._held)
+        self._gpu.want_share(-self._streamable)
         try:
             self._save_cache()
         finally:
@@ -294,31 +284,30 @@ class TrtBackend(DeviceBackend):
     """Plans on one GPU, with one scratch memory for all of them."""
 
     product: Product
-    remedy = "build plans of smaller largest sizes (dnp build --batch, --height, --width, --rows)"
+    remedy = "build plans of smaller largest sizes (dnp build --batch, --height, --width, --steps)"
 
     def _load(self) -> Any:
         return self.product.load()
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> TrtSession:
-        """See ``Backend.session``. Builds the plan when there is none that can be used, which takes its time."""
+        """Open the newest plan that fits; see ``plan_for``. A graph in no bundle has none, and is compiled here."""
+        target = target_for(self.product, (), self.options.device)
         if bundle is None:
             profile = any_profile(graph)
-            built, statistics = compile_plan(
-                graph, profile, BuildSettings(), target_for(self.product, (), self.options.device)
-            )
+            built, statistics = compile_plan(graph, profile, BuildSettings(), target)
             weights = int(statistics.get("weights_bytes", 0))
-            return TrtSession(graph, memoryview(built), Limits(profile), self, None, weights)
-        store = PlanStore(self.options.engines or bundle.path / FOLDER)
-        wanted = wanted_plan(bundle, graph, self.product, store, self.options.device)
-        plan = obtain(bundle, graph, *wanted, store, report=_log.warning)
-        folder = store.folder if self.options.engines else None
-        command = build_command(bundle, plan.spec, folder, self.options.device)
-        limits = limits_of(bundle, graph, from_dict(plan.spec.profile), command)
-        return self._open(graph, plan, limits, plan.path.with_suffix(f".sm{self.device.properties.sm}.cache"))
+            return TrtSession(graph, memoryview(built), Limits.of_plan(graph, profile), self, None, weights)
+        store = PlanStore(self.options.plans or bundle.path / FOLDER)
+        plan = plan_for(bundle, graph, target, store)
+        folder = store.folder if self.options.plans else None
+        command = build_command(bundle, self.name, settings_of(plan.spec), folder, self.options.device)
+        limits = Limits.of_plan(graph, from_dict(plan.spec.profile), bundle, command)
+        return self._open(graph, plan, limits, plan.path.with_suffix(f".sm{self.gpu.properties.sm}.cache"))
 
     def layers(self, graph: GraphSpec, plan: Plan) -> str:
         """What the engine inspector says of a plan's layers, as JSON. Raises BackendError when it cannot be loaded."""
-        with closing(self._open(graph, plan, Limits(from_dict(plan.spec.profile)), None)) as session:
+        limits = Limits.of_plan(graph, from_dict(plan.spec.profile))
+        with closing(self._open(graph, plan, limits, None)) as session:
             return session.layers()
 
     def _open(self, graph: GraphSpec, plan: Plan, limits: Limits, cache: Path | None) -> TrtSession:

@@ -121,14 +121,14 @@ class Bundle(Manifest):
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write ``folder/bundle.json``, last and atomically: ``manifest``, and size and hash of every file.
 
-    Compiled plans (``engines/``) and hidden files are left out. Raises BundleError when ``Bundle.open`` would
+    Compiled plans (``plans/``) and hidden files are left out. Raises BundleError when ``Bundle.open`` would
     not take the manifest.
     """
     folder = folder.absolute()
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith(".") and path.relative_to(folder).parts[0] != "engines"
+        if path.is_file() and not path.name.startswith(".") and path.relative_to(folder).parts[0] != "plans"
     )
     names = [name for name in names if name not in (MANIFEST, SEAL)]
     with ThreadPoolExecutor() as pool:

@@ -1,6 +1,6 @@
-"""Which plans TensorRT is asked for: for what GPUs, sizes and settings, and what opening a session looks for.
+"""Which plans TensorRT is asked for: for what GPUs, sizes and settings. ``compiler.py`` makes them.
 
-``compiler.py`` makes them. One module for both products.
+One module for both products.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import shown
 from dnp.engine.errors import BackendError, SettingsError
 from dnp.engine.plans.compiler import REVISION, compile_plan
-from dnp.engine.plans.plan import FOLDER, Plan, PlanSpec, Progress, Report
+from dnp.engine.plans.plan import FOLDER, BuildMessageCallback, BuildProgressCallback, Plan, PlanSpec
 from dnp.engine.plans.product import PRODUCTS, Product, product_of
-from dnp.engine.plans.profile import Profile, Range, buffer_bytes, default_profile, from_dict, to_dict
+from dnp.engine.plans.profile import Profile, Range, buffer_bytes, default_profile, to_dict
 from dnp.engine.plans.store import PlanStore
 from dnp.engine.system import cuda
 from dnp.engine.system.processor import free_memory
@@ -125,17 +125,18 @@ def build_plans(
     folder: Path | None = None,
     force: bool = False,
     device: int = 0,
-    report: Report | None = None,
-    progress: Progress | None = None,
+    report: BuildMessageCallback | None = None,
+    progress: BuildProgressCallback | None = None,
 ) -> list[Plan]:
-    """Compile a plan for each of the bundle's graphs, or those named, unless there is one already.
+    """Compile a plan for each of the bundle's graphs, or those named, unless there is an equal one already.
 
-    What was asked for is kept beside the plans, and is what opening a session looks for.
+    Opening a session takes the newest that fits the graph, the compiler and the GPU, see ``choice.py``.
 
     Args:
         ranges: see ``default_profile``.
-        folder: where plans are kept; ``engines/`` in the bundle when ``None``.
+        folder: where plans are kept; ``plans/`` in the bundle when ``None``.
         force: build also where there is a plan.
+        report: told what is there already, and what is built and why.
 
     Raises:
         BackendError: the compiler is not there, or cannot compile a graph.
@@ -149,77 +150,27 @@ def build_plans(
         _require_gpu(device, "plans that can be refitted are built where the GPU is")
     store = PlanStore(folder or bundle.path / FOLDER)
     chosen = bundle.chosen(graphs)
-    kept, changed = store.settings(backend), {}
-    profiles = []
-    for graph in chosen:
-        before, _ = _asked(store, kept, graph, backend)
-        asked = {**before, **(ranges or {})}  # sizes that were asked for before stay, unless others are asked for
-        try:
-            profiles.append(default_profile(bundle, graph, asked))
-        except SettingsError as error:
-            default_profile(bundle, graph, ranges)  # the fault may be in those asked for now
-            raise store.damaged(backend, error) from error
-        changed[graph.name] = {"ranges": to_dict(asked), "settings": asdict(replace(wanted, sm=target.sm))}
+    profiles = [default_profile(bundle, graph, ranges) for graph in chosen]
     plans = [
         obtain(bundle, graph, profile, wanted, target, store, force=force, report=report, progress=progress)
         for graph, profile in zip(chosen, profiles, strict=True)
     ]
-    store.keep_settings(backend, changed)
+    for plan in plans:
+        newer = _opened_instead(plan, store)
+        if newer is not None and report is not None:
+            report(f"{plan.spec.graph}: {newer.path.name} is newer, and opened instead; --prune removes it")
     return plans
 
 
-def _asked(
-    store: PlanStore, kept: Mapping[str, Any], graph: GraphSpec, backend: str
-) -> tuple[dict[str, Range], BuildSettings]:
-    """What ``dnp build`` was asked for, for one graph. Raises BackendError when it cannot be read."""
-    entry = kept.get(graph.name, {})
-    try:
-        settings, ranges = entry.get("settings", {}), from_dict(entry.get("ranges", {}))
-        asked = BuildSettings(**{**settings, "sm": tuple(settings.get("sm", ()))})
-        return ranges, asked
-    except (TypeError, AttributeError, SettingsError) as error:
-        raise store.damaged(backend, error) from error
-
-
-def wanted_plan(
-    bundle: Bundle, graph: GraphSpec, product: Product, store: PlanStore, device: int = 0
-) -> tuple[Profile, BuildSettings, Target]:
-    """What ``dnp build`` was last asked for, if that was for the present GPU; what was asked for before, if there is a
-    plan for it that was; the defaults otherwise.
-
-    Raises what ``target`` raises, and BackendError when what was asked for cannot be read.
-    """
-    ranges, settings = _asked(store, store.settings(product.name), graph, product.name)
-    try:
-        profile: Profile = default_profile(bundle, graph, ranges)
-    except SettingsError as error:
-        raise store.damaged(product.name, error) from error
-    here = target_for(product, (), device)
-    if not product.portable:
-        return profile, settings, here
-    if not set(here.sm) <= set(settings.sm):
-        earlier = _earlier(bundle, graph, product, store, here.sm)
-        if earlier is None:
-            return profile, replace(settings, sm=here.sm), here
-        profile, settings = earlier
-    return profile, settings, target_for(product, settings.sm, device)
-
-
-def _earlier(
-    bundle: Bundle, graph: GraphSpec, product: Product, store: PlanStore, sm: tuple[int, ...]
-) -> tuple[Profile, BuildSettings] | None:
-    """What the newest plan of this very graph was built with, of those for these architectures."""
-    plans = [plan for plan in store.plans() if (plan.spec.graph, plan.spec.backend) == (graph.name, product.name)]
-    for plan in sorted(plans, key=lambda plan: str(plan.statistics.get("built")), reverse=True):
-        spec = plan.spec
-        try:
-            settings = settings_of(spec)
-            profile = from_dict(spec.profile)
-        except (ValueError, TypeError):  # SettingsError is one
-            continue
-        if set(sm) <= set(settings.sm) and spec.graph_sha256 == bundle.graph_sha256(graph.name):
-            return profile, settings
-    return None
+def _opened_instead(plan: Plan, store: PlanStore) -> Plan | None:
+    """The plan of other sizes or settings that opening a session prefers to this one."""
+    same = (
+        other
+        for other in store.newest(plan.spec.graph, plan.spec.backend)
+        if replace(other.spec, profile=plan.spec.profile, flags=plan.spec.flags) == plan.spec
+    )
+    newest = next(same, plan)
+    return None if newest.path == plan.path else newest
 
 
 def settings_of(spec: PlanSpec) -> BuildSettings:
@@ -229,14 +180,15 @@ def settings_of(spec: PlanSpec) -> BuildSettings:
     return BuildSettings(sm=tuple(int(name.removeprefix("sm")) for name in sm), **flags)
 
 
-def build_command(bundle: Bundle, spec: PlanSpec, engines: Path | None, device: int = 0) -> str:
-    """The ``dnp build`` that a plan of TensorRT came from, up to its sizes, which are kept from build to build.
+def build_command(
+    bundle: Bundle, backend: str, settings: BuildSettings, folder: Path | None = None, device: int = 0
+) -> str:
+    """The ``dnp build`` that makes such plans, up to their sizes.
 
-    ``engines`` is the folder of the plans where it is not the bundle's own.
+    ``folder`` is that of the plans where it is not the bundle's own.
     """
-    settings = settings_of(spec)
-    words = ["dnp", "build", str(bundle.path), "--backend", spec.backend]
-    words += ["--engines", str(engines)] if engines else []
+    words = ["dnp", "build", str(bundle.path), "--backend", backend]
+    words += ["--plans", str(folder)] if folder else []
     words += ["--device", str(device)] if device else []
     words += ["--sm", ",".join(map(str, settings.sm))] if settings.sm else []
     words += [] if settings.optimization_level is None else ["--optimization-level", str(settings.optimization_level)]
@@ -254,8 +206,8 @@ def obtain(
     store: PlanStore,
     *,
     force: bool = False,
-    report: Report | None = None,
-    progress: Progress | None = None,
+    report: BuildMessageCallback | None = None,
+    progress: BuildProgressCallback | None = None,
 ) -> Plan:
     """The plan in ``store``, verified, or a new one where there is none that can be used. Raises as ``build_plans``."""
     spec = PlanSpec(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import REMEDY
 from dnp.engine.errors import BackendError, BundleError, Cancelled, DnpError, OutputError
-from dnp.engine.plans.plan import BuildProgress, Progress, cost, tell
+from dnp.engine.plans.plan import BuildProgress, BuildProgressCallback, cost, tell
 from dnp.engine.plans.product import listening, logger
 from dnp.engine.plans.profile import Profile, buffer_bytes
 from dnp.engine.system import cuda
@@ -41,7 +41,7 @@ def compile_plan(
     target: Target,
     *,
     timings: Path | None = None,
-    progress: Progress | None = None,
+    progress: BuildProgressCallback | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """The plan as a buffer, and its statistics: bytes of weights, activations, scratch and, at the largest sizes,
     buffers; layers, seconds, peak memory.
@@ -81,7 +81,6 @@ class _Build:
         return BuildProgress(self.graph.name, name, done, total, time.perf_counter() - self._started)
 
     def compile(self) -> tuple[Any, dict[str, Any]]:
-        """See ``compile_plan``."""
         try:
             return self._compile()
         except DnpError:

@@ -7,13 +7,14 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
 
 from dnp.engine.errors import Cancelled
 from dnp.engine.system.processor import peak_memory
 
-FOLDER: Final = "engines"
+FOLDER: Final = "plans"
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ class BuildProgress:
     seconds: float
 
 
-Progress = Callable[[BuildProgress], object]
+BuildProgressCallback = Callable[[BuildProgress], object]
 """Called some times a second while a plan is compiled, and from no other thread; ``False`` stops the build."""
-Report = Callable[[str], None]
-"""Told, in one line, why a plan is built anew, and what the build will need."""
+BuildMessageCallback = Callable[[str], None]
+"""Called with one line: that a plan is there already, or why one is built anew, and what the build will need."""
 
 
-def tell(progress: Progress | None, state: BuildProgress) -> None:
+def tell(progress: BuildProgressCallback | None, state: BuildProgress) -> None:
     """Tell ``progress`` where a build is. Raises Cancelled when it answers ``False``."""
     if progress is not None and progress(state) is False:
         raise Cancelled(f"the build of {state.graph!r} was stopped; no plan is half-written")
@@ -90,13 +91,13 @@ def cost(started: float) -> dict[str, Any]:
     return {
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_bytes": peak_memory(),
-        "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "built": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),  # as text it sorts by time
     }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan that was verified.
+    """A plan on disk, and what its sidecar says of it.
 
     Attributes:
         path: the plan itself; its sidecar lies beside it.

@@ -1,6 +1,6 @@
-"""Compiled plans on disk: found by everything that changes one, verified before use, rebuilt when in doubt.
+"""Compiled plans on disk: found by everything that changes one, verified before use.
 
-``engines/<graph>-<key>.plan`` and a sidecar of the same name in JSON, which says what the key is made of; beside them
+``plans/<graph>-<key>.plan`` and a sidecar of the same name in JSON, which says what the key is made of; beside them
 ``<graph>-<key>.<token>.weights``, where a plan keeps its weights in a file of their own. The key never holds the plan's
 own hash: two builds of the same thing differ in bytes. Each build has a token of its own, so that a plan and the
 weights of another build never meet.
@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Final
 from dnp.engine.bundle.bundle import file_record
 from dnp.engine.bundle.manifest import FileRecord
 from dnp.engine.bundle.schema import REMEDY, record, shown
-from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError
-from dnp.engine.plans.plan import BuildProgress, Plan, PlanSpec, Progress, Report
+from dnp.engine.errors import BundleError, Cancelled, OutputError
+from dnp.engine.plans.plan import BuildMessageCallback, BuildProgress, BuildProgressCallback, Plan, PlanSpec
 from dnp.engine.system.files import TEMPORARY, refuse_folder, write_together
 from dnp.engine.system.interrupts import uninterrupted
 
@@ -91,25 +91,31 @@ class PlanStore:
         *,
         needs: Callable[[], str],
         force: bool = False,
-        report: Report | None = None,
-        progress: Progress | None = None,
+        report: BuildMessageCallback | None = None,
+        progress: BuildProgressCallback | None = None,
     ) -> Plan:
         """The plan for ``spec``, verified, or the one that ``make`` stores where there is none that can be used.
 
         ``needs`` says what making it will take. Raises what ``building`` and ``make`` raise.
         """
+
+        def say(line: str) -> None:
+            if report is not None:
+                report(f"{spec.graph}: {line}")
+
         plan = None if force else self.find(spec)[0]  # of some gigabytes, it takes seconds
         if plan is not None:
+            say(f"there already, {plan.path.name}")
             return plan
         waiting = BuildProgress(spec.graph, "waiting for another process", 0, 1, 0.0)
         with self.building(spec, lambda: progress is not None and progress(waiting) is False):
             plan, reason = self._find(spec)  # another process may have been faster; none exchanges it now
             if plan is not None and not force:
+                say(f"built meanwhile, {plan.path.name}")
                 return plan
-            if report is not None:
-                if reason:
-                    report(f"{spec.graph}: building, since {reason}")
-                report(f"{spec.graph}: {needs()}")
+            if reason:
+                say(f"building, since {reason}")
+            say(needs())
             return make()
 
     def write(self, spec: PlanSpec, data: Any, statistics: Mapping[str, Any]) -> Plan:
@@ -212,6 +218,11 @@ class PlanStore:
                         found.append(Plan(path, sidecar.size, sidecar.spec, sidecar.statistics))
         return found
 
+    def newest(self, graph: str, backend: str) -> list[Plan]:
+        """The plans of a graph for a backend, the newest first; of two built at once, the greater name."""
+        found = [plan for plan in self.plans() if (plan.spec.graph, plan.spec.backend) == (graph, backend)]
+        return sorted(found, key=lambda plan: (str(plan.statistics.get("built")), plan.path.name), reverse=True)
+
     def prune(self, keep: Sequence[Plan]) -> list[Path]:
         """Remove the other plans of the graphs and the backend of ``keep``, with all that lies beside them.
 
@@ -228,39 +239,6 @@ class PlanStore:
             except OSError as error:
                 raise self._unwritable(error) from error
         return gone
-
-    def settings(self, backend: str) -> dict[str, Any]:
-        """What ``dnp build`` was asked for, by graph: what opening a session looks for. Empty when it never was.
-
-        Raises BackendError when the file is damaged.
-        """
-        try:
-            found = json.loads(self._settings_file(backend).read_text(encoding="utf-8"))
-            if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
-                raise ValueError("no object of objects")
-        except (FileNotFoundError, NotADirectoryError):  # a folder that cannot be one is told when it is written to
-            return {}
-        except OSError as error:
-            raise BackendError(f"{self._settings_file(backend)} cannot be read: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise self.damaged(backend, error) from error
-        return found
-
-    def keep_settings(self, backend: str, settings: Mapping[str, Any]) -> None:
-        """Have ``settings`` of these graphs read from now on; what was kept of others stays. Raises OutputError."""
-        settings, before = json.loads(json.dumps(settings)), self.settings(backend)
-        if {**before, **settings} == before:  # the folder may be one that can only be read
-            return
-        with self._locked(backend):
-            write_together({self._settings_file(backend): _json({**self.settings(backend), **settings})})
-
-    def damaged(self, backend: str, error: Exception) -> BackendError:
-        """The error for settings that cannot be used."""
-        path = self._settings_file(backend)
-        return BackendError(f"{path} is damaged ({error}); remove it, and build the plans again: dnp build")
-
-    def _settings_file(self, backend: str) -> Path:
-        return self.folder / f"{backend}.json"
 
     def _path(self, spec: PlanSpec) -> Path:
         return self.folder / f"{spec.graph}-{spec.key}.plan"
@@ -321,8 +299,7 @@ class PlanStore:
         """What is different about the plan that has most in common with ``spec``."""
         candidates = [
             (sum(getattr(plan.spec, field.name) == getattr(spec, field.name) for field in fields(spec)), plan)
-            for plan in self.plans()
-            if (plan.spec.graph, plan.spec.backend) == (spec.graph, spec.backend)
+            for plan in self.newest(spec.graph, spec.backend)
         ]
         if not candidates:
             return ""

@@ -33,14 +33,11 @@ class Ours(Contender):
             import openvino  # noqa: F401
 
     def open(self, job: Job) -> None:
-        from dnp.engine.backends.onnxruntime.session import OrtSession
-        from dnp.engine.backends.openvino import OpenVinoSession
-
-        kind: Any = OrtSession if self._backend == "cpu" else OpenVinoSession
-        kind._execute = self._timed(kind._execute)
         self._seed, self._tokens = job.seed, job.caption_tokens
-        self._pipeline = self._kind.open(job.bundle, self._backend, threads=job.threads, engines=Path(job.engines))
+        self._pipeline = self._kind.open(job.bundle, self._backend, threads=job.threads, plans=Path(job.plans))
         self._pipeline.warm_up()  # opens every graph
+        for session in self._pipeline.sessions.values():
+            session.run = self._timed(session.run)
 
     def image(self, prompt: str, negative: str, guidance: float, point: Point, mark: Mark) -> Pixels:
         against: dict[str, Any] = {"negative": negative} if negative else {"dnp": False}
@@ -70,15 +67,15 @@ class Ours(Contender):
         samplers = {"sampler": "ddim", "dns_sampler": "ddim"}
         return self._pipeline(prompt, seed=self._seed, progress=progress, **size, **samplers, **settings)
 
-    def _timed(self, execute: Callable[[Any], None]) -> Callable[[Any], None]:
-        """The one call that hands over to the inference library, its time added up."""
+    def _timed(self, run: Callable[[], None]) -> Callable[[], None]:
+        """A session's run, which hands over to the inference library, its time added up."""
 
-        def run(session: Any) -> None:
+        def timed() -> None:
             started = time.perf_counter()
-            execute(session)
+            run()
             self._inside += time.perf_counter() - started
 
-        return run
+        return timed
 
 
 class Network(Contender):
@@ -148,9 +145,18 @@ class Network(Contender):
         from dnp.runtime.sampling.samplers import sampler_table
         from dnp.runtime.sampling.schedule import NoiseSchedule
 
-        side = point.pixels // self._bundle.latents.pixels
+        side = point.pixels // self._bundle.latents.vae_scale_factor
         table = sampler_table(NoiseSchedule.from_config(self._bundle.schedule), "ddim", point.steps, self._guidance)
-        dims = {"batch": point.batch, "rows": len(table.rows), "draws": 1, "height": side, "width": side}
+        rows = np.arange(2 * point.batch)  # of guidance: two for each image
+        dims = {
+            "places": point.batch,
+            "rows": len(rows),
+            "steps": len(table.rows),
+            "noise_steps": 1,
+            "height": side,
+            "width": side,
+            "tokens": self._bundle.text.length,
+        }
         rng = np.random.default_rng(0)
         arrays: dict[str, Any] = {}
         for name, spec in self._graph.inputs.items():
@@ -161,4 +167,5 @@ class Network(Contender):
                 else np.zeros(shape, spec.dtype)
             )
         arrays["table"] = np.broadcast_to(np.asarray(table.rows, np.float32), arrays["table"].shape).copy()
+        arrays |= {"row_place": rows // 2, "row_role": rows % 2, "place_rows": rows.reshape(point.batch, 2)}
         return arrays

@@ -24,7 +24,16 @@ from dnp.engine.backends.session import Backend, BackendOptions
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import BackendError, BundleError, OutputError
-from dnp.engine.plans.plan import FOLDER, BuildProgress, Plan, PlanSpec, Progress, Report, cost, tell
+from dnp.engine.plans.plan import (
+    FOLDER,
+    BuildMessageCallback,
+    BuildProgress,
+    BuildProgressCallback,
+    Plan,
+    PlanSpec,
+    cost,
+    tell,
+)
 from dnp.engine.plans.store import PlanStore
 from dnp.engine.system.background import in_background
 from dnp.engine.system.processor import free_memory, processor_features, processor_name
@@ -42,13 +51,13 @@ class CpuBackend(Backend):
     name = NAME
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> OrtSession:
-        """See ``Backend.session``. A plan that cannot be used is named in a warning, and the graph itself opened."""
+        """A plan that cannot be used is named in a warning, and the graph itself opened."""
         if bundle is None:
             return OrtSession(graph, self.options)
-        store = PlanStore(self.options.engines or bundle.path / FOLDER)
+        store = PlanStore(self.options.plans or bundle.path / FOLDER)
         plan, reason = store.find(plan_spec(bundle, graph))
         command = ["dnp", "build", str(bundle.path), "--backend", NAME]
-        command += ["--engines", str(store.folder)] if self.options.engines else []
+        command += ["--plans", str(store.folder)] if self.options.plans else []
         if plan is not None:
             try:
                 return OrtSession(graph, self.options, plan.path)
@@ -81,13 +90,13 @@ def build_cpu_plans(
     graphs: Sequence[str] = (),
     folder: Path | None = None,
     force: bool = False,
-    report: Report | None = None,
-    progress: Progress | None = None,
+    report: BuildMessageCallback | None = None,
+    progress: BuildProgressCallback | None = None,
 ) -> list[Plan]:
     """A plan for each of the bundle's graphs, or those named, unless there is one already.
 
     Args:
-        folder: where plans are kept; ``engines/`` in the bundle when ``None``.
+        folder: where plans are kept; ``plans/`` in the bundle when ``None``.
         force: build also where there is a plan.
 
     Raises:
@@ -118,7 +127,7 @@ def build_cpu_plans(
     return [obtain(graph) for graph in bundle.chosen(graphs)]
 
 
-def _build(graph: GraphSpec, spec: PlanSpec, store: PlanStore, progress: Progress | None) -> Plan:
+def _build(graph: GraphSpec, spec: PlanSpec, store: PlanStore, progress: BuildProgressCallback | None) -> Plan:
     ort = import_onnxruntime()
     started = time.perf_counter()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from dnp.engine.backends.device import DeviceBackend, DeviceSession
@@ -12,7 +13,7 @@ from dnp.engine.backends.onnxruntime.session import FATAL, check_session, import
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import REMEDY
 from dnp.engine.errors import BackendError, BundleError
-from dnp.engine.plans.profile import ROWS
+from dnp.engine.plans.limits import Limits
 from dnp.engine.system.imports import missing_extra
 
 if TYPE_CHECKING:
@@ -28,32 +29,33 @@ class CudaSession(DeviceSession):
     """A graph on ONNX Runtime's CUDA provider.
 
     ONNX Runtime records a run under a number that it is given, and replays it when it meets the number again: sizes
-    that were prepared have one each, as long as no buffer moves.
+    that were captured have one each, as long as no buffer moves.
     """
 
-    def __init__(self, graph: GraphSpec, backend: CudaBackend) -> None:
-        ort, device = backend.module, backend.device
+    def __init__(self, graph: GraphSpec, backend: CudaBackend, limits: Limits) -> None:
+        ort, gpu = backend.module, backend.gpu
         options = ort.SessionOptions()
         options.log_severity_level = FATAL
         settings = {
             "device_id": str(backend.options.device),
-            "user_compute_stream": str(int(device.stream)),
+            "user_compute_stream": str(int(gpu.stream)),
             "do_copy_in_default_stream": "1",
             "use_tf32": "0",
             "enable_cuda_graph": "0" if backend.options.eager else "1",
             "cudnn_conv_algo_search": "HEURISTIC",  # by measuring, two sessions may choose differently
             "arena_extend_strategy": "kSameAsRequested",
         }
-        if device.left is not None:  # of each session's own pool; the buffers are ours, and counted by the device
-            settings["gpu_mem_limit"] = str(device.left)
-        device.hold(graph.nbytes, f"the weights of {graph.name!r}", "raise --memory-limit")
+        if gpu.left is not None:  # of each session's own pool; the buffers are ours, and counted by the device
+            settings["gpu_mem_limit"] = str(gpu.left)
+        gpu.hold(graph.nbytes, f"the weights of {graph.name!r}", "raise --memory-limit")
         try:
             self._open(ort, graph, options, settings)
             check_session(graph, self._session)
             super().__init__(graph, backend, f"ONNX Runtime {ort.__version__}, {PROVIDER}")
         except BaseException:
-            device.release(graph.nbytes)
+            gpu.release(graph.nbytes)
             raise
+        self.limits = limits
         self._ort, self._number = ort, backend.options.device
         if self._refusal is not None:
             self._run_eagerly(self._refusal)
@@ -91,23 +93,20 @@ class CudaSession(DeviceSession):
                 "pip install 'dnp-engine[gpu]'"
             )
 
-    def bucket(self, symbol: str, size: int) -> int:
-        """See ``Session.bucket``: sampler tables of usual lengths are run at one length, or longer ones as they are."""
-        usual = symbol in ("rows", "draws") and size <= ROWS and (symbol, size) != ("draws", 1)
-        return ROWS if usual else size
+    @property
+    def captured(self) -> Sequence[Mapping[str, int]]:
+        return [dict(zip(self.graph.symbols, sizes, strict=True)) for _, sizes, _ in self._numbers]
 
-    def prepare(self) -> None:
-        """See ``Session.prepare``: have the run at the present sizes recorded."""
-        self._require_dims()
-        if self._eager or self._state() in self._numbers:
+    def _record(self) -> None:
+        if self._state() in self._numbers:
             return
         self._numbers[self._state()] = next(_numbers)
         for _ in range(_RUNS_TO_RECORD):
             self.run()
-        self._cuda.synchronize(self._device.stream)
+        self._cuda.synchronize(self._gpu.stream)
 
     def run(self) -> None:
-        """See ``Session.run``. Starts the work and does not wait for it."""
+        """Starts the work and does not wait for it."""
         dims = self._require_dims()
         self._cuda.activate()
         self._check_inputs(dims)
@@ -140,7 +139,7 @@ class CudaSession(DeviceSession):
         self._numbers.clear()
 
     def _release(self) -> None:
-        self._device.release(self.graph.nbytes)
+        self._gpu.release(self.graph.nbytes)
         del self._binding, self._session
 
 
@@ -165,5 +164,4 @@ class CudaBackend(DeviceBackend):
         return module
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> CudaSession:
-        """See ``Backend.session``."""
-        return CudaSession(graph, self)
+        return CudaSession(graph, self, Limits.of_captures(graph, bundle))
