@@ -46,7 +46,7 @@ def schedule(default_bundle):
 
 
 def request_of(schedule, number):
-    """One of many different requests: sampler, steps, guidance (of either sign, none, of a part of the steps), texts."""
+    """One of many different requests: sampler, steps, guidance (of either sign, or for some steps alone), texts."""
     names = [name for name in sampler_names() if name != "ddpm"]
     steps = 2 + number % 5
     w = (4.0, -2.0, 1.0, 0.0, [1.0] * (steps - 1) + [7.5])[number % 5]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dnp.engine.backends.registry import BackendReport
     from dnp.engine.bundle.bundle import Bundle
     from dnp.engine.bundle.contract import TensorSpec
-    from dnp.engine.bundle.manifest import Ranges
+    from dnp.engine.bundle.manifest import PassDefaults, Ranges
 
 
 @click.command()
@@ -180,6 +180,10 @@ def _setting(text: str) -> tuple[str, str | int | float]:
     return name, value
 
 
+def _pass(defaults: PassDefaults) -> str:
+    return f"{defaults.sampler}, {defaults.steps} steps"
+
+
 def _backend_line(report: BackendReport) -> str:
     line = f"{report.name:<12} {'works' if report.works else 'does not work'}"
     if report.works:
@@ -209,20 +213,20 @@ def _described(bundle: Bundle) -> dict[str, Any]:
 
 
 def _bundle_page(bundle: Bundle) -> str:
-    latents, caption, defaults = bundle.latents, bundle.caption, bundle.defaults
+    latents, caption, scale = bundle.latents, bundle.caption, bundle.latents.vae_scale_factor
     size = sum(record.size for record in bundle.files.values())
-    grain = latents.multiple * latents.pixels
+    grain = latents.multiple * scale
     lines = [
         f"{bundle.name}: {bundle.family}, {bundle.precision}, {size / 1e6:.1f} MB, every file verified",
         f"  path         {bundle.path}",
         f"  fingerprint  {bundle.fingerprint}",
         f"  made with    {', '.join(f'{name} {version}' for name, version in bundle.created_with.items())}",
-        f"  images       {latents.width * latents.pixels} x {latents.height * latents.pixels} pixels by default; "
-        f"multiples of {grain} up to {latents.max_width * latents.pixels} x {latents.max_height * latents.pixels}",
+        f"  images       {latents.width * scale} x {latents.height * scale} pixels by default; "
+        f"multiples of {grain} up to {latents.max_width * scale} x {latents.max_height * scale}",
         f"  prompts      {bundle.text.length} tokens",
         f"  captions     up to {caption.max_length} tokens, from {caption.image_size} x {caption.image_size} pixels",
-        f"  final pass   {defaults.sampler}, {defaults.steps} steps, w = {defaults.guidance:g}",
-        f"  DNS pass     {defaults.dns_sampler}, {defaults.dns_steps} steps, s = {defaults.dns_guidance:g}",
+        f"  final pass   {_pass(bundle.defaults.final)}, w = {bundle.defaults.final.guidance:g}",
+        f"  DNS pass     {_pass(bundle.defaults.dns)}, s = {bundle.defaults.dns.guidance:g}",
     ]
     for name, graph in bundle.graphs.items():
         lines.append(f"\n{name}  ({graph.path.relative_to(bundle.path)}, {graph.path.stat().st_size / 1e6:.2f} MB)")

@@ -84,15 +84,15 @@ def generate(
     pipeline = engine.open()
     if from_image is not None and made_with is not None:
         _compare_makers(pipeline, from_image, made_with)
-    request = pipeline.resolve(request)
-    warn_if_truncated(pipeline, "prompt", request.prompt)
-    kinds = [*kinds_of(request), *(["compared"] if request.compare else [])]
-    files = outputs(out, request, pipeline.made_with, kinds)
+    job = pipeline.resolve(request)
+    warn_if_truncated(pipeline, job, "prompt", job.prompt)
+    kinds = [*kinds_of(job.request), *(["compared"] if job.compare else [])]
+    files = outputs(out, job.request, pipeline.made_with, kinds)
     with output_folder(out, files, overwrite=overwrite):
         with closing(Progress()) as progress:
-            result = pipeline.run(request, progress)
-        warn_if_truncated(pipeline, "negative prompt", *dict.fromkeys(result.negatives))
-        paths = save(result, files, {"compared": _side_by_side(result)} if request.compare else None)
+            result = pipeline.run(job, progress)
+        warn_if_truncated(pipeline, job, "negative prompt", *dict.fromkeys(result.negatives))
+        paths = save(result, files, {"compared": _side_by_side(result)} if job.compare else None)
     say(_report(result, paths), as_json, _summary(result, paths))
 
 
@@ -115,15 +115,16 @@ def dns(
 ) -> None:
     """Only the diffusion-negative image of PROMPT, and its caption n*."""
     from dnp.runtime.pictures import output_folder, outputs, save
+    from dnp.runtime.pipeline.pipeline import drive
     from dnp.runtime.request import Request
 
     pipeline = engine.open()
-    request = pipeline.resolve(Request(prompt, **settings))
-    warn_if_truncated(pipeline, "prompt", prompt)
-    files = outputs(out, request, pipeline.made_with, ["dns"])
+    job = pipeline.resolve(Request(prompt, **settings))
+    warn_if_truncated(pipeline, job, "prompt", prompt)
+    files = outputs(out, job.request, pipeline.made_with, ["dns"])
     with output_folder(out, files, overwrite=overwrite):
         with closing(Progress()) as progress:
-            result = pipeline.dns(progress=progress, **request.to_dict())
+            result = drive(pipeline.dns_steps(job), progress)
         paths = save(result, files)
     say(_report(result, paths), as_json, _summary(result, paths))
 
@@ -155,18 +156,18 @@ def explore(
     from dnp.runtime.request import Request, to_images
 
     pipeline = engine.open()
-    request = pipeline.resolve(Request(prompt, compare=True, **settings))
-    warn_if_truncated(pipeline, "prompt", prompt)
-    files = outputs(out, request, pipeline.made_with, ["explored"])
+    job = pipeline.resolve(Request(prompt, compare=True, **settings))
+    warn_if_truncated(pipeline, job, "prompt", prompt)
+    files = outputs(out, job.request, pipeline.made_with, ["explored"])
     with output_folder(out, files, overwrite=overwrite):
         with closing(Progress()) as progress:
-            result = pipeline.run(request, progress)
+            result = pipeline.run(job, progress)
             started = time.perf_counter()
-            alone = drive(pipeline.sample([""] * request.images, result.negatives, request), progress)
+            alone = drive(pipeline.sample([""] * job.images, result.negatives, job), progress)
         spent = time.perf_counter() - started
         seconds = {**result.seconds, "alone": spent, "total": result.seconds["total"] + spent}
         result = replace(result, seconds=seconds)
-        warn_if_truncated(pipeline, "negative prompt", *dict.fromkeys(result.negatives))
+        warn_if_truncated(pipeline, job, "negative prompt", *dict.fromkeys(result.negatives))
         rows = [
             [(plain, ""), (dns_image, f"n* = {negative}"), (negative_only, ""), (pair, "")]
             for plain, dns_image, negative_only, pair, negative in zip(
@@ -177,10 +178,10 @@ def explore(
             rows,
             title=prompt,
             headings=["p alone", "DNS image", "n* alone, as negative", "the pair (p, n*)"],
-            titles=[f"seed {request.seed + i}" for i in range(request.images)],
+            titles=[f"seed {seed}" for seed in job.seeds],
         )
         paths = save(result, files, {"explored": picture})
-    lines = [f"seed {request.seed + i}: n* = {negative}" for i, negative in enumerate(result.negatives)]
+    lines = [f"seed {seed}: n* = {negative}" for seed, negative in zip(job.seeds, result.negatives, strict=True)]
     say(_report(result, paths), as_json, "\n".join([*lines, *(f"wrote {path}" for path in paths), _time(result)]))
 
 

@@ -15,6 +15,7 @@ import click
 from dnp.cli.streams import swallow
 
 if TYPE_CHECKING:
+    from dnp.runtime.job import Job
     from dnp.runtime.pipeline.pipeline import Pipeline
     from dnp.runtime.request import Step
 
@@ -66,7 +67,7 @@ class Engine:
             device=self.device or 0,
             eager=self.eager,
             memory_limit=None if self.memory_limit is None else self.memory_limit * MB,
-            engines=self.plans,
+            plans=self.plans,
         )
         return click.get_current_context().with_resource(pipeline)
 
@@ -129,12 +130,31 @@ def caption_options(function: F) -> F:
     )(function)
 
 
+def _by_name(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    """``("rescale=0.7",)`` as a dict of numbers."""
+    found = {}
+    for text in values:
+        name, _, number = text.partition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is no NAME=VALUE, such as rescale=0.7") from None
+    return found
+
+
 def image_options(function: F) -> F:
     """What the images of both passes have in common. A size that is left out is the bundle's."""
     return _stacked(
         click.option("--seed", type=int, default=0, show_default=True, help="Starting noise; image i uses seed + i."),
         click.option("--height", type=int, help="In pixels."),
         click.option("--width", type=int, help="In pixels."),
+        click.option(
+            "--windows",
+            type=int,
+            default=1,
+            show_default=True,
+            help="Read so many times the encoder's length.",
+        ),
     )(function)
 
 
@@ -146,6 +166,21 @@ def final_options(function: F) -> F:
         click.option("--guidance", type=float, help="Guidance scale w of the final pass."),
         click.option("--eta", type=float, default=0.0, help="Share of fresh noise in the final pass (ddim), 0 to 1."),
         click.option("--spacing", help="Timesteps of the final pass: leading, linspace or trailing."),
+        click.option(
+            "--embedded-guidance",
+            type=float,
+            default=1.0,
+            help="Guidance scale that a distilled network takes.",
+        ),
+        click.option(
+            "--method",
+            "methods",
+            multiple=True,
+            metavar="NAME=VALUE",
+            callback=_by_name,
+            help="Parameter of a guidance method, where the bundle was exported with them: rescale, norm_limit, "
+            "parallel, zero_star, norm_cap.",
+        ),
     )(function)
 
 
@@ -161,13 +196,15 @@ def dns_options(function: F) -> F:
     )(function)
 
 
-def warn_if_truncated(pipeline: Pipeline, name: str, *texts: str | None) -> None:
+def warn_if_truncated(pipeline: Pipeline, job: Job, name: str, *texts: str | None) -> None:
     """Say on stderr what the text encoder does not see of ``texts``."""
     for text in texts:
-        lost = pipeline.tokenizer.truncated(text) if text else None
+        lost = pipeline.tokenizer.truncated(text, job.windows) if text else None
         if lost:
             shown = lost if len(lost) <= 60 else f"{lost[:57]}..."
-            click.echo(f"dnp: the {name} is too long for the model; left out: {shown!r}", err=True)
+            click.echo(
+                f"dnp: the {name} is too long for the model; left out: {shown!r}; --windows 2 reads on", err=True
+            )
 
 
 class Progress:

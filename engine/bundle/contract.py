@@ -92,7 +92,7 @@ class Symbol:
 def symbols(manifest: Manifest) -> dict[str, Symbol]:
     """Every symbol in the shapes of the model's graphs."""
     scale, grain = manifest.latents.vae_scale_factor, manifest.latents.multiple
-    roles = manifest.guidance.roles
+    roles, length = manifest.guidance.roles, manifest.text.length
     latents = Symbol("height", divisor=scale, multiple=grain)
     return {
         "batch": Symbol("batch"),
@@ -102,7 +102,7 @@ def symbols(manifest: Manifest) -> dict[str, Symbol]:
         "noise_steps": Symbol("steps", captured=(1,), largest=True),
         "height": latents,
         "width": Symbol("width", divisor=scale, multiple=grain),
-        "tokens": Symbol("windows", *[manifest.text.length] * 3, multiple=manifest.text.length),
+        "tokens": Symbol("windows", length, length, length, multiple=length),
         "image_height": Symbol("image_height"),
         "image_width": Symbol("image_width"),
         "images": Symbol("batch"),

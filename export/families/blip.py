@@ -109,7 +109,7 @@ def encode_image(parts: BlipParts, signature: Signature, precision: Precision) -
 
     def images(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
         shape = signature.inputs["image"].resolve(dims)
-        columns, rows = resize_matrices(*shape[1:3], size)
+        columns, rows = resize_matrices(shape[1], shape[2], size)
         return {
             "image": rng.integers(0, 256, shape, np.uint8),
             "resize_columns": np.ascontiguousarray(columns),

@@ -71,9 +71,9 @@ class CaptionStep(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """``logits`` float32 ``[B, vocab]``, ``next_tokens``, ``next_position`` and the caches as they were given.
 
-        ``tokens`` int64 ``[B, M]``; ``position``, ``prompt_length``, ``min_length``, ``parent`` int64 ``[B]``; ``keys``,
-        ``values`` ``[B, layers, heads, M, d]``; the cross caches ``[images, layers, heads, T, d]`` with ``B`` a
-        multiple of ``images``.
+        ``tokens`` int64 ``[B, M]``; ``position``, ``prompt_length``, ``min_length``, ``parent`` int64 ``[B]``;
+        ``keys``, ``values`` ``[B, layers, heads, M, d]``; the cross caches ``[images, layers, heads, T, d]`` with
+        ``B`` a multiple of ``images``.
         """
         tokens = tokens.index_select(0, parent)
         token = tokens.gather(1, position[:, None]).squeeze(1)
@@ -176,7 +176,7 @@ class OriginalDecoder(nn.Module):
             logits.append(output.logits[0, -1])
             following = length + 1
             if prompt_length[row] <= following < tokens.shape[1]:
-                short = LogitsProcessorList([MinLengthLogitsProcessor(int(min_length[row]), self.eos)])
+                short: Any = LogitsProcessorList([MinLengthLogitsProcessor(int(min_length[row]), self.eos)])
                 scores: Any = short(torch.zeros(1, following, dtype=torch.int64), output.logits[:, -1].clone())
                 next_tokens[row, following] = scores.argmax()
             grown: Any = cache.self_attention_cache.layers

@@ -267,7 +267,7 @@ def _interpret(
     multiple = 2 ** (len(unet["block_out_channels"]) - 1)
     if height % multiple or width % multiple:
         raise ExportError(f"the UNet's sample_size {size} is no multiple of {multiple}, its downsampling")
-    kind = _class_of(index, "scheduler") or scheduler.get("_class_name")
+    kind = str(_class_of(index, "scheduler") or scheduler.get("_class_name"))
     schedule, sampler, said = _read_scheduler(kind, scheduler)
     return Source(
         folder=folder,

@@ -225,13 +225,14 @@ def check_loras_fit(source: Source) -> None:
 
     if not source.loras:
         return
+    unet: Any = diffusers.UNet2DConditionModel
     try:
         with warnings_refused(source.folder), torch.device("meta"):
             models: dict[str, Any] = {
                 "text_encoder": transformers.CLIPTextModel(
-                    transformers.CLIPTextConfig.from_dict(source.configs["text_encoder"])
+                    transformers.CLIPTextConfig.from_dict(dict(source.configs["text_encoder"]))
                 ),
-                "unet": diffusers.UNet2DConditionModel.from_config(source.configs["unet"]),
+                "unet": unet.from_config(source.configs["unet"]),
             }
     except ExportError:
         raise

@@ -60,7 +60,7 @@ class Pipeline:
         device: int = 0,
         eager: bool = False,
         memory_limit: int | None = None,
-        engines: Path | None = None,
+        plans: Path | None = None,
     ) -> Pipeline:
         """Open a bundle, the shipped default one when none is named. The options are those of ``BackendOptions``.
 
@@ -69,7 +69,7 @@ class Pipeline:
         """
         started = time.perf_counter()
         opened = Bundle.default() if bundle is None else Bundle.open(Path(bundle))
-        options = BackendOptions(threads, precision, device, eager, memory_limit, engines)
+        options = BackendOptions(threads, precision, device, eager, memory_limit, plans)
         pipeline = cls(opened, backend, options)
         pipeline._graphs.opening = time.perf_counter() - started
         try:

@@ -37,7 +37,7 @@ class Denoiser:
     def __init__(self, session: Session) -> None:
         self.session = session
         inputs = session.graph.inputs
-        _, self._roles = inputs["place_rows"].shape
+        _, self._roles = inputs["place_rows"].resolve({"places": 1})
         self.bank: Mapping[str, Buffer] = {
             name: session.inputs[name] for name in list(inputs)[list(inputs).index("place_rows") + 1 :]
         }

@@ -67,7 +67,7 @@ class Grid:
             return 1  # the step goes nowhere
         to_come = len(self.timesteps) - step
         falls = self.settings["lower_order_final"] and len(self.timesteps) < few
-        return min(self.settings["solver_order"], step + 1, to_come if falls else SLOTS)
+        return min(int(self.settings["solver_order"]), step + 1, to_come if falls else SLOTS)
 
     def at(self, timestep: float) -> Level:
         """The noise level of a whole timestep; below zero it is the end."""
