@@ -266,7 +266,7 @@ def test_large_weights_lie_beside_the_graph(tiny_sd_folder, tmp_path, monkeypatc
 
 def test_the_manifest_and_the_report_hold_what_was_measured(tiny_export, bundle):
     assert bundle.name == "bundle" and bundle.precision == "fp32"
-    assert bundle.latents.multiple == 2 and bundle.latents.pixels == 4 and bundle.latents.max_height == 64
+    assert bundle.latents.multiple == 2 and bundle.latents.vae_scale_factor == 4 and bundle.latents.max_height == 64
     assert bundle.schedule["beta_schedule"] == "scaled_linear" and bundle.defaults.steps == 25
     assert [graph.name for graph in tiny_export.graphs] == list(STAGES[:-1])
     for record in tiny_export.graphs:

@@ -36,7 +36,7 @@ def test_public_names_are_the_documented_ones():
 
 def test_a_call_returns_everything(pipeline):
     result = pipeline(PROMPT, seed=0, compare=True, images=2, **QUICK)
-    size = pipeline.bundle.latents.height * pipeline.bundle.latents.pixels
+    size = pipeline.bundle.latents.height * pipeline.bundle.latents.vae_scale_factor
     for arrays in (result.arrays, result.dns_arrays, result.plain_arrays):
         assert arrays.shape == (2, size, size, 3)
         assert arrays.dtype == np.uint8
@@ -144,8 +144,9 @@ def test_previews_become_the_image(pipeline):
     result = pipeline(
         PROMPT, dnp=False, steps=4, progress=lambda step: previews.append(step.preview()) if step.index else None
     )
-    assert np.array_equal(previews[-1], result.arrays)
-    assert not np.array_equal(previews[0], result.arrays)
+    distances = [np.abs(preview.astype(int) - result.arrays).mean() for preview in previews]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 1 < 5 < distances[0]  # this sampler ends a little short of the clean latents
 
 
 def test_a_dropped_generator_frees_the_pipeline(pipeline):
@@ -181,7 +182,7 @@ def test_larger_requests_are_cut_into_batches(pipeline):
 
 def test_other_sizes(pipeline):
     latents = pipeline.bundle.latents
-    grain = latents.multiple * latents.pixels
+    grain = latents.multiple * latents.vae_scale_factor
     result = pipeline(PROMPT, height=2 * grain, width=5 * grain, **QUICK)
     assert result.arrays.shape == (1, 2 * grain, 5 * grain, 3)
     assert result.negatives[0]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import BertTokenizer, CLIPTokenizer
 
+from dnp.engine.bundle.manifest import TextSpec, TokenizerSpec
 from dnp.engine.errors import BundleError, SettingsError
 from dnp.export.families.blip import BlipParts, caption_tokenizer
 from dnp.runtime.tokenizer import MAX_CHARACTERS, CaptionTokenizer, PromptTokenizer
@@ -57,7 +58,7 @@ def clip(tmp_path_factory):
     reference = CLIPTokenizer.from_pretrained(folder)
     (folder / "prompt.json").write_text(reference.backend_tokenizer.to_str(), encoding="utf-8")
     bos, eos = reference.bos_token_id, reference.eos_token_id
-    text = SimpleNamespace(tokenizer="prompt.json", length=LENGTH, bos=bos, eos=eos, pad=reference.pad_token_id)
+    text = TextSpec(LENGTH, (TokenizerSpec("prompt.json", bos, eos, reference.pad_token_id),), "encoded")
     return reference, PromptTokenizer(SimpleNamespace(path=folder, text=text))
 
 

@@ -129,18 +129,28 @@ class Captioner:
     def steps(
         self, images: Images, settings: CaptionSettings, there: Buffer | None = None
     ) -> Generator[int, None, list[str]]:
-        """``captions`` bit by bit: yields the length so far, returns the captions.
+        """``captions`` token by token: yields the length so far after each, returns the captions.
 
-        ``there`` is a buffer that holds ``images`` already, where they need not come from the host.
+        ``there`` is a buffer that holds ``images`` already, where they need not come from the host. Raises SettingsError
+        at once for what are no images.
         """
-        ids = yield from self.tokens(images, settings, there)
-        return [self.tokenizer.decode(one) for one in ids]
+        tokens = self.tokens(images, settings, there)
+
+        def decoded() -> Generator[int, None, list[str]]:
+            return [self.tokenizer.decode(ids) for ids in (yield from tokens)]
+
+        return decoded()
 
     def tokens(
         self, images: Images, settings: CaptionSettings, there: Buffer | None = None
     ) -> Generator[int, None, list[list[int]]]:
         """``steps``, returning the ids as ``generate`` does: begin token, prefix, caption, end token unless cut off."""
         _check_images(images)
+        return self._tokens(images, settings, there)
+
+    def _tokens(
+        self, images: Images, settings: CaptionSettings, there: Buffer | None
+    ) -> Generator[int, None, list[list[int]]]:
         self._see(images, there)
         prompt = [self._spec.bos, *self.tokenizer.encode(settings.prefix)]
         self._begin(prompt, len(images), settings.beams, settings.min_length)
@@ -154,14 +164,13 @@ class Captioner:
         every = _LOOK if self._step.asynchronous else 1
         for length in range(2, settings.max_length + 1):
             self._run(first=length == 2)
-            if length <= len(prompt):
-                continue
-            if (length - len(prompt)) % every and length < settings.max_length:
-                continue
-            found = self._step.outputs["next_tokens"].read()[:, :length].tolist()
-            ids = [greedy_ids(row, len(prompt), self._spec.eos) for row in found]
+            chosen, last = length - len(prompt), length == settings.max_length
+            if last or (chosen > 0 and chosen % every == 0):
+                found = self._step.outputs["next_tokens"].read()[:, :length].tolist()
+                ids = [greedy_ids(row, len(prompt), self._spec.eos) for row in found]
+                last = last or all(row[-1] == self._spec.eos for row in ids)
             yield length
-            if all(len(row) < length or row[-1] == self._spec.eos for row in ids):
+            if last:
                 break
         return ids
 
