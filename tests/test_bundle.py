@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from dnp.engine.bundle.bundle import Bundle, file_record, manifest_digest, seal
-from dnp.engine.bundle.contract import TensorSpec
-from dnp.engine.bundle.manifest import CaptionSpec, LatentSpec, TextSpec, graph_signatures
+from dnp.engine.bundle.bundle import Bundle, file_record, seal
+from dnp.engine.bundle.columns import ROW
+from dnp.engine.bundle.contract import TensorSpec, signatures, symbols
+from dnp.engine.bundle.manifest import CaptionSpec, ConditioningSpec, GuidanceSpec, LatentSpec, TextSpec, TokenizerSpec
 from dnp.engine.errors import BundleError, SettingsError
 
-TEXT = TextSpec(length=5, dim=6, bos=0, eos=1, pad=1, tokenizer="tokenizers/prompt.json")
-LATENTS = LatentSpec(channels=4, height=8, width=12, multiple=4, max_height=32, max_width=32, pixels=4)
+TEXT = TextSpec(length=5, tokenizers=(TokenizerSpec("tokenizers/prompt.json", bos=0, eos=1, pad=1),), empty="encoded")
+CONDITIONING = {"embeddings": ConditioningSpec(("tokens", 6), "text")}
+GUIDANCE = GuidanceSpec(roles=2, methods=False, embedded=False)
+LATENTS = LatentSpec(channels=4, height=8, width=12, multiple=4, max_height=32, max_width=32, vae_scale_factor=4)
 CAPTION = CaptionSpec(
     image_size=16, length=7, layers=2, heads=2, head_dim=8, tokens=5, vocab=30, bos=4, eos=2, pad=0, max_length=7,
     tokenizer="tokenizers/caption.json",
@@ -27,21 +33,29 @@ CAPTION = CaptionSpec(
 GRAPHS = ["encode_text", "denoise", "decode_latents", "encode_image", "caption_step"]
 
 
+def model(precision="fp32", **changes):
+    """As much of a manifest as the contract reads."""
+    parts = {"text": TEXT, "conditioning": CONDITIONING, "guidance": GUIDANCE, "latents": LATENTS, "caption": CAPTION}
+    return SimpleNamespace(precision=precision, **{**parts, **changes})
+
+
 def unsealed(precision="fp32"):
     """A manifest as an exporter would hand it to ``seal``: without "files"."""
-    signatures = graph_signatures(TEXT, LATENTS, CAPTION, precision)
     return {
-        "schema": 1,
+        "schema": 2,
         "name": "tiny",
         "family": "stable-diffusion-1",
         "precision": precision,
         "created_with": {"dnp-engine": "0.1.0"},
-        "text": dataclasses.asdict(TEXT),
+        "text": {**dataclasses.asdict(TEXT), "tokenizers": [dataclasses.asdict(one) for one in TEXT.tokenizers]},
+        "conditioning": {"embeddings": {"shape": ["tokens", 6], "source": "text"}},
+        "guidance": dataclasses.asdict(GUIDANCE),
         "latents": dataclasses.asdict(LATENTS),
         "schedule": {"num_train_timesteps": 1000, "prediction_type": "epsilon"},
         "caption": dataclasses.asdict(CAPTION),
         "defaults": {
-            "sampler": "ddim", "steps": 25, "guidance": 4, "dns_sampler": "ddim", "dns_steps": 25, "dns_guidance": 3.0
+            "final": {"sampler": "ddim", "steps": 25, "guidance": 4},
+            "dns": {"sampler": "ddim", "steps": 25, "guidance": 3.0},
         },
         "graphs": {
             name: {
@@ -50,7 +64,7 @@ def unsealed(precision="fp32"):
                 "outputs": {n: t.to_dict() for n, t in outputs.items()},
                 "parity": {n: {"max_abs_error": 1e-6, "bound": 1e-4} for n in outputs},
             }
-            for name, (inputs, outputs) in signatures.items()
+            for name, (inputs, outputs) in signatures(model(precision)).items()
         },
     }  # fmt: skip
 
@@ -79,8 +93,13 @@ def shared_folder(tmp_path_factory):
 def rewrite(folder, change):
     manifest = json.loads((folder / "bundle.json").read_text())
     change(manifest)
-    manifest["sha256"] = manifest_digest(manifest)  # as if it had been sealed so
-    (folder / "bundle.json").write_text(json.dumps(manifest))
+    write_sealed(folder, json.dumps(manifest).encode())
+
+
+def write_sealed(folder, raw):
+    """Write a manifest as if it had been sealed so."""
+    (folder / "bundle.json").write_bytes(raw)
+    (folder / "bundle.sha256").write_text(f"{hashlib.sha256(raw).hexdigest()}  bundle.json\n")
 
 
 def refusal(folder):
@@ -97,11 +116,11 @@ def test_what_was_sealed_opens(tmp_path, precision):
     assert list(bundle.graphs) == GRAPHS
     denoise = bundle.graph("denoise")
     assert denoise.path == bundle.path / "graphs/denoise.onnx"
-    assert denoise.symbols == ("batch", "height", "width", "rows", "draws")
+    assert denoise.symbols == ("places", "height", "width", "steps", "noise_steps", "rows", "tokens")
     assert denoise.parity["latents"].bound == 1e-4
     keys = bundle.graph("caption_step").inputs["keys"]
-    assert keys == TensorSpec(("batch", 2, 2, 7, 8), "float16" if precision == "fp16" else "float32")
-    assert isinstance(bundle.defaults.guidance, float)
+    assert keys == TensorSpec(("sequences", 2, 2, 7, 8), "float16" if precision == "fp16" else "float32")
+    assert isinstance(bundle.defaults.final.guidance, float)
 
 
 RANGES = {"largest": 9e4, "at": "p", "limit": 32752.0, "error": 1e-3, "precision": "fp16", "float32": ["p", "a.b/c"]}
@@ -152,14 +171,51 @@ def test_shapes_resolve():
 
 def test_the_contract_of_the_five_graphs():
     """As docs/architecture.md draws it."""
-    signatures = graph_signatures(TEXT, LATENTS, CAPTION, "fp16")
-    assert list(signatures) == GRAPHS
-    inputs, outputs = signatures["denoise"]
-    assert inputs["state"].shape == ("batch", 4, 4, "height", "width")
-    assert inputs["table"].shape == ("batch", "rows", 30)
-    assert outputs["latents"].shape == ("batch", 4, "height", "width")
-    assert signatures["decode_latents"][1]["image"] == TensorSpec(("batch", "4*height", "4*width", 3), "uint8")
-    assert signatures["caption_step"][0]["cross_keys"].shape == ("images", 2, 2, 5, 8)
+    graphs = signatures(model("fp16"))
+    assert list(graphs) == GRAPHS
+    inputs, outputs = graphs["denoise"]
+    assert inputs["state"].shape == ("places", 4, 4, "height", "width")
+    assert inputs["table"].shape == ("places", "steps", ROW)
+    assert inputs["embeddings"].shape == ("places", 2, "tokens", 6)
+    assert outputs["latents"].shape == ("places", 4, "height", "width")
+    assert graphs["decode_latents"].outputs["image"] == TensorSpec(("batch", "4*height", "4*width", 3), "uint8")
+    assert graphs["caption_step"].inputs["cross_keys"].shape == ("images", 2, 2, 5, 8)
+
+
+def test_two_tokenizers_pooled_text_and_sizes_are_named_by_the_contract():
+    xl = model(
+        text=TextSpec(77, (TEXT.tokenizers[0],) * 2, "zeros"),
+        conditioning={
+            "embeddings": ConditioningSpec(("tokens", 2048), "text"),
+            "pooled": ConditioningSpec((1280,), "text"),
+            "sizes": ConditioningSpec((6,), "size"),
+        },
+        guidance=GuidanceSpec(3, methods=True, embedded=False),
+    )
+    encode, denoise = signatures(xl)["encode_text"], signatures(xl)["denoise"]
+    assert list(encode.inputs) == ["ids", "ids_2"] and list(encode.outputs) == ["embeddings", "pooled"]
+    assert denoise.inputs["pooled"].shape == ("places", 3, 1280) and denoise.inputs["sizes"].shape == ("places", 3, 6)
+    assert denoise.inputs["place_rows"] == TensorSpec(("places", 3), "int64")
+
+
+def test_every_symbol_of_the_contract_is_described():
+    named = {
+        name
+        for graph in signatures(model()).values()
+        for tensors in graph
+        for t in tensors.values()
+        for name in t.symbols
+    }
+    assert named == set(symbols(model()))
+
+
+@pytest.mark.parametrize(
+    ("symbol", "sizes", "fitted"),
+    [("rows", [1, 2, 3, 5, 9, 16, 17], [1, 2, 3, 6, 12, 16, 17]), ("places", [1, 8, 9], [16, 16, 16]),
+     ("noise_steps", [1, 2, 16], [1, 16, 16]), ("batch", [1, 5, 20], [1, 5, 20])],
+)  # fmt: skip
+def test_a_size_is_run_at_the_next_one_that_is_captured(symbol, sizes, fitted):
+    assert [symbols(model())[symbol].fit(size, 16) for size in sizes] == fitted
 
 
 @pytest.mark.parametrize(
@@ -192,10 +248,11 @@ def test_a_damaged_folder_is_refused(folder, damage, words):
     [
         (
             lambda m: m.update(schema=99),
-            ["schema 99", "schema 1", "dnp-engine that wrote it", "export the model again"],
+            ["schema 99", "schema 2", "dnp-engine that wrote it", "export the model again"],
         ),
         (lambda m: m.update(schema=99, surprise=1), ["schema 99"]),
         (lambda m: m.update(schema=10**4000), ["huge"]),
+        (lambda m: m.update(schema=1), ["schema 1", "schema 2", "dnp export"]),
         (lambda m: m.update(schema=True), ["schema", "True"]),
         (lambda m: m.pop("schema"), ["schema"]),
         (lambda m: m.pop("text"), ["'text' is missing"]),
@@ -203,15 +260,19 @@ def test_a_damaged_folder_is_refused(folder, damage, words):
         (lambda m: m["text"].update(lenght=1), ["text", "'lenght'", "'length'"]),
         (lambda m: m["text"].update(length="32"), ["text: length", "'32'", "integer from 1"]),
         (lambda m: m["text"].update(length=0), ["text: length", "0"]),
-        (lambda m: m["text"].update(bos=-1), ["text: bos", "-1"]),
+        (lambda m: m["text"]["tokenizers"][0].update(bos=-1), ["text: tokenizers[0]: bos", "-1"]),
+        (lambda m: m["text"].update(tokenizers={}), ["text: tokenizers", "a list of objects"]),
+        (lambda m: m["text"].update(empty="none"), ["text: empty", "encoded, zeros"]),
+        (lambda m: m["guidance"].update(roles=4), ["guidance: roles", "4"]),
+        (lambda m: m["guidance"].update(methods=1), ["guidance: methods", "true or false"]),
         (lambda m: m["latents"].update(height=10), ["latents.height", "10", "multiple of 4"]),
         (lambda m: m["latents"].update(height=64), ["latents.height", "64", "32"]),
         (lambda m: m["caption"].update(max_length=8), ["caption.max_length", "8", "7"]),
         (lambda m: m["caption"].update(bos=30), ["caption.bos", "30"]),
-        (lambda m: m["defaults"].update(guidance=float("nan")), ["guidance", "nan"]),
-        (lambda m: m["defaults"].update(guidance=10**400), ["guidance", "huge"]),
+        (lambda m: m["defaults"]["final"].update(guidance=float("nan")), ["guidance", "nan"]),
+        (lambda m: m["defaults"]["dns"].update(guidance=10**400), ["guidance", "huge"]),
         (lambda m: m.update(precision="int8"), ["precision", "int8", "fp16"]),
-        (lambda m: m.update(family="flux"), ["family", "flux", "stable-diffusion-1"]),
+        (lambda m: m.update(family=1), ["family", "text"]),
         (lambda m: m["graphs"].pop("denoise"), ["graphs", "'denoise' is missing"]),
         (lambda m: m["graphs"].update(extra=m["graphs"]["denoise"]), ["graphs", "'extra'"]),
         (lambda m: m["graphs"]["denoise"]["inputs"].pop("noise"), ["denoise.inputs", "'noise' is missing"]),
@@ -224,7 +285,7 @@ def test_a_damaged_folder_is_refused(folder, damage, words):
             ["inputs", "state", "shape"],
         ),
         (lambda m: m["graphs"]["denoise"].update(file="graphs/other.onnx"), ["denoise.file", "other", "'files'"]),
-        (lambda m: m["text"].update(tokenizer="elsewhere.json"), ["text.tokenizer", "elsewhere"]),
+        (lambda m: m["text"]["tokenizers"][0].update(file="elsewhere.json"), ["text.tokenizers", "elsewhere"]),
         (lambda m: m["files"]["graphs/denoise.onnx"].update(sha256="abc"), ["denoise", "sha256", "abc"]),
         # weights of 3 GiB, as a UNet's in float32, are a size like any other
         (
@@ -248,13 +309,22 @@ def test_a_wrong_manifest_is_refused(folder, change, words):
 
 def test_a_manifest_edited_within_its_schema_is_refused(folder):
     manifest = json.loads((folder / "bundle.json").read_text())
-    for edited in ({**manifest, "name": "other"}, {k: v for k, v in manifest.items() if k != "sha256"}):
-        (folder / "bundle.json").write_text(json.dumps(edited))
-        message = refusal(folder)
-        assert "bundle.json" in message
-        assert "edited" in message
-    (folder / "bundle.json").write_text(json.dumps(manifest, indent=7))  # says the same
+    (folder / "bundle.json").write_text(json.dumps({**manifest, "name": "other"}))
+    message = refusal(folder)
+    assert "bundle.json" in message and "edited" in message and "bundle.sha256" in message
+    write_sealed(folder, json.dumps(manifest, indent=7).encode())
     assert Bundle.open(folder).name == "tiny"
+    (folder / "bundle.sha256").unlink()
+    assert "bundle.sha256: cannot be read" in refusal(folder)
+
+
+def test_the_seal_is_one_that_coreutils_check(folder):
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum")
+    check = ["sha256sum", "--check", "--strict", "bundle.sha256"]
+    assert subprocess.run(check, cwd=folder, capture_output=True).returncode == 0
+    (folder / "bundle.json").write_text((folder / "bundle.json").read_text() + " ")
+    assert subprocess.run(check, cwd=folder, capture_output=True).returncode != 0
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
@@ -374,11 +444,9 @@ def test_any_change_of_the_manifest_opens_or_is_refused(shared_folder, changes):
     manifest = json.loads(original)
     for change in changes:
         manifest = mutate(manifest, *change)
-    opened = check_opens_or_refuses(shared_folder, json.dumps(manifest).encode())
-    assert not opened or manifest == json.loads(original)
-    if isinstance(manifest, dict):
-        manifest["sha256"] = manifest_digest(manifest)
-        check_opens_or_refuses(shared_folder, json.dumps(manifest).encode())
+    raw = json.dumps(manifest).encode()
+    assert not check_opens_or_refuses(shared_folder, raw) or raw == original.encode()
+    check_opens_or_refuses(shared_folder, raw, sealed=True)
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -390,14 +458,17 @@ def test_any_damage_to_the_bytes_of_the_manifest_opens_or_is_refused(shared_fold
     check_opens_or_refuses(shared_folder, raw[:start] + patch + raw[start + gap :])
 
 
-def check_opens_or_refuses(folder, raw):
+def check_opens_or_refuses(folder, raw, *, sealed=False):
     """Whether a folder of the same files opens with ``raw`` as its manifest; the shared one stays as it is."""
     twin = folder.parent / f"twin-{os.getpid()}"
     if not twin.exists():
         twin.mkdir()
         for name in ("graphs", "tokenizers"):
             shutil.copytree(folder / name, twin / name)
+    shutil.copy(folder / "bundle.sha256", twin)
     (twin / "bundle.json").write_bytes(raw)
+    if sealed:
+        write_sealed(twin, raw)
     try:
         bundle = Bundle.open(twin)
     except BundleError as error:

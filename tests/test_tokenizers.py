@@ -192,16 +192,32 @@ def test_ids_beyond_the_vocabulary_are_left_out(bert):
     assert tokenizer.decode(row) == "the red circle"
 
 
+def test_a_long_prompt_fills_several_windows(clip):
+    reference, tokenizer = clip
+    prompt = " ".join(["a", "cat", "red"] * 12)
+    ids = reference(prompt, add_special_tokens=False).input_ids
+    rows = tokenizer.encode([prompt, "a"], 3).reshape(2, 3, LENGTH)
+    bos, eos = reference.bos_token_id, reference.eos_token_id
+    room = LENGTH - 2
+    for number, window in enumerate(rows[0]):
+        part = [bos, *ids[number * room : (number + 1) * room], eos]
+        assert window.tolist() == part + [reference.pad_token_id] * (LENGTH - len(part))
+    np.testing.assert_array_equal(rows[1, 1:], [tokenizer.encode([""])[0]] * 2)
+    assert tokenizer.truncated(prompt, 99) is None
+    lost = tokenizer.truncated(prompt, 2)
+    assert prompt.endswith(lost) and reference(lost, add_special_tokens=False).input_ids == ids[2 * room :]
+
+
 def test_a_tokenizer_that_does_not_fit_the_model_is_a_bundle_error(clip, tmp_path):
     reference, _ = clip
     (tmp_path / "prompt.json").write_text(reference.backend_tokenizer.to_str(), encoding="utf-8")
-    text = SimpleNamespace(tokenizer="prompt.json", length=LENGTH, bos=3, eos=4, pad=0)
+    text = TextSpec(LENGTH, (TokenizerSpec("prompt.json", 3, 4, 0),), "encoded")
     with pytest.raises(BundleError, match=r"empty prompt.*\[3, 4\]"):
         PromptTokenizer(SimpleNamespace(path=tmp_path, text=text))
 
 
 def test_a_broken_tokenizer_file_is_a_bundle_error(tmp_path):
     (tmp_path / "prompt.json").write_text("{}")
-    bundle = SimpleNamespace(path=tmp_path, text=SimpleNamespace(tokenizer="prompt.json", length=4, pad=0))
+    bundle = SimpleNamespace(path=tmp_path, text=TextSpec(4, (TokenizerSpec("prompt.json", 3, 4, 0),), "encoded"))
     with pytest.raises(BundleError, match=r"prompt\.json"):
         PromptTokenizer(bundle)

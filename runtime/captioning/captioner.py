@@ -131,8 +131,8 @@ class Captioner:
     ) -> Generator[int, None, list[str]]:
         """``captions`` token by token: yields the length so far after each, returns the captions.
 
-        ``there`` is a buffer that holds ``images`` already, where they need not come from the host. Raises SettingsError
-        at once for what are no images.
+        ``there`` is a buffer that holds ``images`` already, where they need not come from the host.
+        Raises SettingsError at once for what are no images.
         """
         tokens = self.tokens(images, settings, there)
 
