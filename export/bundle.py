@@ -25,7 +25,7 @@ from dnp.export.families import blip, stable_diffusion
 from dnp.export.families.blip import caption_manifest, caption_tokenizer, load_blip
 from dnp.export.families.lora import Lora, check_loras
 from dnp.export.families.source import read_source
-from dnp.export.families.tokenizer import prompt_tokenizer
+from dnp.export.families.tokenizer import prompt_tokenizers
 from dnp.export.fp16.precision import Precision, check_precision
 from dnp.export.fp16.ranges import RangeCheck, check_ranges
 from dnp.export.graph import GraphExport, GraphRecord, WrittenGraph, export_graph, finish_graph, write_graph
@@ -33,7 +33,6 @@ from dnp.export.memory import PeakMemory
 from dnp.runtime.sampling.samplers import check_defaults
 from dnp.runtime.sampling.schedule import NoiseSchedule
 
-FAMILY = "stable-diffusion-1"
 STAGES = ("encode_text", "denoise", "decode_latents", "encode_image", "caption_step", "seal")
 # Beside the samplers, which are the source's own. s is diffusers' usual guidance less 1, for there the base branch is
 # the prompt: see the architecture's "denoise".
@@ -82,11 +81,12 @@ def export_bundle(
     name: str | None = None,
     defaults: Mapping[str, Any] | None = None,
     loras: Sequence[Lora] = (),
+    methods: bool = False,
     ranges: RangeCheck | None = None,
     overwrite: bool = False,
     progress: StageCallback | None = None,
 ) -> ExportReport:
-    """Export the diffusers folder ``source`` (Stable Diffusion 1.x) and the BLIP folder ``captioner`` to ``out``.
+    """Export the diffusers folder ``source``, Stable Diffusion 1.x, 2.x or XL, and the BLIP folder ``captioner``.
 
     Everything is made in a hidden folder beside ``out``, which takes its name when all is well. Whatever stops the
     work, an error, Ctrl-C or an exception from ``progress``, leaves neither behind, and an old ``out`` untouched.
@@ -96,6 +96,7 @@ def export_bundle(
         name: the bundle's name; that of the folder ``out`` when left out.
         defaults: what replaces single ones of ``DEFAULTS`` and of the samplers, which are else the source's own.
         loras: merged into the weights before they are exported, in this order.
+        methods: give the step graph what guidance methods need: a third role, and sums over the network's outputs.
         ranges: run whole requests with the fp16 graphs, put back to float32 what overflows, and keep the list in the
             manifest. Only then are the graphs compared with PyTorch.
         overwrite: replace a bundle that is already there.
@@ -113,8 +114,8 @@ def export_bundle(
         if ranges is not None and exact == "fp32":
             raise ExportError("only fp16 graphs have ranges to check; use precision fp16 (--precision fp16)")
         _check_out(out, overwrite)
-        check_loras(tuple(loras))
-        model = replace(read_source(Path(source)), loras=tuple(loras))
+        model = replace(read_source(Path(source)), loras=tuple(loras), methods=methods)
+        check_loras(model.loras, model.family.name, ("unet", *(part.folder for part in model.family.encoders)))
         stable_diffusion.check_loras_fit(model)
         own = {"sampler": model.sampler, "dns_sampler": model.sampler}
         settings = _merge_defaults({**own, **(defaults or {})})
@@ -123,21 +124,25 @@ def export_bundle(
         except SettingsError as error:
             raise ExportError(f"the defaults cannot be honoured: {error}") from error
         name = out.name if name is None else name
-        prompts, tokens = prompt_tokenizer(model)
+        prompts = prompt_tokenizers(model)
         captions = load_blip(Path(captioner))
         caption = caption_manifest(captions)
         manifest = {
             "schema": SCHEMA,
             "name": name,
-            "family": FAMILY,
+            "family": model.family.name,
             "precision": exact,
             "created_with": {
                 **{package: version(package) for package in _PACKAGES},
                 **{lora.file.name: f"merged as {lora.scale:g}" for lora in loras},
             },
-            "text": {"length": model.length, "tokenizers": [asdict(tokens)], "empty": "encoded"},
+            "text": {
+                "length": model.length,
+                "tokenizers": [asdict(spec) for _, spec in prompts.values()],
+                "empty": "zeros" if model.zeros else "encoded",
+            },
             "conditioning": model.conditioning_manifest(),
-            "guidance": {"roles": 2, "methods": False, "embedded": False},
+            "guidance": model.guidance_manifest(),
             "latents": model.latents_manifest(),
             "schedule": dict(model.schedule),
             "caption": caption,
@@ -164,7 +169,8 @@ def export_bundle(
                     records.append(export_graph(build(stage), folder))
                 else:
                     written.append(write_graph(build(stage), folder))
-            for tokenizer, file in ((prompts, tokens.file), (caption_tokenizer(captions), caption["tokenizer"])):
+            texts = {file: tokenizer for file, (tokenizer, _) in prompts.items()}
+            for file, tokenizer in {**texts, caption["tokenizer"]: caption_tokenizer(captions)}.items():
                 (folder / file).parent.mkdir(exist_ok=True)
                 (folder / file).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             if ranges is not None:

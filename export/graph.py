@@ -24,8 +24,10 @@ from dnp.engine.bundle.manifest import GraphSpec, Parity, Ranges
 from dnp.engine.errors import ExportError
 from dnp.export.fp16.simulation import simulated_graph
 from dnp.export.memory import PeakMemory
-from dnp.export.passes.attention import fuse_attention, translations
+from dnp.export.passes import attention, resize
+from dnp.export.passes.attention import fuse_attention
 from dnp.export.passes.onnx_file import file_statistics, save_graph, write_model
+from dnp.export.passes.shapes import settle_shapes
 
 Array = npt.NDArray[Any]
 Dims = Mapping[str, int]
@@ -49,8 +51,8 @@ class GraphExport:
             largest value that PyTorch gives, or to 1 if that is larger.
         reference: what outputs are compared with, when not ``module``: the float32 module of an fp16 graph.
         multiples: symbols that only take multiples of a number, such as ``{"height": 4}``.
-        traced: the largest size to promise torch for a symbol, where code branches on it without need. It
-            saves torch a second attempt and is no limit of the graph: ONNX holds no such assertion.
+        traced: the smallest and largest size to promise torch for a symbol, where code branches on it without need.
+            It is no limit of the graph: ONNX holds no such assertion.
     """
 
     name: str
@@ -62,7 +64,7 @@ class GraphExport:
     bounds: Mapping[str, float]
     reference: nn.Module | None = None
     multiples: Mapping[str, int] = field(default_factory=dict)
-    traced: Mapping[str, int] = field(default_factory=dict)
+    traced: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def write_graph(spec: GraphExport, folder: Path) -> WrittenGraph:
     file = f"graphs/{spec.name}.onnx"
     with PeakMemory() as memory:
         program = _trace(spec)
+        settle_shapes(program.model)
         shapes = {
             name: tensor.shape for name, tensor in [*spec.signature.inputs.items(), *spec.signature.outputs.items()]
         }
@@ -156,11 +159,12 @@ def _trace(spec: GraphExport) -> torch.onnx.ONNXProgram:
     _check_inputs(spec, arrays, spec.example)
     dims: dict[str, Any] = {}
     for symbol in dict.fromkeys(s for tensor in spec.signature.inputs.values() for s in tensor.symbols):
-        multiple, largest = spec.multiples.get(symbol, 1), spec.traced.get(symbol, 1 << 16)
+        multiple = spec.multiples.get(symbol, 1)
+        least, largest = spec.traced.get(symbol, (1, 1 << 16))
         if multiple > 1:
             dims[symbol] = multiple * torch.export.Dim(f"{symbol}_{multiple}", min=1, max=largest // multiple)
         else:
-            dims[symbol] = torch.export.Dim(symbol, min=1, max=largest)
+            dims[symbol] = torch.export.Dim(symbol, min=least, max=largest)
     dynamic = tuple(
         {axis: dims[entry] for axis, entry in enumerate(tensor.shape) if isinstance(entry, str)}
         for tensor in spec.signature.inputs.values()
@@ -175,7 +179,7 @@ def _trace(spec: GraphExport) -> torch.onnx.ONNXProgram:
                 input_names=list(spec.signature.inputs),
                 output_names=list(spec.signature.outputs),
                 opset_version=OPSET,
-                custom_translation_table=translations(),
+                custom_translation_table={**attention.translations(), **resize.translations()},
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:

@@ -1,6 +1,5 @@
 """Fixtures that several test modules share: tiny models of random weights, and pipelines on a stand-in for a GPU."""
 
-import json
 import signal
 from pathlib import Path
 
@@ -48,52 +47,9 @@ def tiny_blip_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_sd_folder(tmp_path_factory):
     """A Stable Diffusion of random weights that fp16 holds exactly, heads of 16 channels, images of 32 pixels."""
-    import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from tokenizers import Tokenizer as FastTokenizer
-    from tokenizers import models, pre_tokenizers, trainers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    import families
 
-    scenes = ["a large red circle left of a small blue square", "a green star on a plain yellow background"]
-    bytes_, end = sorted(pre_tokenizers.ByteLevel.alphabet()), "</w>"
-    trained = FastTokenizer(models.BPE(end_of_word_suffix=end))
-    trained.pre_tokenizer = pre_tokenizers.Whitespace()
-    trained.train_from_iterator(scenes, trainers.BpeTrainer(end_of_word_suffix=end, show_progress=False))
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    words = [*bytes_, *(byte + end for byte in bytes_), *("".join(pair) for pair in merges)]
-    words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, model_max_length=16)
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                num_attention_heads=2, max_position_embeddings=16, bos_token_id=bos, eos_token_id=eos,
-                pad_token_id=eos,
-            )
-        )  # fmt: skip
-        unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-            cross_attention_dim=32, attention_head_dim=(2, 4),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        )  # fmt: skip
-        vae = AutoencoderKL(
-            block_out_channels=(16, 16, 32), layers_per_block=1, norm_num_groups=8, sample_size=32,
-            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        )  # fmt: skip
-    scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-    )
-    for model in (text_encoder, unet, vae):
-        model.half().float()
-    folder = tmp_path_factory.mktemp("tiny-sd") / "tiny-sd"
-    StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
+    return families.build("sd1", tmp_path_factory.mktemp("tiny-sd") / "tiny-sd")
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     "--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Merge this LoRA (.safetensors) into the weights."
 )
 @click.option(
+    "--guidance-methods",
+    is_flag=True,
+    help="Give the step graph what guidance methods need: rescaling, projected guidance, CFG-Zero*, norm caps, a third "
+    "prompt.",
+)
+@click.option(
     "--check-ranges",
     is_flag=True,
     help="Of fp16 graphs: run whole DNP requests on the CPU, tell the largest activations and the errors against "
@@ -54,13 +60,14 @@ def export(
     name: str | None,
     defaults: tuple[str, ...],
     loras: tuple[str, ...],
+    guidance_methods: bool,
     check_ranges: bool,
     range_prompts: tuple[str, ...],
     range_steps: int | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Export SOURCE, a diffusers folder of Stable Diffusion 1.x, and a BLIP captioner to the bundle OUT.
+    """Export SOURCE, a diffusers folder of Stable Diffusion 1.x, 2.x or XL, and a BLIP captioner to the bundle OUT.
 
     Every graph is compared with PyTorch, and the export fails when one differs. Pickle files are never loaded.
     """
@@ -100,6 +107,7 @@ def export(
             name=name,
             defaults=dict(map(_setting, defaults)),
             loras=[Lora.parse(text) for text in loras],
+            methods=guidance_methods,
             ranges=ranges,
             overwrite=overwrite,
             progress=progress,

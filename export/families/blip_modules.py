@@ -71,11 +71,10 @@ class CaptionStep(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """``logits`` float32 ``[B, vocab]``, ``next_tokens``, ``next_position`` and the caches as they were given.
 
-        ``tokens`` int64 ``[B, M]``; ``position``, ``prompt_length``, ``min_length``, ``parent`` int64 ``[B]``;
-        ``keys``, ``values`` ``[B, layers, heads, M, d]``; the cross caches ``[images, layers, heads, T, d]`` with
-        ``B`` a multiple of ``images``.
+        ``tokens`` int64 ``[B, M]``; ``position``, ``prompt_length``, ``min_length``, ``parent`` int64 ``[B]``, of which
+        ``parent`` orders the caches alone; ``keys``, ``values`` ``[B, layers, heads, M, d]``; the cross caches
+        ``[images, layers, heads, T, d]`` with ``B`` a multiple of ``images``.
         """
-        tokens = tokens.index_select(0, parent)
         token = tokens.gather(1, position[:, None]).squeeze(1)
         decoder: Any = self.decoder
         embeddings, head = decoder.bert.embeddings, decoder.cls.predictions
@@ -155,7 +154,7 @@ class OriginalDecoder(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """As ``CaptionStep.forward``."""
         logits, next_keys, next_values = [], torch.zeros_like(keys), torch.zeros_like(values)
-        next_tokens = tokens[parent]
+        next_tokens = tokens.clone()
         beams = len(tokens) // len(cross_keys)
         for row in range(len(tokens)):
             image, origin, length = row // beams, int(parent[row]), int(position[row])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ from typing import Any
 from dnp.engine.errors import ExportError
 from dnp.engine.system.imports import missing_extra
 from dnp.export.files import check_content
-
-COMPONENTS = ("unet", "text_encoder")  # that a LoRA may change
 
 # How a key begins, and what it belongs to. kohya's text encoders count from 1 where there are two.
 _PREFIXES = {
@@ -143,8 +141,11 @@ class _Change:
         return self.factor * product.reshape(weight.shape)
 
 
-def check_loras(loras: tuple[Lora, ...]) -> None:
-    """Raises ExportError for a file that is not wholly understood or changes nothing, BackendError without peft."""
+def check_loras(loras: tuple[Lora, ...], family: str, components: Collection[str]) -> None:
+    """Raises ExportError for a file that is not wholly understood or changes nothing, BackendError without peft.
+
+    ``components`` are those of the family that a LoRA may change.
+    """
     if not loras:
         return
     try:
@@ -153,9 +154,9 @@ def check_loras(loras: tuple[Lora, ...]) -> None:
         raise missing_extra("peft", "cpu,export", "merging a LoRA") from error
     for lora in loras:
         for component, changes in _read(lora).items():
-            if component not in COMPONENTS:
+            if component not in components:
                 raise ExportError(
-                    f"{lora.file} is no LoRA for Stable Diffusion 1.x: it changes a {component}, such as by "
+                    f"{lora.file} is no LoRA for {family}: it changes a {component}, such as by "
                     f"{changes[0].key!r}; export the model that it was trained for"
                 )
 

@@ -1,4 +1,4 @@
-"""A Stable Diffusion 1.x folder as diffusers saves it: what it declares, and why some cannot be exported.
+"""A Stable Diffusion folder as diffusers saves it: what it declares, and why some cannot be exported.
 
 Everything here reads JSON and file names only, so that a model that cannot be exported is refused at once. A
 configuration is read as its own library reads it: what it leaves out is the default of the class, and what
@@ -26,20 +26,67 @@ from dnp.runtime.sampling.samplers import sampler_of
 from dnp.runtime.sampling.schedule import NoiseSchedule
 from dnp.runtime.sampling.settings import KEYS, SCHEDULE_KEYS
 
-PIPELINE = "StableDiffusionPipeline"
-COMPONENTS: Mapping[str, tuple[str, ...]] = {
-    "text_encoder": ("CLIPTextModel",),
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder of a pipeline, and what of it the UNet is given.
+
+    Attributes:
+        folder, tokenizer: the components' names.
+        kind: its class in transformers.
+        layer: which of its hidden states, from the end and without the final norm; None is the last one, normalised.
+    """
+
+    folder: str
+    tokenizer: str
+    kind: str
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a class of pipelines in diffusers does, where it is not in the configurations of its components.
+
+    Attributes:
+        name: what bundles of it are called.
+        encoders: their hidden states lie beside one another in the text that the UNet attends to.
+        added: the UNet's ``addition_embed_type``: None, or ``text_time``, the last encoder's pooled text and six sizes.
+        float32_decoder: whether it heeds the VAE's ``force_upcast``.
+        zeros: whether it has zeros for the empty negative prompt, unless ``model_index.json`` says otherwise.
+        rewrites: whether it rewrites old configurations: ``sample_size``, ``steps_offset``, ``clip_sample``.
+        size: the side of its latents where the UNet does not say.
+    """
+
+    name: str
+    encoders: tuple[TextEncoder, ...]
+    added: str | None = None
+    float32_decoder: bool = False
+    zeros: bool = False
+    rewrites: bool = False
+    size: int = 64
+
+
+FAMILIES: Mapping[str, Family] = {
+    "StableDiffusionPipeline": Family(
+        "stable-diffusion", (TextEncoder("text_encoder", "tokenizer", "CLIPTextModel"),), rewrites=True
+    ),
+    "StableDiffusionXLPipeline": Family(
+        "stable-diffusion-xl",
+        (
+            TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", -2),
+            TextEncoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", -2),
+        ),
+        added="text_time",
+        float32_decoder=True,
+        zeros=True,
+        size=128,
+    ),
 }
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+SIZES = 6  # numbers of the size conditioning: see ConditioningSpec
 MAX_LATENTS = 64  # the least that a bundle allows; a larger model allows twice its own size
 
-_WEIGHTS = {
-    "text_encoder": "model",
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-}
+_MODELS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 _SINGLE_FILE = (
     "convert a single checkpoint file with diffusers first: StableDiffusionPipeline.from_single_file(FILE)"
     ".save_pretrained(FOLDER, safe_serialization=True)"
@@ -53,10 +100,8 @@ _EXPECTED: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
     "unet": {
         "class_embed_type": ((None,), "class embeddings"),
         "num_class_embeds": ((None,), "class embeddings"),
-        "addition_embed_type": ((None,), "added embeddings, as Stable Diffusion XL has them"),
         "encoder_hid_dim_type": ((None,), "a projection of the text"),
         "encoder_hid_dim": ((None,), "a projection of the text"),
-        "time_cond_proj_dim": ((None,), "guidance as a network input, as distilled models have it"),
         "attention_type": (("default",), "grounded attention (GLIGEN)"),
     },
     "vae": {
@@ -77,33 +122,40 @@ class Source:
         variants: the weight variant of each component, ``"fp16"`` where only that one is present.
         channels: latent channels C.
         height, width: the model's own latent size.
-        multiple: latent sizes are multiples of it, for the UNet halves them that often.
         pixels: image pixels per latent and axis, f.
-        length, dim: L tokens of D channels make the text context.
-        vocabulary: how many token ids there are.
+        length, dim: windows of L tokens of D channels make the text that the UNet attends to.
+        pooled: channels of the pooled text, where the UNet takes it and the sizes.
+        embedded: whether the UNet takes the guidance scale, as of some distilled models.
+        zeros: whether the empty prompt is zeros.
+        float32_decoder: whether the decoder is float32 in every precision.
         scaling: latents are multiplied by it after encoding, divided by it before decoding.
         schedule: the keys of the scheduler's configuration that a bundle keeps: those that count for some sampler.
         sampler: the one that gives what the folder's own scheduler does.
         notes: sentences on what was read in another way than it is written.
         loras: what is merged into the weights, in this order.
+        methods: whether the step graph shall have what guidance methods need.
     """
 
     folder: Path
+    family: Family
     configs: Mapping[str, Mapping[str, Any]]
     variants: Mapping[str, str | None]
     channels: int
     height: int
     width: int
-    multiple: int
     pixels: int
     length: int
     dim: int
-    vocabulary: int
+    pooled: int | None
+    embedded: bool
+    zeros: bool
+    float32_decoder: bool
     scaling: float
     schedule: Mapping[str, Any]
     sampler: str
     notes: tuple[str, ...] = ()
     loras: tuple[Lora, ...] = ()
+    methods: bool = False
 
     def latents_manifest(self) -> dict[str, int]:
         """The ``latents`` section of ``bundle.json``."""
@@ -111,21 +163,29 @@ class Source:
             "channels": self.channels,
             "height": self.height,
             "width": self.width,
-            "multiple": self.multiple,
-            "max_height": _most(self.height, self.multiple),
-            "max_width": _most(self.width, self.multiple),
+            "multiple": 1,
+            "max_height": max(MAX_LATENTS, 2 * self.height),
+            "max_width": max(MAX_LATENTS, 2 * self.width),
             "vae_scale_factor": self.pixels,
         }
 
     def conditioning_manifest(self) -> dict[str, Any]:
-        """The ``conditioning`` section of ``bundle.json``: the text that the UNet attends to."""
-        return {"embeddings": {"shape": ["tokens", self.dim], "source": "text"}}
+        """The ``conditioning`` section of ``bundle.json``, in the order of the UNet's arguments."""
+        section: dict[str, Any] = {"embeddings": {"shape": ["tokens", self.dim], "source": "text"}}
+        if self.pooled is not None:
+            section["pooled"] = {"shape": [self.pooled], "source": "text"}
+            section["sizes"] = {"shape": [SIZES], "source": "size"}
+        return section
+
+    def guidance_manifest(self) -> dict[str, Any]:
+        """The ``guidance`` section of ``bundle.json``."""
+        return {"roles": 3 if self.methods else 2, "methods": self.methods, "embedded": self.embedded}
 
 
 def read_source(folder: Path) -> Source:
     """Read and check the declarations of ``folder``.
 
-    Raises ExportError when it is no Stable Diffusion 1.x folder, is incomplete, holds pickled weights only,
+    Raises ExportError when it is no Stable Diffusion folder, is incomplete, holds pickled weights only,
     or is of a kind that the five graphs do not cover.
     """
     if folder.is_file():
@@ -137,36 +197,43 @@ def read_source(folder: Path) -> Source:
         hint = f"it holds {loose[0]}: {_SINGLE_FILE}" if loose else "give a folder that save_pretrained wrote"
         raise ExportError(f"{folder} has no model_index.json; {hint}")
     index = read_json(folder / "model_index.json")
-    _check_index(index)
+    family = _check_index(index)
     configs = {
-        "text_encoder": _text_config(folder / "text_encoder"),
+        **{encoder.folder: _text_config(folder / encoder.folder) for encoder in family.encoders},
         "unet": _with_defaults(diffusers.UNet2DConditionModel, read_json(folder / "unet" / "config.json")),
         "vae": _with_defaults(diffusers.AutoencoderKL, read_json(folder / "vae" / "config.json")),
     }
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    for component, expected in _EXPECTED.items():
-        for key, (allowed, meaning) in expected.items():
+    for component in configs:
+        for key, (allowed, meaning) in _EXPECTED.get(component, _EXPECTED["text_encoder"]).items():
             value = configs[component].get(key, allowed[0])
             if value not in allowed:
                 raise ExportError(f"{component}: {key} = {value!r} means {meaning}; this is not supported")
-    variants = {name: find_weights(folder / name, stem) for name, stem in _WEIGHTS.items()}
+    stems = {name: "diffusion_pytorch_model" if name in _MODELS else "model" for name in configs}
+    variants = {name: find_weights(folder / name, stem) for name, stem in stems.items()}
     try:
-        return _interpret(folder, index, configs, scheduler, variants)
+        return _interpret(folder, family, index, configs, scheduler, variants)
     except (KeyError, TypeError, ValueError) as error:
         raise ExportError(f"{folder}: a configuration file is incomplete or damaged: {error!r}") from error
 
 
-def _check_index(index: Mapping[str, Any]) -> None:
+def _check_index(index: Mapping[str, Any]) -> Family:
+    """The family of a ``model_index.json``. Raises ExportError for one that is not known, or has other components."""
     kind = index.get("_class_name")
-    if kind != PIPELINE:
+    family = FAMILIES.get(str(kind))
+    if family is None:
         raise ExportError(
-            f"the source is a {kind}; only {PIPELINE} (Stable Diffusion 1.x, text to image) can be exported, "
-            "not XL, inpainting, ControlNet or other pipelines"
+            f"the source is a {kind}; only {' and '.join(FAMILIES)} (text to image) can be exported, "
+            "not inpainting, ControlNet or other pipelines"
         )
-    for component, classes in COMPONENTS.items():
+    components = {name: (model,) for name, model in _MODELS.items()}
+    components |= {encoder.folder: (encoder.kind,) for encoder in family.encoders}
+    components |= {encoder.tokenizer: TOKENIZERS for encoder in family.encoders}
+    for component, classes in components.items():
         found = _class_of(index, component)
         if found not in classes:
             raise ExportError(f"model_index.json: {component} is {found!r}; it must be {' or '.join(classes)}")
+    return family
 
 
 def _class_of(index: Mapping[str, Any], component: str) -> Any:
@@ -191,14 +258,14 @@ def _text_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _latent_size(unet: Mapping[str, Any]) -> tuple[Any, list[str]]:
-    """The UNet's ``sample_size`` as StableDiffusionPipeline takes it, and what to say of that."""
-    size = unet["sample_size"] or 64
+def _latent_size(family: Family, unet: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """The UNet's ``sample_size`` as the family's pipeline takes it, and what to say of that."""
+    size = unet["sample_size"] or family.size
     try:
         old = Version(Version(str(unet["_diffusers_version"])).base_version) < Version("0.9.0.dev0")
     except (KeyError, InvalidVersion):
         old = False
-    if old and isinstance(size, int) and size < 64:
+    if family.rewrites and old and isinstance(size, int) and size < 64:
         return 64, [
             f"the UNet's sample_size is taken as 64 instead of {size}, as StableDiffusionPipeline takes it in "
             "configurations from before diffusers 0.9"
@@ -206,7 +273,7 @@ def _latent_size(unet: Mapping[str, Any]) -> tuple[Any, list[str]]:
     return size, []
 
 
-def _read_scheduler(kind: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], str, list[str]]:
+def _read_scheduler(family: Family, kind: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], str, list[str]]:
     """What a bundle keeps of the scheduler's configuration, the sampler that it means, and what to say of it.
 
     The schedule's own keys are filled in with the defaults of the class, for they are the model's. The others are
@@ -216,14 +283,15 @@ def _read_scheduler(kind: str, config: Mapping[str, Any]) -> tuple[dict[str, Any
     if scheduler is None:
         raise ExportError(f"model_index.json: scheduler is {kind!r}, which diffusers {diffusers.__version__} lacks")
     whole, notes = _with_defaults(scheduler, config), []
-    for key, wanted in (("steps_offset", 1), ("clip_sample", False)):
+    rewritten = {"steps_offset": 1, "clip_sample": False} if family.rewrites else {}
+    for key, wanted in rewritten.items():
         if whole.get(key, wanted) != wanted:
             notes.append(
                 f"the scheduler's {key} is taken as {wanted} instead of {whole[key]}, as StableDiffusionPipeline "
                 "takes it"
             )
     config = {**{key: whole[key] for key in SCHEDULE_KEYS if key in whole}, **config}
-    config |= {"steps_offset": 1, "clip_sample": False}
+    config |= rewritten
     try:
         NoiseSchedule.from_config(config)
         sampler = sampler_of(kind, config)
@@ -238,13 +306,14 @@ def _read_scheduler(kind: str, config: Mapping[str, Any]) -> tuple[dict[str, Any
 
 def _interpret(
     folder: Path,
+    family: Family,
     index: Mapping[str, Any],
     configs: Mapping[str, Mapping[str, Any]],
     scheduler: Mapping[str, Any],
     variants: Mapping[str, str | None],
 ) -> Source:
-    text, unet, vae = (configs[name] for name in ("text_encoder", "unet", "vae"))
-    tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json")
+    unet, vae = configs["unet"], configs["vae"]
+    texts = [configs[encoder.folder] for encoder in family.encoders]
     channels, inputs = int(vae["latent_channels"]), int(unet["in_channels"])
     if inputs != channels or int(unet["out_channels"]) != channels:
         kind = {9: " (an inpainting model)", 8: " (an image-editing model)"}.get(inputs, "")
@@ -252,35 +321,39 @@ def _interpret(
             f"the UNet takes {inputs} channels{kind}, gives {unet['out_channels']}; the VAE has {channels}: "
             "only text-to-image models, where all three are equal, can be exported"
         )
-    dim = int(text["hidden_size"])
+    dim = sum(int(text["hidden_size"]) for text in texts)
     width = unet["cross_attention_dim"]
     if set(width if isinstance(width, list | tuple) else [width]) != {dim}:
         raise ExportError(f"the UNet expects text of {width} channels, the text encoder gives {dim}")
-    length, positions = int(tokenizer.get("model_max_length", VERY_LARGE_INTEGER)), int(text["max_position_embeddings"])
+    pooled = _pooled(family, texts[-1], unet)
+    lengths = [_length(folder / encoder.tokenizer) for encoder in family.encoders]
+    length, positions = max(lengths), min(int(text["max_position_embeddings"]) for text in texts)
     if not 3 <= length <= positions:
         raise ExportError(
             f"the tokenizer's model_max_length is {length}, the text encoder has {positions} positions; "
             "set model_max_length in tokenizer/tokenizer_config.json to what the model was trained with"
         )
-    size, notes = _latent_size(unet)
+    if len(set(lengths)) > 1:
+        raise ExportError(f"the tokenizers' model_max_length is not the same: {lengths}")
+    size, notes = _latent_size(family, unet)
     height, width = (size, size) if isinstance(size, int) else (int(side) for side in size)
-    multiple = 2 ** (len(unet["block_out_channels"]) - 1)
-    if height % multiple or width % multiple:
-        raise ExportError(f"the UNet's sample_size {size} is no multiple of {multiple}, its downsampling")
     kind = str(_class_of(index, "scheduler") or scheduler.get("_class_name"))
-    schedule, sampler, said = _read_scheduler(kind, scheduler)
+    schedule, sampler, said = _read_scheduler(family, kind, scheduler)
     return Source(
         folder=folder,
+        family=family,
         configs=configs,
         variants=variants,
         channels=channels,
         height=height,
         width=width,
-        multiple=multiple,
         pixels=2 ** (len(vae["block_out_channels"]) - 1),
         length=length,
         dim=dim,
-        vocabulary=int(text["vocab_size"]),
+        pooled=pooled,
+        embedded=unet["time_cond_proj_dim"] is not None,
+        zeros=bool(index.get("force_zeros_for_empty_prompt", family.zeros)),
+        float32_decoder=family.float32_decoder and bool(vae["force_upcast"]),
         scaling=float(vae["scaling_factor"]),
         schedule=schedule,
         sampler=sampler,
@@ -288,6 +361,28 @@ def _interpret(
     )
 
 
-def _most(size: int, multiple: int) -> int:
-    most = max(MAX_LATENTS, 2 * size)
-    return most - most % multiple
+def _length(folder: Path) -> int:
+    """Tokens of a window, as the tokenizer in ``folder`` says."""
+    return int(read_json(folder / "tokenizer_config.json").get("model_max_length", VERY_LARGE_INTEGER))
+
+
+def _pooled(family: Family, text: Mapping[str, Any], unet: Mapping[str, Any]) -> int | None:
+    """The channels of the pooled text, of the last encoder's configuration ``text``, where the UNet takes it.
+
+    Raises ExportError when the UNet takes another conditioning than the family's.
+    """
+    added = unet["addition_embed_type"]
+    if added != family.added:
+        raise ExportError(
+            f"unet: addition_embed_type = {added!r} means added embeddings, {family.name} has {family.added!r}; "
+            "this is not supported"
+        )
+    if added is None:
+        return None
+    pooled, takes = int(text["projection_dim"]), int(unet["projection_class_embeddings_input_dim"])
+    if takes != pooled + SIZES * int(unet["addition_time_embed_dim"]):
+        raise ExportError(
+            f"the UNet takes {takes} channels of pooled text and sizes, which is not {pooled} of the text encoder and "
+            f"{SIZES} sizes of {unet['addition_time_embed_dim']}"
+        )
+    return pooled

@@ -7,16 +7,20 @@ Shapes: P places, R rows, B batch, N slots, C h w latents, L D text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from dnp.engine.bundle import columns
 from dnp.engine.bundle.contract import Signature
 from dnp.engine.errors import ExportError
+from dnp.export.families.any_size import take_any_size
+from dnp.export.families.guidance import combine
 from dnp.export.families.lora import check_fit, merge
 from dnp.export.families.source import Source
 from dnp.export.fp16.precision import Precision, dtype_of, in_precision
@@ -32,20 +36,43 @@ BOUNDS: Mapping[str, Mapping[Precision, float]] = {
 
 
 class EncodeText(nn.Module):
-    """``ids`` int64 ``[B, L]`` to the embeddings ``[B, L, D]``, the text encoder's last hidden state.
+    """``ids`` int64 ``[B, L]``, one tensor for each text encoder, to what the UNet is conditioned on.
 
-    L is a multiple of ``window``, what the text encoder takes at once; every window is encoded by itself.
+    The embeddings ``[B, L, D]`` are the encoders' hidden states beside one another. L is a multiple of ``window``, what
+    an encoder takes at once; every window is encoded by itself. ``pooled`` adds a second output ``[B, E]``: the last
+    encoder's projection of the first window.
     """
 
-    def __init__(self, text_encoder: Any, window: int) -> None:
+    def __init__(self, encoders: Sequence[Any], layers: Sequence[int | None], window: int, *, pooled: bool) -> None:
         super().__init__()
-        self.text_encoder = text_encoder
+        self.encoders = nn.ModuleList(encoders)
+        self.layers = layers  # which hidden state; None is the last one, normalised
         self.window = window
+        self.pooled = pooled
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, ids: torch.Tensor, ids_2: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See the class."""
-        hidden: torch.Tensor = self.text_encoder(input_ids=ids.reshape(-1, self.window)).last_hidden_state
-        return hidden.reshape(*ids.shape, hidden.shape[-1]).float()
+        hidden = []
+        for encoder, layer, tokens in zip(self.encoders, self.layers, (ids, ids_2), strict=False):
+            assert tokens is not None
+            output = encoder(input_ids=tokens.reshape(-1, self.window), output_hidden_states=layer is not None)
+            state = output.last_hidden_state if layer is None else output.hidden_states[layer]
+            hidden.append(state.reshape(*tokens.shape, state.shape[-1]))
+        embeddings = torch.cat(hidden, -1).float()
+        if not self.pooled:
+            return embeddings
+        last = output.last_hidden_state.reshape(*tokens.shape, output.last_hidden_state.shape[-1])
+        return embeddings, self._projection(encoder, last[:, : self.window], tokens[:, : self.window]).float()
+
+    def _projection(self, encoder: Any, last: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """transformers' ``text_embeds``, which looks up the end token with a Range that no CUDA graph can hold."""
+        end = encoder.config.eos_token_id
+        # The end token has the largest id; in configurations that say 2, from before transformers asked for it.
+        marks = tokens if end == 2 else tokens == end
+        projected: torch.Tensor = encoder.text_projection(_entry(last, marks.to(torch.int32).argmax(-1)))
+        return projected
 
 
 class Denoise(nn.Module):
@@ -55,9 +82,11 @@ class Denoise(nn.Module):
     branches are float32, and weighted sums are not written as matrix products, which GPUs round to TF32.
     """
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: Any, *, methods: bool = False) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet = take_any_size(unet)
+        self.methods = methods
+        self.embedding = unet.config.time_cond_proj_dim  # channels of the guidance scale's, where it is an input
 
     def forward(
         self,
@@ -69,31 +98,47 @@ class Denoise(nn.Module):
         row_role: torch.Tensor,
         place_rows: torch.Tensor,
         embeddings: torch.Tensor,
+        pooled: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """``next_state [P, N, C, h, w]``, ``next_index [P]``, ``latents`` and ``clean_latents [P, C, h, w]``."""
         row = _entry(table, index)
         z = _entry(noise, row[:, columns.DRAW].to(torch.int64))
         A = _over_latents(row[:, columns.STATE].reshape(-1, columns.SLOTS, columns.SLOTS))
         B, B0, C, E, P = (_over_latents(row[:, part]) for part in _VECTORS)
-        w, q = (_over_latents(row[:, column]) for column in (columns.GUIDANCE, columns.CLEAN_OUTPUT))
+        q = _over_latents(row[:, columns.CLEAN_OUTPUT])
 
         x = (E * state).sum(1)
-        t = row[:, columns.TIMESTEP].index_select(0, row_place)
-        conditioning = _of_rows(embeddings, row_place, row_role)
-        outputs = self._network(x.index_select(0, row_place), t, conditioning)
+        bank = row_place * embeddings.shape[1] + row_role
+        conditioning = [None if part is None else _of_rows(part, bank) for part in (embeddings, pooled, sizes)]
+        o_r = self._network(x.index_select(0, row_place), row.index_select(0, row_place), *conditioning)
         # A place that stands still reads another's rows, which may hold no numbers: 0 times those were none either.
         moves = _over_latents(row[:, columns.ADVANCE] > 0)
-        o_0, o_1 = (torch.where(moves, outputs.index_select(0, rows), 0.0) for rows in place_rows.unbind(1))
-        o = o_0 + w * (o_1 - o_0)
+        outputs = [torch.where(moves, o_r.index_select(0, rows), 0.0) for rows in place_rows.unbind(1)]
+        o = combine(outputs, row, methods=self.methods)
 
-        changed = B * o.unsqueeze(1) + B0 * o_0.unsqueeze(1) + C * z.unsqueeze(1)
+        changed = B * o.unsqueeze(1) + B0 * outputs[0].unsqueeze(1) + C * z.unsqueeze(1)
         next_state = (A * state.unsqueeze(1)).sum(2) + changed
         next_index = index + row[:, columns.ADVANCE].to(torch.int64)
         return next_state, next_index, next_state[:, 0], (P * state).sum(1) + q * o
 
-    def _network(self, x: torch.Tensor, t: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    def _network(
+        self,
+        x: torch.Tensor,
+        row: torch.Tensor,
+        embeddings: torch.Tensor,
+        pooled: torch.Tensor | None,
+        sizes: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The UNet for all rows at once, float32 in and out."""
         dtype = dtype_of(self.unet)
-        output: torch.Tensor = self.unet(x.to(dtype), t, embeddings.to(dtype), return_dict=False)[0]
+        extra: dict[str, Any] = {}
+        if pooled is not None:
+            extra["added_cond_kwargs"] = {"text_embeds": pooled.to(dtype), "time_ids": sizes}
+        if self.embedding:
+            extra["timestep_cond"] = guidance_embedding(row[:, columns.EMBEDDED], self.embedding).to(dtype)
+        t = row[:, columns.TIMESTEP]
+        output: torch.Tensor = self.unet(x.to(dtype), t, embeddings.to(dtype), return_dict=False, **extra)[0]
         return output.float()
 
 
@@ -119,11 +164,17 @@ class DecodeLatents(nn.Module):
 
 def encode_text(source: Source, signature: Signature, precision: Precision) -> GraphExport:
     """The text encoder's graph."""
-    module = EncodeText(_load(source, "text_encoder"), source.length).eval()
+    encoders = source.family.encoders
+    models = [_load(source, encoder.folder) for encoder in encoders]
+    layers = [encoder.layer for encoder in encoders]
+    module = EncodeText(models, layers, source.length, pooled=source.pooled is not None).eval()
 
     def fresh(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
-        ids = signature.inputs["ids"]
-        return {"ids": rng.integers(0, source.vocabulary, ids.resolve(dims))}
+        """Any ids of each encoder's vocabulary."""
+        return {
+            name: rng.integers(0, source.configs[encoder.folder]["vocab_size"], ids.resolve(dims))
+            for encoder, (name, ids) in zip(encoders, signature.inputs.items(), strict=True)
+        }
 
     return GraphExport(
         name="encode_text",
@@ -140,8 +191,8 @@ def encode_text(source: Source, signature: Signature, precision: Precision) -> G
 
 def denoise(source: Source, signature: Signature, precision: Precision) -> GraphExport:
     """The step graph."""
-    module = Denoise(_load(source, "unet")).eval()
-    m, length, bound = source.multiple, source.length, BOUNDS["denoise"][precision]
+    module = Denoise(_load(source, "unet"), methods=source.methods).eval()
+    length, bound = source.length, BOUNDS["denoise"][precision]
 
     def fresh(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
         inputs = signature.inputs
@@ -160,31 +211,35 @@ def denoise(source: Source, signature: Signature, precision: Precision) -> Graph
         table[..., columns.GUIDANCE] = rng.choice([-3.0, 0.0, 1.0, 7.5], table.shape[:2])
         table[..., columns.ADVANCE] = rng.integers(0, 2, table.shape[:2])
         table[..., columns.DRAW] = rng.integers(0, dims["noise_steps"], table.shape[:2])
+        table[..., columns.RESCALE :] = np.abs(table[..., columns.RESCALE :])
+        if "sizes" in arrays:
+            arrays["sizes"] = rng.integers(0, 1025, arrays["sizes"].shape).astype(np.float32)
         return {name: arrays[name] for name in inputs}
 
+    least = 2 ** (len(source.configs["unet"]["block_out_channels"]) - 1) + 1  # which the innermost blocks see as 2
     own = {"tokens": length, "height": source.height, "width": source.width}
     return GraphExport(
         name="denoise",
         module=in_precision(module, precision),
         signature=signature,
         fresh_inputs=fresh,
-        example={"places": 2, "rows": 5, "steps": 3, "noise_steps": 2, "tokens": 2 * length, "height": 2 * m,
-                 "width": 2 * m},
+        example={"places": 2, "rows": 5, "steps": 3, "noise_steps": 2, "tokens": 2 * length, "height": 16, "width": 18},
         checks=[
-            {"places": 3, "rows": 4, "steps": 5, "noise_steps": 3, "tokens": length, "height": 3 * m, "width": 2 * m},
+            {"places": 3, "rows": 4, "steps": 5, "noise_steps": 3, "tokens": 2 * length, "height": 13, "width": 10},
             {"places": 1, "rows": 1, "steps": 1, "noise_steps": 1, **own},
         ],
         bounds={name: 0 if tensor.dtype == "int64" else bound for name, tensor in signature.outputs.items()},
         reference=None if precision == "fp32" else module,
-        multiples={"height": m, "width": m, "tokens": length},
-        traced={"rows": 63},  # from 64 rows on, diffusers makes a copy for the sake of an old CUDA bug
+        multiples={"tokens": length},
+        # From 64 rows on, diffusers makes a copy for the sake of an old CUDA bug; torch takes a size of 1 for fixed.
+        traced={"rows": (1, 63), "height": (least, 1 << 16), "width": (least, 1 << 16)},
     )  # fmt: skip
 
 
 def decode_latents(source: Source, signature: Signature, precision: Precision) -> GraphExport:
     """The VAE decoder's graph; the encoder is not needed."""
+    precision = "fp32" if source.float32_decoder else precision
     module = DecodeLatents(_load(source, "vae"), source.scaling).eval()
-    m = source.multiple
 
     def fresh(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
         latents = signature.inputs["latents"]
@@ -198,9 +253,9 @@ def decode_latents(source: Source, signature: Signature, precision: Precision) -
         module=in_precision(module, precision),
         signature=signature,
         fresh_inputs=fresh,
-        example={"places": 3, "batch": 2, "height": 2 * m, "width": 2 * m},
+        example={"places": 3, "batch": 2, "height": 8, "width": 8},
         checks=[
-            {"places": 2, "batch": 3, "height": 3 * m, "width": 2 * m},
+            {"places": 2, "batch": 3, "height": 5, "width": 8},
             {"places": 1, "batch": 1, "height": source.height, "width": source.width},
         ],
         bounds=dict.fromkeys(signature.outputs, BOUNDS["decode_latents"][precision]),
@@ -229,11 +284,12 @@ def check_loras_fit(source: Source) -> None:
     try:
         with warnings_refused(source.folder), torch.device("meta"):
             models: dict[str, Any] = {
-                "text_encoder": transformers.CLIPTextModel(
-                    transformers.CLIPTextConfig.from_dict(dict(source.configs["text_encoder"]))
-                ),
-                "unet": unet.from_config(source.configs["unet"]),
+                encoder.folder: getattr(transformers, encoder.kind)(
+                    transformers.CLIPTextConfig.from_dict(dict(source.configs[encoder.folder]))
+                )
+                for encoder in source.family.encoders
             }
+            models["unet"] = unet.from_config(source.configs["unet"])
     except ExportError:
         raise
     except Exception as error:  # whatever the libraries find wrong with a configuration
@@ -252,9 +308,16 @@ def _entry(sequences: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return sequences.gather(1, entry).squeeze(1)
 
 
-def _of_rows(bank: torch.Tensor, row_place: torch.Tensor, row_role: torch.Tensor) -> torch.Tensor:
-    """The bank's entry for each row: ``[P, roles, ...]`` to ``[R, ...]``."""
-    return bank.flatten(0, 1).index_select(0, row_place * bank.shape[1] + row_role)
+def _of_rows(bank: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    """A bank ``[P, roles, ...]`` to its ``entries`` ``[R, ...]``, counted place by place."""
+    return bank.flatten(0, 1).index_select(0, entries)
+
+
+def guidance_embedding(w: torch.Tensor, channels: int) -> torch.Tensor:
+    """The guidance scale less 1, ``[R]``, as ``[R, channels]`` for networks that take it: arXiv 2310.04378."""
+    half = channels // 2
+    angles = 1000 * w[:, None] * torch.exp(torch.arange(half) * (-math.log(10000) / (half - 1)))
+    return functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, channels % 2))
 
 
 def _over_latents(weights: torch.Tensor) -> torch.Tensor:
@@ -268,11 +331,11 @@ def _load(source: Source, component: str) -> Any:
     import transformers
 
     kinds: dict[str, Any] = {
-        "text_encoder": transformers.CLIPTextModel,
+        **{encoder.folder: getattr(transformers, encoder.kind) for encoder in source.family.encoders},
         "unet": diffusers.UNet2DConditionModel,
         "vae": diffusers.AutoencoderKL,
     }
-    dtype = "dtype" if component == "text_encoder" else "torch_dtype"
+    dtype = "torch_dtype" if component in ("unet", "vae") else "dtype"
     model = load_model(
         kinds[component],
         source.folder / component,

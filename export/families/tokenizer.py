@@ -12,11 +12,10 @@ from tokenizers import Tokenizer
 
 from dnp.engine.bundle.manifest import TokenizerSpec
 from dnp.engine.errors import ExportError
-from dnp.export.families.source import Source
+from dnp.export.families.source import Source, TextEncoder
 from dnp.export.files import check_settings_files
 from dnp.export.loading import warnings_refused
 
-FILE = "tokenizers/prompt.json"
 _MARK = "\u2060"  # word joiner: before a token that is not to be expanded again; nothing shows it
 
 # Texts that tell tokenizers apart: case, spaces, accents composed or not, scripts, marks, digits, special tokens.
@@ -31,15 +30,23 @@ PROBES = (
 )
 
 
-def prompt_tokenizer(source: Source) -> tuple[Tokenizer, TokenizerSpec]:
-    """Convert the CLIP tokenizer of ``source`` and compare its ids with diffusers' on ``PROBES``.
+def prompt_tokenizers(source: Source) -> dict[str, tuple[Tokenizer, TokenizerSpec]]:
+    """Each of the family's tokenizers by the file to store it in: see ``prompt_tokenizer``."""
+    files = {
+        f"tokenizers/prompt{part.tokenizer.removeprefix('tokenizer')}.json": part for part in source.family.encoders
+    }
+    return {file: prompt_tokenizer(source, encoder, file) for file, encoder in files.items()}
+
+
+def prompt_tokenizer(source: Source, encoder: TextEncoder, file: str) -> tuple[Tokenizer, TokenizerSpec]:
+    """Convert the CLIP tokenizer of ``encoder`` and compare its ids with diffusers' on ``PROBES``.
 
     The result neither pads nor truncates. Raises ExportError when the tokenizer cannot be loaded, has ids that the
     text encoder lacks, or gives other ids.
     """
     import transformers
 
-    folder = source.folder / "tokenizer"
+    folder, vocabulary = source.folder / encoder.tokenizer, source.configs[encoder.folder]["vocab_size"]
     check_settings_files(folder)
     try:
         with warnings_refused(folder):
@@ -53,8 +60,8 @@ def prompt_tokenizer(source: Source) -> tuple[Tokenizer, TokenizerSpec]:
     ours.no_padding()
     ours.no_truncation()
     bos, eos, pad = theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id
-    if len(theirs) > source.vocabulary:
-        raise ExportError(f"the tokenizer in {folder} has {len(theirs)} tokens, the text encoder {source.vocabulary}")
+    if len(theirs) > vocabulary:
+        raise ExportError(f"the tokenizer in {folder} has {len(theirs)} tokens, the text encoder {vocabulary}")
     length = source.length
     pipeline = TextualInversionLoaderMixin()
     with warnings_refused(folder):
@@ -69,7 +76,7 @@ def prompt_tokenizer(source: Source) -> tuple[Tokenizer, TokenizerSpec]:
                 raise ExportError(
                     f"the tokenizer in {folder} cannot be converted: {text!r} gives {ids}, not {expected}"
                 )
-    return ours, TokenizerSpec(FILE, bos, eos, pad)
+    return ours, TokenizerSpec(file, bos, eos, pad)
 
 
 def _expansions(tokenizer: Any) -> dict[str, list[str]]:

@@ -61,6 +61,9 @@ def _attention(
     if is_causal:
         attn_mask = op.Constant(value=ir.tensor(np.tri(tokens, key.shape[2], dtype=np.bool_)))
     if attn_mask is not None:
+        expanded = attn_mask.producer()
+        if expanded is not None and expanded.op_type == "Expand":
+            attn_mask = expanded.inputs[0]  # to all images, which Where and Add do themselves
         if is_causal or attn_mask.dtype == ir.DataType.BOOL:
             hidden = op.Constant(value_float=float(np.finfo(np.float32).min))
             scores = op.Where(attn_mask, scores, hidden)

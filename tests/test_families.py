@@ -1,0 +1,183 @@
+"""Every family exported and run, against its own pipeline in diffusers: the same weights, noise and settings."""
+
+from __future__ import annotations
+
+import shutil
+
+import diffusers
+import families
+import numpy as np
+import pytest
+import torch
+
+from dnp.engine import Bundle, open_session
+from dnp.export import bundle as bundle_module
+from dnp.export.bundle import export_bundle
+from dnp.export.families import blip
+from dnp.export.families.stable_diffusion import guidance_embedding
+from dnp.runtime.pipeline.conditioning import Conditioner
+from dnp.runtime.sampling.denoise import Denoiser, Sample
+from dnp.runtime.sampling.samplers import sampler_table
+from dnp.runtime.sampling.schedule import NoiseSchedule
+from dnp.runtime.tokenizer import PromptTokenizer
+
+# diffusers mixes numpy and torch in a way that numpy 2 warns about.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+PROMPTS = ["a large red circle left of a small blue square", "a green star on a plain yellow background"]
+NEGATIVES = ["a small circle", "blue square, blue star"]
+SEEDS = [3, 8]
+STEPS = 4
+SIZES = [(32, 32), (24, 40)]
+SAMPLERS = {
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "lcm": diffusers.LCMScheduler,
+}
+OF_FAMILY = {"sd2": "ddim", "bk-sdm": "euler", "sdxl": "euler", "ssd": "ddim"}
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_blip_folder, tiny_export, tmp_path_factory):
+    """Export a family by its name, once; the captioner's graphs are copies, for they are the same for all."""
+    ready = {record.name: record for record in tiny_export.graphs if record.name in blip.GRAPHS}
+    made = {}
+
+    def export_graph(spec, folder):
+        if spec.name not in ready:
+            return real(spec, folder)
+        file = ready[spec.name].manifest["file"]
+        shutil.copy(tiny_export.path / file, folder / file)
+        return ready[spec.name]
+
+    real = bundle_module.export_graph
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle_module, "export_graph", export_graph)
+
+        def export(name):
+            if name not in made:
+                folder = tmp_path_factory.mktemp(name)
+                families.build(name, folder / "source")
+                export_bundle(folder / "source", folder / "bundle", captioner=tiny_blip_folder)
+                made[name] = folder / "source", Bundle.open(folder / "bundle")
+            return made[name]
+
+        yield export
+
+
+def their_latents(folder, sampler, prompts, negatives, guidance, height, width, **extra):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
+    return pipe(
+        prompts,
+        negative_prompt=negatives,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+        num_inference_steps=STEPS,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in SEEDS],
+        output_type="latent",
+        **extra,
+    ).images.numpy()
+
+
+def our_latents(bundle, sampler, prompts, negatives, w, height, width, **settings):
+    table = sampler_table(NoiseSchedule.from_config(bundle.schedule), sampler, STEPS, w, **settings)
+    scale = bundle.latents.vae_scale_factor
+    with open_session(bundle, "encode_text") as encode, open_session(bundle, "denoise") as session:
+        denoiser = Denoiser(session)
+        sizes = {"height": height // scale, "width": width // scale, "tokens": bundle.text.length}
+        denoiser.open(len(SEEDS), steps=len(table.rows), noise_steps=len(table.noise_rows), **sizes)
+        for place, seed in enumerate(SEEDS):
+            denoiser.join(place, Sample(table, seed))
+        tokenizers = [PromptTokenizer(bundle, number) for number in range(len(bundle.text.tokenizers))]
+        conditioner = Conditioner(bundle, encode, tokenizers)
+        for role, texts in ((0, negatives), (1, prompts)):
+            conditioner.write(denoiser.bank, role, texts, size=(height, width))
+        while denoiser.step():
+            pass
+        return denoiser.latents.read()
+
+
+@pytest.mark.parametrize("name", OF_FAMILY)
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_guidance_with_negative_prompts_ends_at_the_pipelines_latents(exported, name, height, width):
+    source, bundle = exported(name)
+    sampler = OF_FAMILY[name]
+    theirs = their_latents(source, sampler, PROMPTS, NEGATIVES, 5.0, height, width)
+    ours = our_latents(bundle, sampler, PROMPTS, NEGATIVES, 5.0, height, width)
+    assert np.abs(ours - theirs).max() <= 1e-3
+    assert np.abs(theirs - their_latents(source, sampler, PROMPTS, NEGATIVES[::-1], 5.0, height, width)).max() > 0.01
+
+
+@pytest.mark.parametrize("name", OF_FAMILY)
+def test_guidance_without_a_negative_prompt_ends_at_the_pipelines_latents(exported, name):
+    source, bundle = exported(name)
+    sampler = OF_FAMILY[name]
+    theirs = their_latents(source, sampler, PROMPTS, None, 5.0, 32, 32)
+    assert np.abs(our_latents(bundle, sampler, PROMPTS, ["", ""], 5.0, 32, 32) - theirs).max() <= 1e-3
+
+
+@pytest.mark.parametrize("name", OF_FAMILY)
+def test_dns_is_the_swapped_pair_at_s_plus_one(exported, name):
+    source, bundle = exported(name)
+    sampler, s = OF_FAMILY[name], 2.5
+    extra = {}
+    if bundle.text.empty == "zeros":  # which the pipeline gives to a negative prompt alone, so they are given to it
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source)
+        prompt, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+        extra = {
+            "prompt_embeds": torch.zeros_like(prompt), "pooled_prompt_embeds": torch.zeros_like(pooled),
+            "negative_prompt_embeds": prompt, "negative_pooled_prompt_embeds": pooled,
+        }  # fmt: skip
+    texts = (None, None) if extra else (["", ""], PROMPTS)
+    theirs = their_latents(source, sampler, *texts, s + 1, 24, 40, **extra)
+    ours = our_latents(bundle, sampler, PROMPTS, ["", ""], -s, 24, 40)
+    assert np.abs(ours - theirs).max() <= 1e-3
+
+
+def test_prompts_of_several_windows_are_encoded_window_by_window(exported):
+    """Beside one another, and the pooled text is that of the first."""
+    source, bundle = exported("sdxl")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(source)
+    room = bundle.text.length - 2
+    words = [("red", "blue", "green")[number % 3] for number in range(room + 4)]  # each is one token
+    windows = [" ".join(words[:room]), " ".join(words[room:])]
+    with open_session(bundle, "encode_text") as session:
+        session.reshape(batch=1, tokens=2 * bundle.text.length)
+        for number, name in enumerate(session.inputs):
+            session.inputs[name].write(PromptTokenizer(bundle, number).encode([" ".join(words)], 2))
+        session.run()
+        embeddings, pooled = (session.outputs[name].read() for name in ("embeddings", "pooled"))
+    expected = [pipe.encode_prompt(window, do_classifier_free_guidance=False) for window in windows]
+    beside = torch.cat([found[0] for found in expected], 1).numpy()
+    np.testing.assert_allclose(embeddings, beside, atol=1e-4)
+    np.testing.assert_allclose(pooled, expected[0][2].numpy(), atol=1e-4)
+
+
+def test_guidance_as_an_input_is_the_latent_consistency_pipelines(exported):
+    """One row a step: the guidance scale goes in, and nothing is combined."""
+    source, bundle = exported("lcm")
+    assert bundle.guidance.embedded
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(source, safety_checker=None)
+    w = torch.tensor([0.0, 1.5, 7.5])
+    for channels in (24, 25):
+        expected = pipe.get_guidance_scale_embedding(w, embedding_dim=channels)
+        torch.testing.assert_close(guidance_embedding(w, channels), expected, atol=1e-5, rtol=0)
+    pipe = diffusers.LatentConsistencyModelPipeline(
+        **{**pipe.components, "scheduler": diffusers.LCMScheduler.from_config(pipe.scheduler.config)},
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        PROMPTS,
+        height=32,
+        width=32,
+        num_inference_steps=STEPS,
+        guidance_scale=8.5,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in SEEDS],
+        output_type="latent",
+    ).images.numpy()
+    ours = our_latents(bundle, "lcm", PROMPTS, ["", ""], 1.0, 32, 32, embedded=8.5)
+    assert np.abs(ours - theirs).max() <= 1e-3
