@@ -177,11 +177,12 @@ class TestBuffers:
         session = open_session(
             default_bundle, "decode_latents", "tensorrt-rtx", BackendOptions(plans=tmp_path / "plans")
         )
-        session.reshape(places=1, batch=1, height=16, width=16)
+        side = default_bundle.latents.height
+        session.reshape(places=1, batch=1, height=side, width=side)
         buffer = session.inputs["latents"]
         session.close()
         with pytest.raises(SettingsError, match="'latents' holds float32"):
-            buffer.write(np.zeros((1, 4, 16, 16), np.float32))
+            buffer.write(np.zeros((1, 4, side, side), np.float32))
         assert buffer.read().size == 0
 
     def test_a_size_that_the_memory_does_not_hold_leaves_all_as_it_was(self, gpu, default_bundle):
@@ -233,8 +234,9 @@ class TestBuffers:
         options = BackendOptions(plans=tmp_path / "plans")
         build_plans(default_bundle, graphs=["decode_latents"], folder=tmp_path / "plans")
         with open_session(default_bundle, "decode_latents", "tensorrt-rtx", options) as session:
+            sides = {symbol: session.limits.nearest(symbol, 1) for symbol in ("height", "width")}
             with ThreadPoolExecutor(1) as pool:
-                pool.submit(session.capture, places=1, batch=1, height=16, width=16).result()
+                pool.submit(session.capture, places=1, batch=1, **sides).result()
             assert gpu.counted()["begin_capture"] == 1
 
 

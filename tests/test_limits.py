@@ -115,6 +115,10 @@ def test_a_size_is_filled_up_to_the_next_that_is_captured(captured, largest, hig
     larger = [s for s in there if s >= size]
     assert fitted == (min(larger) if larger else size)
     assert limits.fit("n", fitted) == fitted
+    low = max(1, high // 2)
+    of_a_plan = Limits("g", {"n": Range(low, low, high)}, {"n": symbol}, {"n": high}).fit("n", size)
+    filled = bool(captured or largest)  # what is never filled up cannot be made larger
+    assert of_a_plan == (limits.fit("n", max(low, size)) if filled else size)
     assert limits.fit("other", size) == size
 
 

@@ -72,9 +72,11 @@ class Limits:
 
         The caller fills up what lies between. A size beyond all of them comes back as it is: ``check`` judges it.
         """
-        if symbol not in self.symbols or symbol not in self.largest:
+        known = self.symbols.get(symbol)
+        if known is None or symbol not in self.largest or not (known.captured or known.largest):
             return size
-        return self.symbols[symbol].fit(size, self.largest[symbol])
+        least = self.ranges[symbol].low if symbol in self.ranges else size
+        return known.fit(max(size, least), self.largest[symbol])
 
     def build_command(self, beyond: Mapping[str, int] | None = None) -> str:
         """What builds a plan of these sizes, and of those in ``beyond`` besides."""
