@@ -288,13 +288,13 @@ def test_plans_that_are_built_again_while_others_open_them(bundle, folder, caplo
             errors.append(error)
 
     with open_session(bundle, "encode_text") as session:
-        expected = run_graph(session, 1)["context"]
+        expected = run_graph(session, 1)["embeddings"]
     builder = threading.Thread(target=build_again)
     builder.start()
     opened = 0
     while builder.is_alive():
         with open_session(bundle, "encode_text", options=options) as session:
-            np.testing.assert_array_equal(run_graph(session, 1)["context"], expected)
+            np.testing.assert_array_equal(run_graph(session, 1)["embeddings"], expected)
         opened += 1
     builder.join()
     assert not errors
