@@ -98,12 +98,8 @@ def test_tokens_cross_to_the_host_but_caches_do_not(open_pipeline, gpu):
     marks = [len(gpu.calls) for step in steps if step.phase == "caption"]
     for start, end in itertools.pairwise(marks):
         calls = gpu.calls[start:end]
-        # token, parent and position go up, the next token comes down: 8 bytes a caption each
-        assert calls.count("to_device") == 3
-        assert calls.count("to_host") == 1
-        assert calls.count("synchronize") == 1
-        assert calls.count("launch") == 1
-        assert calls.count("on_device") == 0  # it is in the recorded run
+        # four tokens are found without the host, which then looks at them all
+        assert calls == ["launch"] * 4 + ["to_host", "synchronize"]
 
 
 def test_contexts_latents_and_vision_features_stay_on_the_device(open_pipeline, gpu):
@@ -586,9 +582,11 @@ def test_more_sizes_can_be_recorded_at_warm_up(open_pipeline, gpu, default_bundl
     for height, width in ((64, 64), (64, 96), (96, 64), (64, 64)):
         since, runs = len(gpu.calls), len(gpu.ort.recorded)
         request = pipeline.resolve(dnp.Request(prompt=PROMPT, height=height, width=width, **QUICK))
-        steps = len(list(pipeline.steps(request)))  # of both passes, and a token each
+        phases = [step.phase for step in pipeline.steps(request)]
+        looks = phases.count("caption")  # at four tokens each
         replayed = gpu.counted(since)["launch"] if backend != "cuda" else len(gpu.ort.recorded) - runs
-        assert replayed == steps + 4 + 2 + 1, (height, width)  # the texts, the decoder twice, the image encoder
+        runs = len(phases) + 3 * looks + 4 + 2 + 1  # the texts, the decoder twice, the image encoder
+        assert replayed == runs, (height, width)
     assert set(gpu.ort.recorded) == numbers
     for call in ("begin_capture", "malloc"):
         assert gpu.counted()[call] == before[call], call
