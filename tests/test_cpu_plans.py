@@ -187,7 +187,7 @@ def test_no_plans_is_nothing_to_speak_of(bundle, tmp_path, caplog):
 
 def test_without_a_gpu_the_plans_are_the_processors(bundle, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    command = ["build", str(bundle.path), "--engines", str(tmp_path), "--graph", "encode_text"]
+    command = ["build", str(bundle.path), "--plans", str(tmp_path), "--graph", "encode_text"]
     assert run([*command, "--json"]) == 0
     out, err = capsys.readouterr()
     assert "'cpu'" in err

@@ -558,7 +558,7 @@ def test_what_cannot_be_refitted_says_so_and_changes_nothing(open_pipeline, gpu,
         with pytest.raises(SettingsError, match=f"of another model .*: '{next(iter(change))}' differs"):
             pipeline.refit(replace(fine_tune, **change))
     other_words = {**fine_tune.files, fine_tune.text.tokenizers[0].file: fine_tune.files[fine_tune.caption.tokenizer]}
-    with pytest.raises(SettingsError, match="'tokenizers/.*' differs"):
+    with pytest.raises(SettingsError, match=r"'tokenizers/.*' differs"):
         pipeline.refit(replace(fine_tune, files=other_words))
     assert np.array_equal(pipeline(PROMPT, negative="n*", **QUICK).arrays, first.arrays)
     pipeline = refittable(open_pipeline, default_bundle, tmp_path / "refit")
