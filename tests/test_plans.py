@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, save
 
 from dnp.cli import run
+from dnp.engine.bundle.columns import ROW
 from dnp.engine.bundle.contract import TensorSpec
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError, SettingsError
@@ -377,9 +378,11 @@ def test_no_text_is_a_range_by_accident(text):
 def test_what_a_plan_will_take_is_said_before_it_is_built(default_bundle):
     graph = default_bundle.graphs["denoise"]
     state = 4 * 4 * 16 * 16 * 4  # bytes of [4 slots, 4 channels, 16, 16] in float32, of one image
-    noise, latents, contexts, table, index = 128 * state // 4, state // 4, 2 * 32 * 128 * 4, 128 * 30 * 4, 8
+    noise, latents, table = 128 * state // 4, state // 4, 128 * ROW * 4
+    bank, numbers = 2 * 32 * 128 * 4, (1 + 1 + 2) * 8  # index, next index, and the rows of two roles
+    rows = 2 * 2 * 8  # place and role of two rows
     for batch in (1, 8):
-        buffers = batch * (2 * state + noise + latents + contexts + table + 2 * index) / 1e6
+        buffers = batch * (2 * state + noise + 2 * latents + bank + table + numbers + rows) / 1e6
         profile = default_profile(default_bundle, graph, {"batch": Range(1, 1, batch)})
         told = memory_needed(graph, profile)
         assert re.match(r"compiling 11 MB of weights, about 0\.\d GB of memory", told)

@@ -91,7 +91,7 @@ def cost(started: float) -> dict[str, Any]:
     return {
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_bytes": peak_memory(),
-        "built": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),  # as text it sorts by time
+        "built": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),  # as text it sorts by time
     }
 
 
