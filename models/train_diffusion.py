@@ -47,8 +47,8 @@ class Run:
 
 
 # Each run starts from the weights that the one before ended with. Colours come first, shapes late, edges then. The
-# fourth made the captions as unreliable as those of the web. The last trusts them again, on more scenes and for ten
-# times as long as any other: hours on a processor, minutes on a GPU.
+# fourth made the captions as unreliable as those of the web. The last trusts them again, on more scenes and for
+# seventeen times as many samples as any other: hours on a processor, minutes on a GPU.
 RUNS = (
     Run(Recipe("diffusion", steps=1200, rate=1e-3, average=0.995, warmup=60), noise=(0.4, 0.4)),
     Run(Recipe("refined", steps=2000, rate=7e-4, average=0.995, warmup=60, seed=1), noise=(0.4, 0.4)),
