@@ -1,4 +1,4 @@
-"""The denoiser's training: its loss against diffusers' scheduler, its last run in small."""
+"""The denoiser's training: its loss against diffusers' scheduler, its last run in small, what came of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def models() -> dict[str, ModuleType]:
     """The programs' modules, imported as they import each other; workers are given the same path."""
     sys.path.insert(0, str(MODELS))
     try:
-        yield {name: importlib.import_module(name) for name in ("networks", "train_diffusion", "training")}
+        yield {name: importlib.import_module(name) for name in ("evaluate", "networks", "train_diffusion", "training")}
     finally:
         sys.path.remove(str(MODELS))
 
@@ -90,3 +90,21 @@ def test_the_last_run_trains_on_from_the_one_before(models, work):
     assert 0 < moved < 2 * recipe.rate * (1 + 2 + 3) / recipe.warmup  # an AdamW step is about as long as the rate
     average = torch.cat([p.flatten() for p in train_diffusion.trained_unet(work, chain).parameters()])
     assert torch.equal(average, state["averages"][0])
+
+
+def test_the_figures_of_the_model_card_keep_the_bounds(models):
+    evaluate, lines = models["evaluate"], (MODELS / "README.md").read_text(encoding="utf-8").splitlines()
+    rows: dict[str, list[str]] = {}
+    for line in lines:
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows.setdefault(name, cells)
+    report: dict[str, dict[str, float]] = {}
+    for name, figure, *_ in evaluate.GATES:
+        if figure == "at most":  # of the interval, the last cell
+            value = rows[name.removesuffix(", paired")][1].split(" to ")[1]
+        else:
+            value = rows[name][rows["condition"].index(figure)]
+        report.setdefault(name, {})[figure] = float(value)
+    assert all(kept for _, kept in evaluate.gates(report)), report
+    report["plain w=4"]["adherence"] = 0.7
+    assert not all(kept for _, kept in evaluate.gates(report))
