@@ -38,7 +38,7 @@ lint: .venv-test/installed  ## ruff and mypy
 
 bundle: .venv-test/installed  ## export the default model to the bundle that the package ships
 	.venv-test/bin/dnp export models/tiny/stable-diffusion dnp/default --captioner models/tiny/blip --overwrite \
-	    --name dnp-tiny --default guidance=4 --default dns_guidance=1
+	    --name dnp-tiny --default guidance=1.5 --default dns_guidance=1
 
 gallery: .venv-test/installed  ## the pictures of the README
 	.venv-test/bin/python benchmarks/gallery.py docs/images/gallery.png
@@ -60,7 +60,7 @@ bench: .venv-bench-main/installed  ## speed beside the peers', about an hour; BE
 
 build/fp16/bundle.json: .venv-test/installed
 	.venv-test/bin/dnp export models/tiny/stable-diffusion build/fp16 --captioner models/tiny/blip --overwrite \
-	    --precision fp16 --name dnp-tiny-fp16 --default guidance=4 --default dns_guidance=1
+	    --precision fp16 --name dnp-tiny-fp16 --default guidance=1.5 --default dns_guidance=1
 
 clean:
 	rm -rf .venv .venv-* build dist out *.egg-info

@@ -41,8 +41,8 @@ GATES = (
     (REAL, "adherence", 0.95, 1.0),
     (REAL, "shape", 0.90, 1.0),
     (REAL, "relation", 0.90, 1.0),
-    ("plain w=4", "adherence", 0.75, 0.95),
-    (LOWER.format("DNS s=2"), "at most", -1.0, 0.0),
+    ("plain w=4", "adherence", 0.75, 1.0),
+    (LOWER.format("DNS s=1"), "at most", -1.0, 0.0),
 )
 
 

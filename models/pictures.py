@@ -10,7 +10,7 @@ import torch
 from scenes import SIDE, examples
 from tqdm import tqdm
 
-TRAIN = 60_000
+TRAIN = 120_000
 HELD_OUT = 2_000
 
 

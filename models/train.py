@@ -1,7 +1,8 @@
 """Make the tiny model from nothing: ``python models/train.py``.
 
 Runs the stages in order, each from where it stopped; ``--stages`` picks some. States are kept in ``--work``, the result
-is written to ``--out`` and the scorer beside it. Then ``python models/evaluate.py`` measures it.
+is written to ``--out`` and the scorer beside it. Then ``python models/evaluate.py`` measures it. Where there is a GPU,
+the denoiser is trained on it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import train_scorer
 import train_text
 import train_vae
 from package import package
-from training import Recipe, Task, fit
+from training import CPU, GPU, Recipe, Task, fit
 
 HERE = Path(__file__).parent
 
@@ -28,7 +29,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE / "work", help="states and caches")
     parser.add_argument("--out", type=Path, default=HERE, help="receives tiny/ and scorer/")
-    parser.add_argument("--workers", type=int, default=2, help="processes; the effective batch grows with them")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="processes without a GPU; but for the denoiser's, the effective batch grows with them",
+    )
     parser.add_argument("--stages", nargs="+", help="only these")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -36,6 +42,11 @@ def main() -> None:
 
     def training(task: Task, recipe: Recipe, workers: int = arguments.workers) -> Callable[[], None]:
         return lambda: fit(task, recipe, work, workers)
+
+    def denoising(count: int) -> Callable[[], None]:
+        runs = train_diffusion.RUNS[:count]
+        workers, device = (1, GPU) if torch.cuda.is_available() else (arguments.workers, CPU)
+        return lambda: fit(train_diffusion.Denoiser(work, runs), runs[-1].recipe, work, workers, device)
 
     stages: dict[str, Callable[[], None]] = {
         "scenes": lambda: pictures.render(work),
@@ -45,10 +56,7 @@ def main() -> None:
         "text": training(train_text.Reader(work), train_text.RECIPE, 1),
         "latents": lambda: train_diffusion.cache_latents(work),
         "contexts": lambda: train_diffusion.cache_contexts(work),
-        **{
-            run.recipe.name: training(train_diffusion.Denoiser(work, number), run.recipe)
-            for number, run in enumerate(train_diffusion.RUNS)
-        },
+        **{run.recipe.name: denoising(count) for count, run in enumerate(train_diffusion.RUNS, start=1)},
         "decoded": lambda: train_blip.decode_some(work),
         "looking": training(train_blip.Looking(work), train_blip.VISION, 1),
         "captioning": training(train_blip.Captioning(work), train_blip.CAPTIONS, 1),

@@ -1,4 +1,4 @@
-"""One training loop for every stage: float32 weights, data-parallel processes of one thread each.
+"""One training loop for every stage: float32 weights, data-parallel processes of one thread each, or one and a GPU.
 
 The weights live in one flat float32 vector, which makes the gradient exchange, clipping,
 AdamW, the moving average and the checkpoint one operation each. Batches are drawn from ``(seed, step, rank)``, so a
@@ -23,6 +23,8 @@ from tqdm import tqdm
 _processor = torch.cpu.get_capabilities()
 DTYPE = torch.bfloat16 if _processor.get("avx512_bf16") or _processor.get("amx_bf16") else torch.float32
 """What modules compute in, on float32 master weights: a processor without bf16 takes 20 times as long in it."""
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Recipe:
     seed: int = 0
     decay: float = 0.01
     clip: float = 1.0
+    beta: float = 0.98  # AdamW's second
     average: float = 0.999  # moving average of the weights
     checkpoint_s: float = 120.0
 
@@ -46,7 +49,10 @@ class Recipe:
 
 
 class Task(Protocol):
-    """What a stage trains, and on what. Pickled into each worker, so it holds paths, not tensors."""
+    """What a stage trains, and on what. Pickled into each worker, so it holds paths, not tensors.
+
+    A stage that may run on a GPU takes the device and the dtype of its computations from the module.
+    """
 
     def build(self) -> nn.Module:
         """The module to train; called with the seed set."""
@@ -63,7 +69,9 @@ class FlatWeights:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.vector = torch.cat([p.detach().flatten() for p in self.parameters]).float()
         self.average = self.vector.clone()
-        self.optimiser = torch.optim.AdamW([self.vector], weight_decay=recipe.decay, betas=(0.9, 0.98), fused=True)
+        self.optimiser = torch.optim.AdamW(
+            [self.vector], weight_decay=recipe.decay, betas=(0.9, recipe.beta), fused=True
+        )
 
     def show(self, vector: torch.Tensor) -> None:
         """Copy ``vector`` into the module."""
@@ -119,30 +127,36 @@ def trained(task: Task, recipe: Recipe, work: Path) -> nn.Module:
     """The module with the averaged float32 weights of the last checkpoint, ready for inference."""
     module = task.build()
     weights = FlatWeights(module, recipe)
-    weights.load(torch.load(checkpoint(recipe, work), weights_only=True, mmap=True))
+    weights.load(torch.load(checkpoint(recipe, work), map_location=CPU, weights_only=True, mmap=True))
     weights.show(weights.average)
     return module.eval().requires_grad_(False)
 
 
-def fit(task: Task, recipe: Recipe, work: Path, workers: int) -> None:
-    """Train, or continue to train, to ``recipe.steps``. Progress is shown; the state is kept in ``work``."""
+def fit(task: Task, recipe: Recipe, work: Path, workers: int, device: torch.device = CPU) -> None:
+    """Train, or continue to train, to ``recipe.steps``. Progress is shown; the state is kept in ``work``.
+
+    The batches are drawn on the processor whatever ``device`` the module is on, so they are the same ones. On a GPU it
+    computes in bf16.
+    """
     work.mkdir(parents=True, exist_ok=True)
     rendezvous = work / f"{recipe.name}.{os.getpid()}.rendezvous"
     rendezvous.unlink(missing_ok=True)
-    mp.spawn(_worker, (task, recipe, work, workers, rendezvous), nprocs=workers)
+    mp.spawn(_worker, (task, recipe, work, workers, device, rendezvous), nprocs=workers)
 
 
-def _worker(rank: int, task: Task, recipe: Recipe, work: Path, workers: int, rendezvous: Path) -> None:
+def _worker(
+    rank: int, task: Task, recipe: Recipe, work: Path, workers: int, device: torch.device, rendezvous: Path
+) -> None:
     torch.set_num_threads(1)  # threads of one process wait for each other badly when the cores are shared
     if workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=workers)
     torch.manual_seed(recipe.seed)
-    module = task.build().train()
+    module = task.build().train().to(device)
     weights = FlatWeights(module, recipe)
-    module.to(DTYPE)
+    module.to(DTYPE if device == CPU else torch.bfloat16)
     weights.show(weights.vector)
     path = checkpoint(recipe, work)
-    step = weights.load(torch.load(path, weights_only=True)) if path.exists() else 0
+    step = weights.load(torch.load(path, map_location=CPU, weights_only=True)) if path.exists() else 0
 
     mean, first, saved = 0.0, step, time.monotonic()
     with tqdm(total=recipe.steps, initial=step, desc=recipe.name, disable=rank > 0, mininterval=5) as bar:

@@ -51,7 +51,7 @@ def test_samplers_extras_and_folders_are_the_real_ones():
         assert (REPOSITORY / folder).is_dir(), folder
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "models/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/default-model.md", "models/README.md"])
 def test_every_file_that_a_page_names_is_there(page):
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     linked = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")]

@@ -152,6 +152,7 @@ def plot(found: dict) -> bytes:
         yticks=range(len(rows)), yticklabels=labels, xlabel="difference from plain guidance, paired; 95 % interval"
     )
     right.invert_yaxis()
+    right.locator_params(axis="x", nbins=6)  # small differences have long labels
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
