@@ -118,7 +118,7 @@ def export_bundle(
         check_loras(model.loras, model.family.name, ("unet", *(part.folder for part in model.family.encoders)))
         stable_diffusion.check_loras_fit(model)
         own = {"sampler": model.sampler, "dns_sampler": model.sampler}
-        settings = _merge_defaults({**own, **(defaults or {})})
+        settings = _merge_defaults({**DEFAULTS, **own}, defaults or {})
         try:
             check_defaults(NoiseSchedule.from_config(model.schedule), settings)
         except SettingsError as error:
@@ -214,11 +214,11 @@ def _check_ranges(
     return records
 
 
-def _merge_defaults(changes: Mapping[str, Any]) -> Defaults:
-    """``DEFAULTS`` with ``changes``. Raises ExportError for what the manifest's schema would refuse at the end."""
+def _merge_defaults(own: Mapping[str, Any], changes: Mapping[str, Any]) -> Defaults:
+    """``own`` with ``changes``. Raises ExportError for what the manifest's schema would refuse at the end."""
     try:
-        same_names(changes, DEFAULTS, "defaults", DEFAULTS)
-        merged = {**DEFAULTS, **changes}
+        same_names(changes, own, "defaults", own)
+        merged = {**own, **changes}
         settings = ("sampler", "steps", "guidance")
         passes = {"final": "", "dns": "dns_"}
         nested = {kind: {key: merged[prefix + key] for key in settings} for kind, prefix in passes.items()}
