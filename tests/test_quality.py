@@ -18,7 +18,7 @@ from PIL import Image
 from dnp.engine import Bundle
 
 QUALITY = Path(__file__).parents[1] / "benchmarks" / "quality"
-MODULES = ("estimates", "subjects", "study", "views", "quality")
+MODULES = ("estimates", "evaluation_sets", "experiment", "report", "quality")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_the_frechet_distance_is_the_published_formula(quality):
 def test_the_committed_table_is_what_the_figures_say(quality):
     results = QUALITY.parent / "results"
     found = json.loads((results / "quality.json").read_text(encoding="utf-8"))
-    assert (results / "quality.md").read_text(encoding="utf-8") == quality["views"].table(found)
+    assert (results / "quality.md").read_text(encoding="utf-8") == quality["report"].table(found)
     assert found["prompts"]["reporting"] >= 300
     assert found["bundle"]["fingerprint"] == Bundle.default().fingerprint, (
         "the default bundle was made anew: make quality"
@@ -79,26 +79,26 @@ def test_the_spread_is_the_mean_distance_of_pairs(quality):
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_opposite_words_share_nothing_with_the_prompt(quality, seed):
-    subjects = quality["subjects"]
-    scene = subjects.grammar.draw_scene(np.random.default_rng(seed))
-    other = subjects.opposite(scene)
-    assert other == subjects.opposite(scene) == subjects.parse(other.caption())
-    agreed = subjects.agreements(scene, other)
+    sets = quality["evaluation_sets"]
+    scene = sets.grammar.draw_scene(np.random.default_rng(seed))
+    other = sets.opposite(scene)
+    assert other == sets.opposite(scene) == sets.parse(other.caption())
+    agreed = sets.agreements(scene, other)
     mixed = len({thing.size for thing in scene.things}) == 2
     assert sum(agreed.pop("size")) == mixed and not any(hit for hits in agreed.values() for hit in hits)
 
 
 def test_prompts_are_held_out_and_different(quality):
-    scenes = quality["subjects"].Scenes.draw(60)
+    scenes = quality["evaluation_sets"].Scenes.draw(60)
     assert len(set(scenes.prompts)) == 60 and all(scene.held_out for scene in scenes.scenes)
     assert not set(scenes.part(slice(20)).prompts) & set(scenes.part(slice(20, 60)).prompts)
     assert scenes.scores(scenes.real(0)).mean() > 0.98  # the judge knows the scenes as they are drawn
     with pytest.raises(ValueError, match="take fewer"):
-        quality["subjects"].Scenes.draw(10**6)
+        quality["evaluation_sets"].Scenes.draw(10**6)
 
 
 def test_another_caption_is_never_ones_own(quality):
-    shuffled = quality["subjects"].shuffled
+    shuffled = quality["evaluation_sets"].shuffled
     assert shuffled(["a", "b", "c"]) == ["b", "c", "a"]
     for texts in (["a"], ["a", "a", "b"]):
         with pytest.raises(ValueError, match="at least two"):
@@ -140,19 +140,21 @@ def test_the_clip_score_is_transformers_own(quality, clip_folder, tmp_path):
     from transformers import CLIPModel, CLIPProcessor
 
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    subject = quality["subjects"].ClipTexts.load(tmp_path / "prompts.txt", clip_folder)
-    assert subject.prompts == [PROMPTS[0], PROMPTS[1], PROMPTS[4]]
+    evaluated = quality["evaluation_sets"].ClipTexts.load(tmp_path / "prompts.txt", clip_folder)
+    assert evaluated.prompts == [PROMPTS[0], PROMPTS[1], PROMPTS[4]]
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     model, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPProcessor.from_pretrained(clip_folder)
-    inputs = processor(text=subject.prompts, images=[*map(Image.fromarray, images)], return_tensors="pt", padding=True)
+    inputs = processor(
+        text=evaluated.prompts, images=[*map(Image.fromarray, images)], return_tensors="pt", padding=True
+    )
     wanted = model(**inputs).logits_per_image.diag() / model.logit_scale.exp() * 100
-    assert subject.scores(images) == pytest.approx(wanted.detach().numpy(), abs=1e-4)
+    assert evaluated.scores(images) == pytest.approx(wanted.detach().numpy(), abs=1e-4)
 
 
 def test_prompts_of_ones_own_are_refused_by_name(quality, clip_folder, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "two.txt").write_text("one\ntwo\n")
-    load = quality["subjects"].ClipTexts.load
+    load = quality["evaluation_sets"].ClipTexts.load
     with pytest.raises(ValueError, match=r"empty\.txt has no prompts"):
         load(tmp_path / "empty.txt", clip_folder)
     with pytest.raises(ValueError, match=r"no config\.json"):
@@ -188,7 +190,7 @@ def test_the_experiment_in_small(quality, tmp_path):
         chosen = [r for r in found["chosen from"] if r["method"] == row["method"] and r["w"] == best["w"]]
         assert row["mean"] <= chosen[0]["mean"]
     both = sum(row["attributes"] for row in found["why"] if row["w"] == found["conditions"][0]["w"])
-    assert both == sum(3 * len(scene.things) + 3 for scene in quality["subjects"].Scenes.draw(6).scenes[2:])
+    assert both == sum(3 * len(scene.things) + 3 for scene in quality["evaluation_sets"].Scenes.draw(6).scenes[2:])
     table = (tmp_path / "first/quality.md").read_text()
     assert all(f"| {method} |" in table for method in methods)
     with Image.open(tmp_path / "first/quality-sheet.png") as sheet:

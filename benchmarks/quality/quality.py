@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
+from evaluation_sets import ClipTexts, EvaluationSet, Scenes
+from experiment import Experiment, Grid, choose, measure
 from joblib import Memory
-from study import Grid, Studio, choose, report
-from subjects import ClipTexts, Scenes, Subject
-from views import contact_sheet, plot, table
+from report import contact_sheet, plot, table
 
 from dnp import Pipeline
 from dnp.engine.system.files import write_together
@@ -65,17 +65,17 @@ def main(
     if (texts is None) != (clip is None):
         raise click.UsageError("--texts and --clip go together: prompts of your own, and the model that judges them")
     try:
-        subject: Subject = Scenes.draw(choosing + prompts) if texts is None else ClipTexts.load(texts, clip)
+        evaluated: EvaluationSet = Scenes.draw(choosing + prompts) if texts is None else ClipTexts.load(texts, clip)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    if len(subject.prompts) < choosing + 2:
+    if len(evaluated.prompts) < choosing + 2:
         raise click.UsageError(
-            f"{len(subject.prompts)} prompts leave none to report on after {choosing}; lower --choosing"
+            f"{len(evaluated.prompts)} prompts leave none to report on after {choosing}; lower --choosing"
         )
     started, grid, cache = time.monotonic(), Grid(w, s, sampler, steps), Memory(work, verbose=0)
     with Pipeline.open(bundle, backend, threads=threads) as pipeline:
-        chooser = Studio(pipeline, subject.part(slice(choosing)), 0, cache)
-        reporter = Studio(pipeline, subject.part(slice(choosing, choosing + prompts)), 1_000_000, cache)
+        chooser = Experiment(pipeline, evaluated.part(slice(choosing)), 0, cache)
+        reporter = Experiment(pipeline, evaluated.part(slice(choosing, choosing + prompts)), 1_000_000, cache)
         rows, best = choose(chooser, grid)
         found = {
             "command": shlex.join(["python", *sys.argv]),
@@ -84,12 +84,12 @@ def main(
             "made": time.strftime("%Y-%m-%d", time.gmtime()),
             "bundle": {"name": pipeline.bundle.name, "fingerprint": pipeline.bundle.fingerprint},
             "runs on": pipeline.runs_on,
-            "subject": subject.name,
-            "unit": subject.unit,
-            "prompts": {"choosing": choosing, "reporting": len(reporter.subject.prompts)},
+            "evaluation set": evaluated.name,
+            "unit": evaluated.unit,
+            "prompts": {"choosing": choosing, "reporting": len(reporter.evaluated.prompts)},
             "grid": asdict(grid),
             "chosen from": rows,
-            **report(reporter, grid, best),
+            **measure(reporter, grid, best),
         }
         pictures = contact_sheet(reporter, grid, best)
     found["seconds"] = round(time.monotonic() - started)

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import numpy.typing as npt
 from estimates import Floats, estimate, frechet_distance, spread
+from evaluation_sets import EvaluationSet, Pixels, Scenes, adherence, parse
 from joblib import Memory
-from subjects import Pixels, Scenes, Subject, adherence, parse
 from tqdm import tqdm
 
 from dnp import Pipeline, Request
@@ -49,11 +49,11 @@ def sampled(pipeline: Pipeline, _runs: str, prompts: list[str], negatives: list[
     return drive(pipeline.sample(prompts, negatives, Request("-", dnp=False, **settings)))
 
 
-class Studio:
-    """Samples and captions the prompts of a subject with one pipeline, each condition once; ``cache`` keeps images."""
+class Experiment:
+    """Samples and captions the prompts of a set with one pipeline, each condition once; ``cache`` keeps images."""
 
-    def __init__(self, pipeline: Pipeline, subject: Subject, first_seed: int, cache: Memory) -> None:
-        self.pipeline, self.subject, self.first_seed = pipeline, subject, first_seed
+    def __init__(self, pipeline: Pipeline, evaluated: EvaluationSet, first_seed: int, cache: Memory) -> None:
+        self.pipeline, self.evaluated, self.first_seed = pipeline, evaluated, first_seed
         self._cache = cache
         self._sampled = cache.cache(sampled, ignore=["pipeline"])
         self._runs = f"{pipeline.bundle.fingerprint} {pipeline.runs_on}"
@@ -61,20 +61,20 @@ class Studio:
 
     def sample(self, negatives: Sequence[str], guidance: float, sampler: str, steps: int, repeat: int = 0) -> Pixels:
         """Images of the prompts, uint8 ``[N, H, W, 3]``; ``repeat`` counts further images of the same, other seeds."""
-        prompts = self.subject.prompts
+        prompts = self.evaluated.prompts
         seed = self.first_seed + repeat * MOST_PROMPTS
         settings = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
         return self._sampled(self.pipeline, self._runs, prompts, list(negatives), settings)
 
-    def of_first(self, count: int) -> Studio:
+    def of_first(self, count: int) -> Experiment:
         """The same with the first prompts only."""
-        studio = Studio(self.pipeline, self.subject.part(slice(count)), self.first_seed, self._cache)
-        studio._captions = {at: captions[:count] for at, captions in self._captions.items()}
-        return studio
+        experiment = Experiment(self.pipeline, self.evaluated.part(slice(count)), self.first_seed, self._cache)
+        experiment._captions = {at: captions[:count] for at, captions in self._captions.items()}
+        return experiment
 
     def plain(self, w: float, sampler: str, steps: int) -> Pixels:
         """Guidance against the empty prompt; ``w`` = 0 is the unconditional image, a negative one is DNS."""
-        return self.sample([""] * len(self.subject.prompts), w, sampler, steps)
+        return self.sample([""] * len(self.evaluated.prompts), w, sampler, steps)
 
     def captions(self, s: float, sampler: str, steps: int) -> list[str]:
         """n* of each prompt: the caption of its DNS image."""
@@ -86,11 +86,11 @@ class Studio:
     def negatives(self, method: str, setting: Setting) -> list[str]:
         """What stands in the negative's place."""
         if method == PLAIN:
-            return [""] * len(self.subject.prompts)
+            return [""] * len(self.evaluated.prompts)
         if method == DNP:
             return self.captions(setting.s, setting.sampler, setting.steps)
         dns = self.plain(-setting.s, setting.sampler, setting.steps)
-        return self.subject.controls(dns)[method]
+        return self.evaluated.controls(dns)[method]
 
     def images(self, method: str, setting: Setting) -> Pixels:
         """One condition."""
@@ -98,12 +98,12 @@ class Studio:
 
     def scores(self, method: str, setting: Setting) -> Floats:
         """One condition, judged."""
-        return self.subject.scores(self.images(method, setting))
+        return self.evaluated.scores(self.images(method, setting))
 
 
-def methods(subject: Subject) -> list[str]:
-    """Plain, DNP and the controls that the subject has."""
-    return [PLAIN, DNP, *subject.control_names]
+def methods(evaluated: EvaluationSet) -> list[str]:
+    """Plain, DNP and the controls that the evaluated has."""
+    return [PLAIN, DNP, *evaluated.control_names]
 
 
 def candidates(method: str, grid: Grid, sampler: str, steps: int) -> list[Setting]:
@@ -112,7 +112,7 @@ def candidates(method: str, grid: Grid, sampler: str, steps: int) -> list[Settin
     return [Setting(w, s, sampler, steps) for s in s_values for w in grid.w]
 
 
-def choose(studio: Studio, grid: Grid) -> tuple[list[dict], dict[tuple[str, str, int], Setting]]:
+def choose(experiment: Experiment, grid: Grid) -> tuple[list[dict], dict[tuple[str, str, int], Setting]]:
     """Try the grid. Returns all its rows, and the best setting of each (method, sampler, steps).
 
     Controls are tried with the first sampler and number of steps only.
@@ -121,7 +121,7 @@ def choose(studio: Studio, grid: Grid) -> tuple[list[dict], dict[tuple[str, str,
         (method, sampler, steps)
         for sampler in grid.samplers
         for steps in grid.steps
-        for method in methods(studio.subject)
+        for method in methods(experiment.evaluated)
         if method in (PLAIN, DNP) or (sampler, steps) == (grid.samplers[0], grid.steps[0])
     ]
     rows: list[dict] = []
@@ -130,23 +130,23 @@ def choose(studio: Studio, grid: Grid) -> tuple[list[dict], dict[tuple[str, str,
         for method, sampler, steps in todo:
             means = {}
             for setting in candidates(method, grid, sampler, steps):
-                means[setting] = float(studio.scores(method, setting).mean())
+                means[setting] = float(experiment.scores(method, setting).mean())
                 rows.append({"method": method, **asdict(setting), "mean": means[setting]})
                 bar.update()
             best[method, sampler, steps] = max(means, key=means.__getitem__)
     return rows, best
 
 
-def report(studio: Studio, grid: Grid, best: dict[tuple[str, str, int], Setting]) -> dict:
+def measure(experiment: Experiment, grid: Grid, best: dict[tuple[str, str, int], Setting]) -> dict:
     """Judge the chosen settings on prompts that did not choose them."""
     sampler, steps = grid.samplers[0], grid.steps[0]
     plain = best[PLAIN, sampler, steps]
-    equal = [(method, replace(best[method, sampler, steps], w=plain.w)) for method in methods(studio.subject)]
+    equal = [(method, replace(best[method, sampler, steps], w=plain.w)) for method in methods(experiment.evaluated)]
     conditions = [(method, setting) for (method, *_), setting in best.items()]
     rows = []
     for method, setting in tqdm([*conditions, *equal[1:]], desc="reporting", mininterval=5):
-        scores = studio.scores(method, setting)
-        rival = studio.scores(PLAIN, best[PLAIN, setting.sampler, setting.steps])
+        scores = experiment.scores(method, setting)
+        rival = experiment.scores(PLAIN, best[PLAIN, setting.sampler, setting.steps])
         row = {"method": method, **asdict(setting), "score": asdict(estimate(scores))}
         if method != PLAIN:
             row["minus plain"] = asdict(estimate(scores - rival))
@@ -154,88 +154,89 @@ def report(studio: Studio, grid: Grid, best: dict[tuple[str, str, int], Setting]
     return {
         "conditions": rows[: len(conditions)],
         "equal w": rows[len(conditions) :],
-        "by w": [by_w(studio, w, best, (sampler, steps)) for w in tqdm(grid.w, desc="by w", mininterval=5)],
-        "dns": dns_images(studio, grid),
-        **(scene_figures(studio, grid, best) if isinstance(studio.subject, Scenes) else {}),
+        "by w": [by_w(experiment, w, best, (sampler, steps)) for w in tqdm(grid.w, desc="by w", mininterval=5)],
+        "dns": dns_images(experiment, grid),
+        **(scene_figures(experiment, grid, best) if isinstance(experiment.evaluated, Scenes) else {}),
     }
 
 
-def by_w(studio: Studio, w: float, best: dict[tuple[str, str, int], Setting], at: tuple[str, int]) -> dict:
+def by_w(experiment: Experiment, w: float, best: dict[tuple[str, str, int], Setting], at: tuple[str, int]) -> dict:
     """Plain and DNP at the same w, paired."""
-    scores = {method: studio.scores(method, replace(best[(method, *at)], w=w)) for method in (PLAIN, DNP)}
+    scores = {method: experiment.scores(method, replace(best[(method, *at)], w=w)) for method in (PLAIN, DNP)}
     means = {method: asdict(estimate(values)) for method, values in scores.items()}
     return {"w": w, **means, "difference": asdict(estimate(scores[DNP] - scores[PLAIN]))}
 
 
-def dns_images(studio: Studio, grid: Grid) -> list[dict]:
+def dns_images(experiment: Experiment, grid: Grid) -> list[dict]:
     """Unconditional images and those of DNS against the prompts that they should not show."""
     sampler, steps = grid.samplers[0], grid.steps[0]
-    free = studio.subject.scores(studio.plain(0.0, sampler, steps))
+    free = experiment.evaluated.scores(experiment.plain(0.0, sampler, steps))
     rows: list[dict] = [{"s": 0.0, "score": asdict(estimate(free))}]
     for s in grid.s:
-        scores = studio.subject.scores(studio.plain(-s, sampler, steps))
+        scores = experiment.evaluated.scores(experiment.plain(-s, sampler, steps))
         rows.append({"s": s, "score": asdict(estimate(scores)), "minus unconditional": asdict(estimate(scores - free))})
     return rows
 
 
-def scene_figures(studio: Studio, grid: Grid, best: dict[tuple[str, str, int], Setting]) -> dict:
+def scene_figures(experiment: Experiment, grid: Grid, best: dict[tuple[str, str, int], Setting]) -> dict:
     """What only drawn scenes can tell: captions, fidelity, diversity, and where the negative agrees with the prompt."""
-    subject, sampler, steps = studio.subject, grid.samplers[0], grid.steps[0]
-    assert isinstance(subject, Scenes)
+    evaluated, sampler, steps = experiment.evaluated, grid.samplers[0], grid.steps[0]
+    assert isinstance(evaluated, Scenes)
     chosen = [(method, best[method, sampler, steps]) for method in (PLAIN, DNP)]
-    real = subject.features(subject.real(1))
-    fidelity = {"other real pictures": frechet_distance(subject.features(subject.real(2)), real)}
-    fidelity |= {m: frechet_distance(subject.features(studio.images(m, s)), real) for m, s in chosen}
+    real = evaluated.features(evaluated.real(1))
+    fidelity = {"other real pictures": frechet_distance(evaluated.features(evaluated.real(2)), real)}
+    fidelity |= {m: frechet_distance(evaluated.features(experiment.images(m, s)), real) for m, s in chosen}
     fidelity |= {
-        f"DNS s={s:g}": frechet_distance(subject.features(studio.plain(-s, sampler, steps)), real) for s in grid.s
+        f"DNS s={s:g}": frechet_distance(evaluated.features(experiment.plain(-s, sampler, steps)), real) for s in grid.s
     }
     return {
-        "captions": [caption_figures(studio, s, sampler, steps) for s in grid.s],
+        "captions": [caption_figures(experiment, s, sampler, steps) for s in grid.s],
         "frechet": fidelity,
         "spread": {
-            "real pictures": asdict(estimate(spread(_stack(subject.features(subject.real(n)) for n in range(4)))))
+            "real pictures": asdict(estimate(spread(_stack(evaluated.features(evaluated.real(n)) for n in range(4)))))
         }
-        | {method: asdict(estimate(diversity(studio, method, setting))) for method, setting in chosen},
+        | {method: asdict(estimate(diversity(experiment, method, setting))) for method, setting in chosen},
         "strict": {
-            method: asdict(estimate(subject.strict(studio.images(method, setting)))) for method, setting in chosen
+            method: asdict(estimate(evaluated.strict(experiment.images(method, setting)))) for method, setting in chosen
         },
-        "why": why(studio, best, sampler, steps),
+        "why": why(experiment, best, sampler, steps),
     }
 
 
-def caption_figures(studio: Studio, s: float, sampler: str, steps: int) -> dict:
+def caption_figures(experiment: Experiment, s: float, sampler: str, steps: int) -> dict:
     """Does n* describe the DNS image? Its attributes against those that the scorer reads from the same image."""
-    assert isinstance(studio.subject, Scenes)
-    seen = studio.subject.read(studio.plain(-s, sampler, steps))
-    named = [parse(caption) for caption in studio.captions(s, sampler, steps)]
+    assert isinstance(experiment.evaluated, Scenes)
+    seen = experiment.evaluated.read(experiment.plain(-s, sampler, steps))
+    named = [parse(caption) for caption in experiment.captions(s, sampler, steps)]
     right = [adherence(*pair) for pair in zip(seen, named, strict=True)]
     return {"s": s, "attributes": asdict(estimate(right)), "all of them": asdict(estimate(np.equal(right, 1)))}
 
 
-def diversity(studio: Studio, method: str, setting: Setting, samples: int = 4) -> Floats:
+def diversity(experiment: Experiment, method: str, setting: Setting, samples: int = 4) -> Floats:
     """Distance between ``samples`` images of each of the first 60 prompts, in the judge's features, ``[N]``."""
-    studio = studio.of_first(60)
-    negatives = studio.negatives(method, setting)
+    experiment = experiment.of_first(60)
+    negatives = experiment.negatives(method, setting)
     sets = (
-        studio.sample(negatives, setting.w, setting.sampler, setting.steps, repeat=number) for number in range(samples)
+        experiment.sample(negatives, setting.w, setting.sampler, setting.steps, repeat=number)
+        for number in range(samples)
     )
-    return spread(_stack(studio.subject.features(images) for images in sets))
+    return spread(_stack(experiment.evaluated.features(images) for images in sets))
 
 
 def _stack(sets: Iterator[Floats]) -> Floats:
     return np.stack(list(sets), axis=1)
 
 
-def why(studio: Studio, best: dict[tuple[str, str, int], Setting], sampler: str, steps: int) -> list[dict]:
+def why(experiment: Experiment, best: dict[tuple[str, str, int], Setting], sampler: str, steps: int) -> list[dict]:
     """Attributes apart by whether n* names the prompt's own value: there the negative pushes the wrong way."""
-    assert isinstance(studio.subject, Scenes)
+    assert isinstance(experiment.evaluated, Scenes)
     rows = []
     for w in sorted({best[PLAIN, sampler, steps].w, best[DNP, sampler, steps].w}):
         setting = replace(best[DNP, sampler, steps], w=w)
-        negatives = studio.negatives(DNP, setting)
+        negatives = experiment.negatives(DNP, setting)
         right: dict[str, npt.NDArray[np.bool_]] = {}
         for method in (PLAIN, DNP):
-            hits, shared = studio.subject.right_and_shared(studio.images(method, setting), negatives)
+            hits, shared = experiment.evaluated.right_and_shared(experiment.images(method, setting), negatives)
             right[method] = np.array(hits)
         for same in (True, False):
             rows_of = np.array(shared) == same

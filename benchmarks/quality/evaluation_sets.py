@@ -28,7 +28,7 @@ Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 
 
-class Subject(Protocol):
+class EvaluationSet(Protocol):
     """A set of prompts and their judge. ``control`` negatives are what n* has to be better than."""
 
     name: str
@@ -36,7 +36,7 @@ class Subject(Protocol):
     prompts: list[str]
     control_names: tuple[str, ...]
 
-    def part(self, chosen: slice) -> Subject:
+    def part(self, chosen: slice) -> EvaluationSet:
         """The same with some of the prompts."""
 
     def scores(self, images: Pixels) -> Floats:
@@ -89,11 +89,10 @@ class Scenes:
         return [scene.caption() for scene in self.scenes]
 
     def part(self, chosen: slice) -> Scenes:
-        """See ``Subject.part``."""
         return replace(self, scenes=self.scenes[chosen])
 
     def scores(self, images: Pixels) -> Floats:
-        """Adherence, 0 to 1. See ``Subject.scores``."""
+        """Adherence, 0 to 1."""
         return np.array([adherence(*pair) for pair in zip(self.scenes, self.read(images), strict=True)])
 
     def strict(self, images: Pixels) -> Floats:
@@ -101,7 +100,7 @@ class Scenes:
         return np.array([float(a == b) for a, b in zip(self.scenes, self.read(images), strict=True)])
 
     def features(self, images: Pixels) -> Floats:
-        """The scorer's last hidden layer, ``[N, 160]``. See ``Subject.features``."""
+        """The scorer's last hidden layer, ``[N, 160]``."""
         with torch.inference_mode():
             parts = [self._judge.trunk(to_model(part)) for part in torch.from_numpy(images).split(250)]
         return torch.cat(parts).double().numpy()
@@ -200,20 +199,19 @@ class ClipTexts:
         return list(self.texts)
 
     def part(self, chosen: slice) -> ClipTexts:
-        """See ``Subject.part``."""
         return replace(self, texts=self.texts[chosen])
 
     def scores(self, images: Pixels) -> Floats:
-        """Hessel et al. 2021 without its clipping and weight: 100 × cosine. See ``Subject.scores``."""
+        """Hessel et al. 2021 without its clipping and weight: 100 × cosine."""
         words = self._embedded(text=self.prompts)
         return np.asarray(100 * (self.features(images) * words).sum(axis=1))
 
     def features(self, images: Pixels) -> Floats:
-        """Image embeddings of length 1. See ``Subject.features``."""
+        """Image embeddings of length 1."""
         return self._embedded(images=[Image.fromarray(image) for image in images])
 
     def controls(self, dns_images: Pixels) -> dict[str, list[str]]:
-        """A caption of another image. See ``Subject.controls``."""
+        """A caption of another image."""
         return {"another caption": shuffled(self.prompts)}
 
     def _embedded(self, **inputs: list) -> Floats:

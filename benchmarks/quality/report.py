@@ -1,4 +1,4 @@
-"""A study's figures as people read them: tables, a plot with intervals, a contact sheet."""
+"""The figures of an experiment as people read them: tables, a plot with intervals, a contact sheet."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import matplotlib
 from estimates import Estimate
+from evaluation_sets import Scenes
+from experiment import DNP, PLAIN, Experiment, Grid, Setting
 from PIL import Image
-from study import DNP, PLAIN, Grid, Setting, Studio
-from subjects import Scenes
 
 from dnp.runtime.pictures import sheet
 
@@ -26,7 +26,7 @@ def table(found: dict) -> str:
     parts = [
         "# Does DNP help?",
         f"`{found['command']}` on {found['machine']}, {found['made']}; {found['runs on']}; {made}. "
-        f"Bundle {found['bundle']['name']} ({found['bundle']['fingerprint'][:12]}), {found['subject']}; "
+        f"Bundle {found['bundle']['name']} ({found['bundle']['fingerprint'][:12]}), {found['evaluation set']}; "
         f"settings chosen on {prompts['choosing']} prompts, reported on {prompts['reporting']} others. "
         f"Score: {found['unit']}. In brackets: 95 % bootstrap intervals over the prompts; differences are paired.",
         "## Each method at its own best setting",
@@ -161,20 +161,24 @@ def plot(found: dict) -> bytes:
     return buffer.getvalue()
 
 
-def contact_sheet(studio: Studio, grid: Grid, best: dict[tuple[str, str, int], Setting], rows: int = 12) -> Image.Image:
+def contact_sheet(
+    experiment: Experiment, grid: Grid, best: dict[tuple[str, str, int], Setting], rows: int = 12
+) -> Image.Image:
     """The first prompts, none chosen: what was wanted, plain, DNS with n*, DNP."""
     at = grid.samplers[0], grid.steps[0]
     plain, dnp = best[(PLAIN, *at)], best[(DNP, *at)]
-    rows = min(rows, len(studio.subject.prompts))
+    rows = min(rows, len(experiment.evaluated.prompts))
     columns = {
-        f"plain, w={plain.w:g}": [(image, "") for image in studio.images(PLAIN, plain)[:rows]],
+        f"plain, w={plain.w:g}": [(image, "") for image in experiment.images(PLAIN, plain)[:rows]],
         f"DNS, s={dnp.s:g}": [
             (image, f"n* = {caption}")
-            for image, caption in zip(studio.plain(-dnp.s, *at)[:rows], studio.captions(dnp.s, *at), strict=False)
+            for image, caption in zip(
+                experiment.plain(-dnp.s, *at)[:rows], experiment.captions(dnp.s, *at), strict=False
+            )
         ],
-        f"DNP, w={dnp.w:g}": [(image, "") for image in studio.images(DNP, dnp)[:rows]],
+        f"DNP, w={dnp.w:g}": [(image, "") for image in experiment.images(DNP, dnp)[:rows]],
     }
-    if isinstance(studio.subject, Scenes):
-        columns = {"the scene": [(image, "") for image in studio.subject.real(1)[:rows]]} | columns
+    if isinstance(experiment.evaluated, Scenes):
+        columns = {"the scene": [(image, "") for image in experiment.evaluated.real(1)[:rows]]} | columns
     cells = [[(Image.fromarray(column[n][0]), column[n][1]) for column in columns.values()] for n in range(rows)]
-    return sheet(cells, headings=list(columns), titles=studio.subject.prompts[:rows])
+    return sheet(cells, headings=list(columns), titles=experiment.evaluated.prompts[:rows])
