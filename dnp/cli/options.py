@@ -86,7 +86,7 @@ def pipeline_options(function: F) -> F:
         click.option("--precision", help="Arithmetic of the openvino backend: f32 (its default) or bf16."),
         click.option("--threads", type=int, help="Threads of the backend; all cores when left out."),
         click.option("--device", type=int, help="Number of the GPU, where the backend runs on one; 0 when left out."),
-        click.option("--eager", is_flag=True, help="Run without recorded CUDA graphs, where the backend has them."),
+        click.option("--eager", is_flag=True, help="Run without captured CUDA graphs, where the backend has them."),
         click.option("--memory-limit", type=int, metavar="MB", help="Most GPU memory to use."),
         click.option("--plans", type=PATH, help="Folder of compiled plans, see `dnp build`."),
     )(packed)  # type: ignore[return-value]
