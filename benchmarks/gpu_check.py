@@ -1,7 +1,7 @@
 """Everything about a GPU backend that only a GPU can show: ``make gpu-check``, or ``python benchmarks/gpu_check.py``.
 
 Builds the plans, compares every graph and every stage of a request with the ``cpu`` backend, checks that runs are
-recorded as CUDA graphs, and measures. Prints a table, writes JSON, and exits with 1 when anything is not as it should
+captured as CUDA graphs, and measures. Prints a table, writes JSON, and exits with 1 when anything is not as it should
 be. What cannot be done is said first: options that cannot be honoured (2), no GPU (4), no place for the JSON (6).
 """
 
@@ -274,17 +274,17 @@ def psnr(one: np.ndarray, two: np.ndarray) -> float:
 
 
 def captured(bundle: Bundle, backend: str, options: BackendOptions) -> dict:
-    """Whether the steps of both loops are recorded unless run eagerly, and whether that leaves every bit as it is."""
+    """Whether the steps of both loops are captured unless run eagerly, and whether that leaves every bit as it is."""
     results = []
-    recorded: dict[str, list[bool]] = {name: [] for name in LOOPS}
+    captured: dict[str, list[bool]] = {name: [] for name in LOOPS}
     for eager in (False, True):
         with Pipeline(bundle, backend, BackendOptions(plans=options.plans, eager=eager)) as pipeline:
             results.append(pipeline(PROMPT, seed=3, steps=5, dns_steps=5))
             for name in LOOPS:
-                recorded[name].append(bool(pipeline.sessions[name].captured))
+                captured[name].append(bool(pipeline.sessions[name].captured))
     found: dict[str, dict] = {
-        name: {"recorded": usual, "recorded_when_eager": eager, "passed": usual and not eager}
-        for name, (usual, eager) in recorded.items()
+        name: {"captured": usual, "captured_when_eager": eager, "passed": usual and not eager}
+        for name, (usual, eager) in captured.items()
     }
     one, two = results
     same = np.array_equal(one.dns_arrays, two.dns_arrays) and np.array_equal(one.arrays, two.arrays)
@@ -343,7 +343,7 @@ def context(bundle: Bundle, session) -> np.ndarray:
 
 
 def time_steps(bundle: Bundle, backend: str, options: BackendOptions, batches: int) -> list[dict]:
-    """Milliseconds a denoising step, launched from a recorded graph and enqueued, interleaved; and the host's share."""
+    """Milliseconds a denoising step, launched from a captured graph and enqueued, interleaved; and the host's share."""
     latents = bundle.latents
     sizes = {"height": latents.height, "width": latents.width, "tokens": bundle.text.length}
     table = sampler_table(NoiseSchedule.from_config(bundle.schedule), "ddim", 25, 7.5)
@@ -379,9 +379,9 @@ def time_steps(bundle: Bundle, backend: str, options: BackendOptions, batches: i
         found.append(
             {
                 "batch": batch,
-                "recorded_ms": spread(times[0]),
+                "captured_ms": spread(times[0]),
                 "eager_ms": spread(times[1]),
-                "host_recorded_ms": spread(host[0]),
+                "host_captured_ms": spread(host[0]),
                 "host_eager_ms": spread(host[1]),
             }
         )
@@ -427,8 +427,8 @@ def table(report: dict) -> str:
             told = f"{stage['psnr']:.1f} dB ({stage['bound']:g})"
         lines.append(f"{name:<8}{told}  {passed(stage)}")
     capture = checks["capture"]
-    recorded = ", ".join(f"{name} {passed(capture[name])}" for name in LOOPS)
-    lines += ["", f"recorded as CUDA graphs: {recorded}; bits of eager runs: {passed(capture['bits'])}"]
+    captured = ", ".join(f"{name} {passed(capture[name])}" for name in LOOPS)
+    lines += ["", f"captured as CUDA graphs: {captured}; bits of eager runs: {passed(capture['bits'])}"]
     if "refit" in checks:
         lines.append(f"refit A, B, A: {passed(checks['refit'])} {checks['refit'].get('error', '')}")
     for name, times in report["start"].items():
@@ -436,10 +436,10 @@ def table(report: dict) -> str:
             f"{name} start: open {times['open_s']:.2f} s, first request {times['first_s']:.3f} s, "
             f"next {times['next_s']:.3f} s"
         )
-    lines += ["", "ms a step, median [quartiles], on the GPU; and host time", "batch   recorded            eager"]
+    lines += ["", "ms a step, median [quartiles], on the GPU; and host time", "batch   captured            eager"]
     for row in report["steps"]:
-        cells = [f"{t['median']:8.3f} [{t['low']:.3f}, {t['high']:.3f}]" for t in (row["recorded_ms"], row["eager_ms"])]
-        hosts = f"{row['host_recorded_ms']['median']:.4f} / {row['host_eager_ms']['median']:.4f}"
+        cells = [f"{t['median']:8.3f} [{t['low']:.3f}, {t['high']:.3f}]" for t in (row["captured_ms"], row["eager_ms"])]
+        hosts = f"{row['host_captured_ms']['median']:.4f} / {row['host_eager_ms']['median']:.4f}"
         lines.append(f"{row['batch']:>5} {'  '.join(cells)}   host {hosts}")
     lines += ["", "all as it should be" if report["passed"] else "NOT as it should be, see above"]
     return "\n".join(lines)

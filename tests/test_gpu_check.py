@@ -189,7 +189,7 @@ def test_a_stage_that_is_wrong_fails_alone(monkeypatch, quick, wrong, stage):
 
 
 @pytest.mark.parametrize("left_out", [None, "denoise", "caption_step"])
-def test_a_loop_that_is_not_recorded_is_named(gpu, monkeypatch, quick, left_out):
+def test_a_loop_that_is_not_captured_is_named(gpu, monkeypatch, quick, left_out):
     capture = ort_cuda.CudaSession.capture
 
     def capture_some(session, **dims):
@@ -200,8 +200,8 @@ def test_a_loop_that_is_not_recorded_is_named(gpu, monkeypatch, quick, left_out)
     found = gpu_check.captured(quick, "cuda", BackendOptions())
     assert found["passed"] == (left_out is None)
     for name in ("denoise", "caption_step"):
-        recorded = name != left_out
-        assert found[name] == {"recorded": recorded, "recorded_when_eager": False, "passed": recorded}
+        captured = name != left_out
+        assert found[name] == {"captured": captured, "captured_when_eager": False, "passed": captured}
     assert found["bits"]["passed"]
 
 
@@ -224,7 +224,7 @@ def test_the_table_shows_every_stage_and_every_loop():
     assert "dns     30.0 dB (40)  FAILED" in lines
     assert "n*      'a cat'; cpu of the same image: 'a dog'; cpu of its own image: 'a cow'  FAILED" in lines
     assert "dnp     50.0 dB (40)  ok" in lines
-    assert "recorded as CUDA graphs: denoise ok, caption_step FAILED; bits of eager runs: ok" in lines
+    assert "captured as CUDA graphs: denoise ok, caption_step FAILED; bits of eager runs: ok" in lines
 
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make")

@@ -13,16 +13,16 @@ import click
 
 from dnp.cli.options import (
     PATH,
-    Engine,
+    PipelineOptions,
     Progress,
     caption_options,
     dns_options,
-    engine_options,
     final_options,
     given_options,
     image_options,
     json_option,
     out_options,
+    pipeline_options,
     say,
     warn_if_truncated,
 )
@@ -50,14 +50,14 @@ if TYPE_CHECKING:
 @final_options
 @dns_options
 @caption_options
-@engine_options
+@pipeline_options
 @out_options
 @json_option
 def generate(
     prompt: str | None,
     from_image: Path | None,
     no_dnp: bool,
-    engine: Engine,
+    options: PipelineOptions,
     out: Path,
     overwrite: bool,
     as_json: bool,
@@ -73,7 +73,7 @@ def generate(
 
     made_with = None
     if from_image is not None:
-        request, engine, made_with = _settings_of(from_image, engine)
+        request, options, made_with = _settings_of(from_image, options)
     elif prompt is None:
         raise click.UsageError("name a PROMPT, or a picture to reproduce with --from-image")
     else:
@@ -81,7 +81,7 @@ def generate(
             _refuse_dns_options("--no-dnp" if no_dnp else "--negative")
         request = Request(prompt, dnp=not no_dnp, **settings)
 
-    pipeline = engine.open()
+    pipeline = options.open()
     if from_image is not None and made_with is not None:
         _compare_makers(pipeline, from_image, made_with)
     job = pipeline.resolve(request)
@@ -102,12 +102,12 @@ def generate(
 @image_options
 @dns_options
 @caption_options
-@engine_options
+@pipeline_options
 @out_options
 @json_option
 def dns(
     prompt: str,
-    engine: Engine,
+    options: PipelineOptions,
     out: Path,
     overwrite: bool,
     as_json: bool,
@@ -118,7 +118,7 @@ def dns(
     from dnp.runtime.pipeline.pipeline import drive
     from dnp.runtime.request import Request
 
-    pipeline = engine.open()
+    pipeline = options.open()
     job = pipeline.resolve(Request(prompt, **settings))
     warn_if_truncated(pipeline, job, "prompt", prompt)
     files = outputs(out, job.request, pipeline.made_with, ["dns"])
@@ -136,12 +136,12 @@ def dns(
 @final_options
 @dns_options
 @caption_options
-@engine_options
+@pipeline_options
 @out_options
 @json_option
 def explore(
     prompt: str,
-    engine: Engine,
+    options: PipelineOptions,
     out: Path,
     overwrite: bool,
     as_json: bool,
@@ -155,7 +155,7 @@ def explore(
     from dnp.runtime.pipeline.pipeline import drive
     from dnp.runtime.request import Request, to_images
 
-    pipeline = engine.open()
+    pipeline = options.open()
     job = pipeline.resolve(Request(prompt, compare=True, **settings))
     warn_if_truncated(pipeline, job, "prompt", prompt)
     files = outputs(out, job.request, pipeline.made_with, ["explored"])
@@ -188,11 +188,11 @@ def explore(
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=PATH)
 @caption_options
-@engine_options
+@pipeline_options
 @json_option
 def caption(
     images: tuple[Path, ...],
-    engine: Engine,
+    options: PipelineOptions,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -200,7 +200,7 @@ def caption(
     from dnp.runtime.pictures import open_image
 
     pictures = [open_image(path) for path in images]
-    pipeline = engine.open()
+    pipeline = options.open()
     captions = pipeline.caption(pictures, **settings)
     report = {"captions": [{"image": str(p), "caption": c} for p, c in zip(images, captions, strict=True)]}
     text = captions if len(images) == 1 else [f"{p}: {c}" for p, c in zip(images, captions, strict=True)]
@@ -214,27 +214,27 @@ def _refuse_dns_options(switch: str) -> None:
             raise click.UsageError(f"{option} says how to find n*, and {switch} leaves that out; drop one of the two")
 
 
-def _settings_of(path: Path, engine: Engine) -> tuple[Request, Engine, dict[str, Any]]:
-    """The request inside a picture, the engine that made it where no other was asked for, and all that is inside."""
+def _settings_of(path: Path, options: PipelineOptions) -> tuple[Request, PipelineOptions, dict[str, Any]]:
+    """The request inside a picture, what made it where no other was asked for, and all that is inside."""
     from dnp.runtime.pictures import read_settings
     from dnp.runtime.request import Request
 
-    ours = {"from_image", "out", "overwrite", "as_json", *(field.name for field in fields(Engine))}
+    ours = {"from_image", "out", "overwrite", "as_json", *(field.name for field in fields(PipelineOptions))}
     given = [name for name in given_options() if name not in ours]
     if given:
         names = ", ".join(sorted(given))
         raise click.UsageError(f"--from-image takes its settings from the picture; leave out {names}")
     settings = read_settings(path)
-    if engine.backend is None:
-        precision = settings.get("precision") if engine.precision is None else engine.precision
-        engine = replace(engine, backend=settings.get("backend"), precision=precision)
+    if options.backend is None:
+        precision = settings.get("precision") if options.precision is None else options.precision
+        options = replace(options, backend=settings.get("backend"), precision=precision)
     if settings.get("version") not in (None, version("dnp-engine")):
         click.echo(
             f"dnp: {path} was made by dnp-engine {settings['version']}, this is {version('dnp-engine')}: "
             "the bits of the picture may differ",
             err=True,
         )
-    return Request.from_dict(settings["request"]), engine, settings
+    return Request.from_dict(settings["request"]), options, settings
 
 
 def _compare_makers(pipeline: Pipeline, path: Path, made_with: dict[str, Any]) -> None:

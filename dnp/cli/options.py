@@ -43,7 +43,7 @@ def _stacked(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 @dataclass(frozen=True)
-class Engine:
+class PipelineOptions:
     """Where the model comes from and what runs it; None where nothing was said."""
 
     bundle: Path | None
@@ -72,13 +72,13 @@ class Engine:
         return click.get_current_context().with_resource(pipeline)
 
 
-def engine_options(function: F) -> F:
-    """The options behind ``Engine``, which the command gets as ``engine``."""
+def pipeline_options(function: F) -> F:
+    """The options behind ``PipelineOptions``, which the command gets as ``options``."""
 
     @wraps(function)
     def packed(*arguments: Any, **settings: Any) -> Any:
-        engine = Engine(**{field.name: settings.pop(field.name) for field in fields(Engine)})
-        return function(*arguments, engine=engine, **settings)
+        options = PipelineOptions(**{field.name: settings.pop(field.name) for field in fields(PipelineOptions)})
+        return function(*arguments, options=options, **settings)
 
     return _stacked(
         click.option("--bundle", type=PATH, help="A bundle folder; the shipped default when left out."),
@@ -86,7 +86,7 @@ def engine_options(function: F) -> F:
         click.option("--precision", help="Arithmetic of the openvino backend: f32 (its default) or bf16."),
         click.option("--threads", type=int, help="Threads of the backend; all cores when left out."),
         click.option("--device", type=int, help="Number of the GPU, where the backend runs on one; 0 when left out."),
-        click.option("--eager", is_flag=True, help="Run without recorded CUDA graphs, where the backend has them."),
+        click.option("--eager", is_flag=True, help="Run without captured CUDA graphs, where the backend has them."),
         click.option("--memory-limit", type=int, metavar="MB", help="Most GPU memory to use."),
         click.option("--plans", type=PATH, help="Folder of compiled plans, see `dnp build`."),
     )(packed)  # type: ignore[return-value]

@@ -205,12 +205,12 @@ class DeviceSession(StoredSession[DeviceBuffer]):
         return buffer if isinstance(buffer, DeviceBuffer) and buffer.gpu is self._gpu else None
 
     @abstractmethod
-    def _record(self) -> None:
-        """Have the run at the present sizes recorded, unless it is."""
+    def _capture(self) -> None:
+        """Have the run at the present sizes captured, unless it is."""
 
     @abstractmethod
     def _forget(self) -> None:
-        """Drop what was recorded: addresses or copies in it are no longer right."""
+        """Drop what was captured: addresses or copies in it are no longer right."""
 
     def capture(self, **dims: int) -> None:
         super().capture(**dims)
@@ -219,7 +219,7 @@ class DeviceSession(StoredSession[DeviceBuffer]):
         self._cuda.activate()
         for buffer, _ in self._own(self._require_dims()):  # left from other sizes, it might be indices out of range
             buffer.clear()
-        self._record()
+        self._capture()
 
     def reshape(self, **dims: int) -> None:
         self._require_open()
@@ -260,9 +260,9 @@ class DeviceSession(StoredSession[DeviceBuffer]):
             self._forget()
 
     def _run_eagerly(self, reason: object) -> None:
-        """Record nothing in this session from now on; its backend says so once."""
+        """Capture nothing in this session from now on; its backend says so once."""
         self._eager = True
-        self._backend.warn_about("recording", f"{self._where}: runs without CUDA graphs from now on: {reason}")
+        self._backend.warn_about("capture", f"{self._where}: runs without CUDA graphs from now on: {reason}")
 
     def _check_inputs(self, dims: Mapping[str, int]) -> None:
         """Raises SettingsError when an aliased buffer has another shape than this session is about to read."""
@@ -304,7 +304,7 @@ class DeviceBackend(Backend):
 
     @property
     def batches(self) -> Sequence[int]:
-        """From the largest, so that what grows has grown before anything is recorded."""
+        """From the largest, so that what grows has grown before anything is captured."""
         return () if self.options.eager else range(BATCH, 0, -1)
 
     def warn_about(self, topic: str, message: str) -> None:

@@ -88,7 +88,7 @@ class Gpu:
 
         All that were announced by now get the same part of what is left, once there is room for the activations.
         """
-        free = self.cuda.free_memory() * 7 // 8  # the rest is for recorded graphs, and for what is opened later
+        free = self.cuda.free_memory() * 7 // 8  # the rest is for captured graphs, and for what is opened later
         room = max(0, (free if self.left is None else min(free, self.left)) - max(0, self._wanted - self._scratch[1]))
         given = min(size, room * size // max(self._streamable, 1))
         self._streamable -= size
@@ -103,7 +103,7 @@ class Gpu:
         """Memory for the activations of a graph while it runs, shared by all that run on the stream.
 
         It holds what was wanted so far. When a more demanding graph comes later, a larger piece is added for those
-        who ask from then on: no address that a recorded graph holds ever changes. ``Pipeline.warm_up`` opens all
+        who ask from then on: no address that a captured graph holds ever changes. ``Pipeline.warm_up`` opens all
         graphs before the first one runs, so that there is one piece.
         """
         address, there = self._scratch

@@ -37,7 +37,7 @@ class BackendOptions:
         threads: threads to compute with; every physical core this process may use when ``None``.
         precision: the arithmetic, where a backend has a choice: ``f32`` or ``bf16`` on ``openvino``.
         device: the number of the GPU, where a backend runs on one.
-        eager: run without recorded CUDA graphs, the same code otherwise.
+        eager: run without captured CUDA graphs, the same code otherwise.
         memory_limit: bytes of device memory for buffers, activations and weights; on ``cuda`` the activations are
             counted for each graph by itself.
         plans: where compiled plans are kept; the bundle's own ``plans/`` when ``None``.
@@ -385,7 +385,7 @@ class Backend(OfOneProcess, ABC):
 
     @property
     def batches(self) -> Sequence[int]:
-        """The batch sizes to prepare sessions for at warm-up; none where there is nothing to prepare."""
+        """The batch sizes to capture sessions at when warming up; none where nothing is captured."""
         return ()
 
     @abstractmethod

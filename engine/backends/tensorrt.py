@@ -1,4 +1,4 @@
-"""The backends ``tensorrt`` and ``tensorrt-rtx``: compiled plans, and runs recorded as CUDA graphs."""
+"""The backends ``tensorrt`` and ``tensorrt-rtx``: compiled plans, and runs captured as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _DTYPES: Final = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "UINT
 
 @dataclass
 class _Run:
-    """A graph at fixed sizes: an execution context of its own, and what was recorded of it."""
+    """A graph at fixed sizes: an execution context of its own, and what was captured of it."""
 
     context: Any
     dims: dict[str, int]
-    recorded: Any = None
+    captured: Any = None
 
 
 class TrtSession(DeviceSession):
-    """A plan on a GPU. Buffers have the profile's largest sizes and never move, so what was recorded stays valid.
+    """A plan on a GPU. Buffers have the profile's largest sizes and never move, so what was captured stays valid.
 
-    Sizes that were captured have an execution context each, whose run is one launch of a recorded CUDA graph. All
+    Sizes that were captured have an execution context each, whose run is one launch of a captured CUDA graph. All
     others share one, whose runs are enqueued.
     """
 
@@ -107,28 +107,28 @@ class TrtSession(DeviceSession):
     def captured(self) -> Sequence[Mapping[str, int]]:
         return [run.dims for run in self._captured.values()]
 
-    def _record(self) -> None:
-        """Record the run at the present sizes as a CUDA graph, and keep the kernels that this took.
+    def _capture(self) -> None:
+        """Capture the run at the present sizes as a CUDA graph, and keep the kernels that this took.
 
-        When that cannot be done, this session runs without recorded graphs from then on; the backend says so once.
+        When that cannot be done, this session runs without captured graphs from then on; the backend says so once.
         """
         key = tuple(self._require_dims().values())
         if key in self._captured:
             return
         try:
             run = _Run(self._context(), {})
-            self._enqueue(run)  # what TensorRT does only once must not be recorded
+            self._enqueue(run)  # what TensorRT does only once must not be captured
             self._cuda.synchronize(self._gpu.stream)
             if self._product.portable and not run.context.is_stream_capturable(self._gpu.stream):
-                raise BackendError("TensorRT says that this graph cannot be recorded at these sizes")
+                raise BackendError("TensorRT says that this graph cannot be captured at these sizes")
             self._cuda.begin_capture(self._gpu.stream)
             try:
                 self._enqueue(run)
-            except BaseException:  # a Ctrl-C must not leave a stream that records instead of computing
+            except BaseException:  # a Ctrl-C must not leave a stream that captures instead of computing
                 with suppress(BackendError):  # what it says of the end is less than what went wrong
                     self._cuda.free_graph(self._cuda.end_capture(self._gpu.stream))
                 raise
-            run.recorded = self._cuda.end_capture(self._gpu.stream)
+            run.captured = self._cuda.end_capture(self._gpu.stream)
         except BackendError as error:
             self._run_eagerly(error)
             return
@@ -145,7 +145,7 @@ class TrtSession(DeviceSession):
             self._enqueue(self._loose)
         else:
             self._check_inputs(dims)
-            self._cuda.launch(run.recorded, self._gpu.stream)
+            self._cuda.launch(run.captured, self._gpu.stream)
 
     def check_refit(self) -> None:
         """Weights are exchanged in plans that were built for it."""
@@ -215,8 +215,8 @@ class TrtSession(DeviceSession):
         config = self._given(self._engine.create_runtime_config(), "runtime configuration")
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._product.portable:
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # we record ourselves, with what is carried
-            # A recorded graph keeps the kernels that it was recorded with: they must be the best ones by then.
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # we capture ourselves, with what is fed back
+            # A captured graph keeps the kernels that it was captured with: they must be the best ones by then.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             self._cache = self._given(config.create_runtime_cache(), "runtime cache")
             with suppress(OSError):  # none yet, or none that can be read
@@ -269,7 +269,7 @@ class TrtSession(DeviceSession):
         runs, self._captured, self._loose = [*self._captured.values()], {}, None
         for run in runs:
             with suppress(BackendError):  # after an error that lasts; what can be freed is
-                self._cuda.free_graph(run.recorded)
+                self._cuda.free_graph(run.captured)
 
     def _release(self) -> None:
         self._gpu.release(self._held)

@@ -38,7 +38,7 @@ class BuildSettings:
         optimization_level: 0 (fast build) to 5 (fast plan); the compiler's own choice when ``None``.
         workspace: bytes of scratch memory that a kernel may use; no limit when ``None``.
         weight_streaming: let weights stay in host memory where the GPU's does not hold them all. TensorRT for RTX then
-            allocates memory at run time, so its runs cannot be recorded.
+            allocates memory at run time, so its runs cannot be captured.
         refit: let weights be exchanged without a build. It costs fusions, and needs a GPU to build.
     """
 

@@ -125,7 +125,7 @@ class _Build:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names for `dnp inspect --layers`
         if product.portable:
             if not settings.weight_streaming:  # the two exclude each other
-                config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # recording runs wants it
+                config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # capturing runs wants it
             config.num_compute_capabilities = len(self.target.sm)
             for index, number in enumerate(self.target.sm):
                 config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)

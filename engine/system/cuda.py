@@ -115,12 +115,12 @@ class Cuda:
         self._call(self._rt.cudaStreamSynchronize, stream)
 
     def begin_capture(self, stream: Any) -> None:
-        """From now on, what is started on the stream by this thread is recorded and not done."""
+        """From now on, what is started on the stream by this thread is captured and not done."""
         mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call(self._rt.cudaStreamBeginCapture, stream, mode)
 
     def end_capture(self, stream: Any) -> Any:
-        """What was recorded, ready to launch. Raises BackendError when something in it cannot be recorded."""
+        """What was captured, ready to launch. Raises BackendError when something in it cannot be captured."""
         graph = self._call(self._rt.cudaStreamEndCapture, stream)
         try:
             return self._call(self._rt.cudaGraphInstantiate, graph, 0)
@@ -128,11 +128,11 @@ class Cuda:
             self._call(self._rt.cudaGraphDestroy, graph)
 
     def launch(self, graph: Any, stream: Any) -> None:
-        """Start all of a recorded graph."""
+        """Start all of a captured graph."""
         self._call(self._rt.cudaGraphLaunch, graph, stream)
 
     def free_graph(self, graph: Any) -> None:
-        """Destroy a recorded graph."""
+        """Destroy a captured graph."""
         self._call(self._rt.cudaGraphExecDestroy, graph)
 
     def event(self) -> Any:

@@ -97,7 +97,7 @@ class CudaSession(DeviceSession):
     def captured(self) -> Sequence[Mapping[str, int]]:
         return [dict(zip(self.graph.symbols, sizes, strict=True)) for _, sizes, _ in self._numbers]
 
-    def _record(self) -> None:
+    def _capture(self) -> None:
         if self._state() in self._numbers:
             return
         self._numbers[self._state()] = next(_numbers)
