@@ -23,7 +23,8 @@ class SizedUpsample2D(Upsample2D):
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *_: Any, **__: Any) -> torch.Tensor:
         """``[B, C, h, w]`` to ``[B, C, H, W]``; twice the size where none is asked for."""
         size = [2 * side for side in hidden_states.shape[2:]] if output_size is None else output_size
-        result: torch.Tensor = self.conv(functional.interpolate(hidden_states, size=size, mode="nearest"))
+        convolve: Any = self.conv
+        result: torch.Tensor = convolve(functional.interpolate(hidden_states, size=size, mode="nearest"))
         return result
 
 

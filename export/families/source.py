@@ -226,7 +226,7 @@ def _check_index(index: Mapping[str, Any]) -> Family:
             f"the source is a {kind}; only {' and '.join(FAMILIES)} (text to image) can be exported, "
             "not inpainting, ControlNet or other pipelines"
         )
-    components = {name: (model,) for name, model in _MODELS.items()}
+    components: dict[str, tuple[str, ...]] = {name: (model,) for name, model in _MODELS.items()}
     components |= {encoder.folder: (encoder.kind,) for encoder in family.encoders}
     components |= {encoder.tokenizer: TOKENIZERS for encoder in family.encoders}
     for component, classes in components.items():

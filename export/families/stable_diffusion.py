@@ -55,8 +55,8 @@ class EncodeText(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See the class."""
         hidden = []
-        for encoder, layer, tokens in zip(self.encoders, self.layers, (ids, ids_2), strict=False):
-            assert tokens is not None
+        given = [tokens for tokens in (ids, ids_2) if tokens is not None]
+        for encoder, layer, tokens in zip(self.encoders, self.layers, given, strict=True):
             output = encoder(input_ids=tokens.reshape(-1, self.window), output_hidden_states=layer is not None)
             state = output.last_hidden_state if layer is None else output.hidden_states[layer]
             hidden.append(state.reshape(*tokens.shape, state.shape[-1]))
@@ -110,7 +110,7 @@ class Denoise(nn.Module):
 
         x = (E * state).sum(1)
         bank = row_place * embeddings.shape[1] + row_role
-        conditioning = [None if part is None else _of_rows(part, bank) for part in (embeddings, pooled, sizes)]
+        conditioning = [_of_rows(part, bank) for part in (embeddings, pooled, sizes) if part is not None]
         o_r = self._network(x.index_select(0, row_place), row.index_select(0, row_place), *conditioning)
         # A place that stands still reads another's rows, which may hold no numbers: 0 times those were none either.
         moves = _over_latents(row[:, columns.ADVANCE] > 0)
@@ -127,8 +127,8 @@ class Denoise(nn.Module):
         x: torch.Tensor,
         row: torch.Tensor,
         embeddings: torch.Tensor,
-        pooled: torch.Tensor | None,
-        sizes: torch.Tensor | None,
+        pooled: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The UNet for all rows at once, float32 in and out."""
         dtype = dtype_of(self.unet)
