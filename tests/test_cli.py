@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -527,19 +528,18 @@ def test_streams_that_are_closed_or_full(tmp_path, line, code):
     [
         lambda m: m["schedule"].update(beta_start="x"),
         lambda m: m["schedule"].clear(),
-        lambda m: m["defaults"].update(sampler="zz"),
-        lambda m: m["defaults"].update(guidance=1e39),
+        lambda m: m["defaults"]["dns"].update(sampler="zz"),
+        lambda m: m["defaults"]["final"].update(guidance=1e39),
     ],
 )
 def test_a_bundle_whose_own_settings_cannot_run(dnp, tmp_path, default_bundle, change):
-    from dnp.engine.bundle.bundle import manifest_digest
-
     copy = tmp_path / "bundle"
     shutil.copytree(default_bundle.path, copy)
     manifest = json.loads((copy / "bundle.json").read_text())
     change(manifest)
-    manifest["sha256"] = manifest_digest(manifest)
-    (copy / "bundle.json").write_text(json.dumps(manifest))
+    raw = json.dumps(manifest).encode()
+    (copy / "bundle.json").write_bytes(raw)
+    (copy / "bundle.sha256").write_text(hashlib.sha256(raw).hexdigest())
     code, _, err = dnp("generate", PROMPT, "--bundle", copy, "--out", tmp_path / "out", *QUICK)
     assert code == 3, err
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ PREAMBLE = """
     pipeline = dnp.Pipeline.open(backend=backend)
     request(pipeline)
     session = open_session(Bundle.default(), "encode_text", backend)
-    session.reshape(batch=1)
+    session.reshape(batch=1, tokens=32)
     session.run()
 """
 FORKED = """
@@ -40,7 +40,7 @@ USES = {
     "warm_up": "pipeline.warm_up()",
     "enter": "pipeline.__enter__()",
     "run": "session.run()",
-    "reshape": "session.reshape(batch=2)",
+    "reshape": "session.reshape(batch=2, tokens=32)",
 }
 ENDS = {
     "exit": "",

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 WEIGHTS: Final = ".weights"
 _BLOCK: Final = 64 << 20
+_EXCHANGES: Final = (0.0, 0.05, 0.2)  # seconds to wait before a plan that cannot be used is looked at again
 _MOST_BYTES: Final = 1 << 20  # of a sidecar; a real one has some hundreds
 
 
@@ -62,8 +64,10 @@ class PlanStore:
     def find(self, spec: PlanSpec) -> tuple[Plan | None, str]:
         """The plan for ``spec``, or why there is none that can be used: an empty reason when there never was one."""
         plan, reason = self._find(spec)
-        if plan is None and reason:  # another process may have exchanged it meanwhile
-            plan, reason = self._find(spec)
+        for pause in _EXCHANGES:  # another process may be giving the files of a new build their names
+            if plan is None and reason:
+                time.sleep(pause)
+                plan, reason = self._find(spec)
         return plan, reason
 
     def _find(self, spec: PlanSpec) -> tuple[Plan | None, str]:

@@ -35,9 +35,11 @@ class Conditioner:
         encoded stays on the device.
         """
         different = list(dict.fromkeys(texts))
-        self._session.reshape(batch=len(different), tokens=windows * self._bundle.text.length)
+        count = self._session.limits.nearest("batch", len(different))  # a plan may be for no fewer
+        encoded = [*different, *[""] * (count - len(different))]
+        self._session.reshape(batch=count, tokens=windows * self._bundle.text.length)
         for name, tokenizer in self._tokenizers.items():
-            self._session.inputs[name].write(tokenizer.encode(different, windows))
+            self._session.inputs[name].write(tokenizer.encode(encoded, windows))
         self._session.run()
         for name, entry in self._bundle.conditioning.items():
             for place, text in enumerate(texts, first):

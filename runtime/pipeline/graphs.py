@@ -164,16 +164,15 @@ class Graphs:
         ):  # the most memory first: what grows has grown before anything is captured, for it moves
             for height, width in shapes:
                 self._open_places(batches[0], height, width, noise_steps)
-                self.decode.reshape(**self._decode_sizes(batches[0]))
+                self.decode.reshape(**self._decode_sizes(batches[0], height, width))
         for noise_steps in (2, 1):
             for height, width in shapes:
                 self._open_places(batches[0], height, width, noise_steps)
                 for count in sorted(rows, reverse=True):
                     self.denoiser.capture(count)
         for height, width in shapes:
-            self._open_places(batches[0], height, width, 1)
             for batch in batches:
-                self.decode.capture(**self._decode_sizes(batch))
+                self.decode.capture(**self._decode_sizes(batch, height, width))
         for batch in batches:
             self._open("encode_text").capture(batch=batch, tokens=self.bundle.text.length)
 
@@ -181,16 +180,17 @@ class Graphs:
         tokens = self.bundle.text.length
         self.denoiser.open(places, steps=2, noise_steps=noise_steps, height=height, width=width, tokens=tokens)
 
-    def _decode_sizes(self, batch: int) -> dict[str, int]:
-        places, _, height, width = self.denoiser.latents.shape
-        return {"places": places, "batch": batch, "height": height, "width": width}
+    def _decode_sizes(self, batch: int, height: int, width: int) -> dict[str, int]:
+        """The decoder has places of its own, of which it decodes the first."""
+        return {"places": self.decode.limits.fit("places", batch), "batch": batch, "height": height, "width": width}
 
     def decoded(self, latents: Buffer, places: Sequence[int]) -> npt.NDArray[np.uint8]:
         """The latents of some places, of a buffer of the denoiser's, as images uint8 ``[B, H, W, 3]``."""
         self.require_open()
-        self.decode.reshape(**self._decode_sizes(len(places)))
-        self.decode.inputs["latents"].copy(latents)
-        self.decode.inputs["decoded"].write(np.array(places, np.int64))
+        self.decode.reshape(**self._decode_sizes(len(places), *latents.shape[2:]))
+        for number, place in enumerate(places):
+            self.decode.inputs["latents"].at(number).copy(latents.at(place))
+        self.decode.inputs["decoded"].write(np.arange(len(places)))
         self.decode.run()
         return self.decode.outputs["image"].read().astype(np.uint8, copy=False)
 
@@ -200,7 +200,7 @@ class Graphs:
         height, width = job.height // scale, job.width // scale
         encode, denoise, decode = self._sampling
         for batch in part_sizes(job.images, self.batch):
-            decode.limits.check(batch=batch, height=height, width=width)
+            decode.limits.check(**self._decode_sizes(batch, height, width))
             for table in job.tables:
                 denoise.limits.check(
                     places=batch,
