@@ -84,12 +84,9 @@ class Graphs:
     @property
     def batch(self) -> int:
         """The most images sampled at once."""
-        encode, denoise, decode = self._sampling
-        return min(
-            encode.limits.nearest("batch", BATCH),
-            denoise.limits.nearest("places", BATCH),
-            decode.limits.nearest("batch", BATCH),
-        )
+        encode, denoise, decode = (session.limits for session in self._sampling)
+        sizes = ((encode, "batch"), (denoise, "places"), (decode, "places"), (decode, "batch"))
+        return min(limits.nearest(symbol, BATCH) for limits, symbol in sizes)
 
     @property
     def _sampling(self) -> tuple[Session, Session, Session]:
