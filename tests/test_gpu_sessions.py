@@ -96,10 +96,12 @@ def test_tokens_cross_to_the_host_but_caches_do_not(open_pipeline, gpu):
     pipeline.warm_up()
     steps = pipeline.steps(pipeline.resolve(dnp.Request(prompt=PROMPT, **QUICK)))
     marks = [len(gpu.calls) for step in steps if step.phase == "caption"]
+    looks = [gpu.calls[start:end] != ["launch"] for start, end in itertools.pairwise(marks)]
+    assert looks.count(False) >= 2 * looks.count(True) > 0  # most tokens are found without the host
     for start, end in itertools.pairwise(marks):
-        calls = gpu.calls[start:end]
-        # four tokens are found without the host, which then looks at them all
-        assert calls == ["launch"] * 4 + ["to_host", "synchronize"]
+        others = [call for call in gpu.calls[start:end] if call not in ("launch", "malloc_host")]
+        assert others in ([], ["to_host", "synchronize"])
+        assert gpu.calls[start:end].count("launch") == 1
 
 
 def test_contexts_latents_and_vision_features_stay_on_the_device(open_pipeline, gpu):
@@ -583,9 +585,8 @@ def test_more_sizes_can_be_recorded_at_warm_up(open_pipeline, gpu, default_bundl
         since, runs = len(gpu.calls), len(gpu.ort.recorded)
         request = pipeline.resolve(dnp.Request(prompt=PROMPT, height=height, width=width, **QUICK))
         phases = [step.phase for step in pipeline.steps(request)]
-        looks = phases.count("caption")  # at four tokens each
         replayed = gpu.counted(since)["launch"] if backend != "cuda" else len(gpu.ort.recorded) - runs
-        runs = len(phases) + 3 * looks + 4 + 2 + 1  # the texts, the decoder twice, the image encoder
+        runs = len(phases) + 4 + 2 + 1  # the texts, the decoder twice, the image encoder
         assert replayed == runs, (height, width)
     assert set(gpu.ort.recorded) == numbers
     for call in ("begin_capture", "malloc"):
