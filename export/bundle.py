@@ -114,8 +114,8 @@ def export_bundle(
         if ranges is not None and exact == "fp32":
             raise ExportError("only fp16 graphs have ranges to check; use precision fp16 (--precision fp16)")
         _check_out(out, overwrite)
+        check_loras(tuple(loras))
         model = replace(read_source(Path(source)), loras=tuple(loras), methods=methods)
-        check_loras(model.loras, model.family.name, ("unet", *(part.folder for part in model.family.encoders)))
         stable_diffusion.check_loras_fit(model)
         own = {"sampler": model.sampler, "dns_sampler": model.sampler}
         settings = _merge_defaults({**DEFAULTS, **own}, defaults or {})

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +17,14 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
+from dnp.engine.bundle.contract import Signature
+from dnp.engine.bundle.manifest import TextSpec
 from dnp.engine.errors import ExportError
 from dnp.export.families import stable_diffusion
 from dnp.export.families.blip import load_blip
 from dnp.export.families.lora import Lora, check_loras, merge
 from dnp.export.families.source import read_source
-from dnp.export.families.tokenizer import prompt_tokenizer
+from dnp.export.families.tokenizer import prompt_tokenizers
 from dnp.export.loading import warnings_refused
 from dnp.runtime.tokenizer import PromptTokenizer
 
@@ -42,8 +45,14 @@ def blip(tiny_blip_folder, tmp_path):
 
 def load(source, component):
     """The model that is exported."""
-    module = stable_diffusion.GRAPHS[GRAPHS[component]](read_source(source), "fp32").module
-    return getattr(module, component)
+    module = stable_diffusion.GRAPHS[GRAPHS[component]](read_source(source), Signature({}, {}), "fp32").module
+    return module.encoders[0] if component == "text_encoder" else getattr(module, component)
+
+
+def converted_tokenizer(source):
+    """The only one of the model, converted, and what the manifest says of it."""
+    (converted,) = prompt_tokenizers(read_source(source)).values()
+    return converted
 
 
 def edit(path, **changes):
@@ -92,7 +101,7 @@ def shard(folder, variant=None, old_names=False):
 def test_a_git_lfs_pointer_in_a_source_is_named(source, file):
     (source / file).write_text(POINTER)
     with pytest.raises(ExportError, match=rf"{re.escape(file)} is a Git LFS pointer.*`git lfs pull`"):
-        prompt_tokenizer(read_source(source))
+        prompt_tokenizers(read_source(source))
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
@@ -175,7 +184,7 @@ def test_a_cache_of_links_is_read_as_the_files_are(source, blip, tmp_path):
     merge(unet, "unet", Lora(lora))
     torch.testing.assert_close(unet.conv_in.weight, before + 1)
     assert load_blip(blip).tokenizer("a red circle").input_ids
-    assert prompt_tokenizer(read_source(source)).manifest["length"] == 16
+    assert converted_tokenizer(source)[1].file == "tokenizers/prompt.json"
     (source / f"{UNET}.safetensors").resolve().unlink()
     with pytest.raises(ExportError, match=r"is a link to .*, which is missing"):
         read_source(source)
@@ -285,9 +294,9 @@ PIECES = [
 
 def test_a_token_of_several_vectors_gives_all_that_diffusers_gives(inverted, tmp_path):
     pipe, folder = inverted
-    found = prompt_tokenizer(read_source(folder))
-    found.tokenizer.save(str(tmp_path / "prompt.json"))
-    text = SimpleNamespace(**{**found.manifest, "tokenizer": "prompt.json"})
+    tokenizer, spec = converted_tokenizer(folder)
+    tokenizer.save(str(tmp_path / "prompt.json"))
+    text = TextSpec(16, (replace(spec, file="prompt.json"),), "encoded")
     ours = PromptTokenizer(SimpleNamespace(path=tmp_path, text=text))
     rng = random.Random(5)
     prompts = ["a <toy> cat", "<toy>", "", "a <one>", *PIECES]
@@ -305,11 +314,11 @@ def test_a_tokenizer_without_inversions_stays_as_it_is(tiny_sd_folder):
     theirs = CLIPTokenizer.from_pretrained(tiny_sd_folder / "tokenizer").backend_tokenizer
     theirs.no_padding()
     theirs.no_truncation()
-    assert json.loads(prompt_tokenizer(read_source(tiny_sd_folder)).tokenizer.to_str()) == json.loads(theirs.to_str())
+    assert json.loads(converted_tokenizer(tiny_sd_folder)[0].to_str()) == json.loads(theirs.to_str())
 
 
 def test_the_longest_prompts_of_such_tokens_are_encoded(inverted):
-    tokenizer = prompt_tokenizer(read_source(inverted[1])).tokenizer
+    tokenizer, _ = converted_tokenizer(inverted[1])
     ids = [tokenizer.token_to_id(name) for name in ("<toy>_1", "<toy>_2")]
     assert tokenizer.encode("<toy>_1" * 14_000).ids[1:-1] == ids[:1] * 14_000  # none stands for itself
     assert tokenizer.encode("<toy> " * 14_000).ids.count(ids[1]) == 14_000

@@ -18,7 +18,8 @@ from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextModel
 
 from dnp.cli import run
-from dnp.engine import open_graph
+from dnp.engine import Bundle, open_graph
+from dnp.engine.bundle.contract import signatures
 from dnp.engine.errors import ExportError
 from dnp.export.bundle import export_bundle
 from dnp.export.families import lora as lora_module
@@ -62,12 +63,6 @@ def with_lora(tiny_sd_folder, lora):
     return models
 
 
-def graph(name, source, folder):
-    folder.mkdir()
-    written = export_graph(stable_diffusion.GRAPHS[name](source, "fp32"), folder)
-    return folder / written.manifest["file"], written
-
-
 def names(path):
     import onnx
 
@@ -76,26 +71,26 @@ def names(path):
 
 
 def test_a_merged_lora_is_what_diffusers_computes_with_it(tiny_sd_folder, lora, with_lora, tiny_export, tmp_path):
-    from dnp.engine import Bundle
-
     source = replace(read_source(tiny_sd_folder), loras=(Lora(lora, SCALE),))
-    path, _ = graph("encode_text", source, tmp_path / "text")
-    ids = np.arange(16, dtype=np.int64)[None] % source.vocabulary
-    spec = Bundle.open(tiny_export.path).graph("encode_text")
+    bundle = Bundle.open(tiny_export.path)
+    wanted, spec = signatures(bundle), bundle.graph("encode_text")
+    written = export_graph(stable_diffusion.encode_text(source, wanted["encode_text"], "fp32"), tmp_path)
+    path = tmp_path / written.manifest["file"]
+    ids = np.arange(16, dtype=np.int64)[None]
     results = []
     for found in (replace(spec, path=path), spec):
         with open_graph(found) as session:
-            session.reshape(batch=1)
+            session.reshape(batch=1, tokens=16)
             session.inputs["ids"].write(ids)
             session.run()
-            results.append(session.outputs["context"].read())
+            results.append(session.outputs["embeddings"].read())
     with torch.no_grad():
         expected = with_lora.text_encoder(torch.from_numpy(ids)).last_hidden_state.numpy()
     assert abs(results[0] - expected).max() < 1e-4
     assert abs(results[1] - expected).max() > 1e-2  # without it
 
     merged, plain = (
-        stable_diffusion.GRAPHS["denoise"](s, "fp32").module.unet for s in (source, replace(source, loras=()))
+        stable_diffusion.denoise(s, wanted["denoise"], "fp32").module.unet for s in (source, replace(source, loras=()))
     )
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 32)
     with torch.no_grad():
@@ -105,13 +100,13 @@ def test_a_merged_lora_is_what_diffusers_computes_with_it(tiny_sd_folder, lora, 
     assert [*merged.state_dict()] == [*plain.state_dict()]  # the same model, other numbers
 
 
-def test_an_fp16_graph_with_a_lora_differs_in_numbers_alone(tiny_sd_folder, lora, tmp_path):
+def test_an_fp16_graph_with_a_lora_differs_in_numbers_alone(tiny_sd_folder, lora, tiny_export, tmp_path):
     """So that the plan of one can be refitted with the weights of the other."""
-    source = read_source(tiny_sd_folder)
+    source, wanted = read_source(tiny_sd_folder), signatures(Bundle.open(tiny_export.path))["encode_text"]
     found = []
     for part, loras in (("plain", ()), ("merged", (Lora(lora, SCALE),))):
         (tmp_path / part).mkdir()
-        graph_of = stable_diffusion.GRAPHS["encode_text"](replace(source, loras=loras), "fp16")
+        graph_of = stable_diffusion.encode_text(replace(source, loras=loras), wanted, "fp16")
         found.append(names(tmp_path / part / export_graph(graph_of, tmp_path / part).manifest["file"]))
     assert found[0] == found[1]
 
@@ -123,7 +118,7 @@ def test_a_file_that_is_no_lora_for_this_model_is_a_sentence(tiny_sd_folder, tin
     state = safetensors.torch.load_file(lora)
     safetensors.torch.save_file({key: torch.zeros(3, 3) for key in state}, wrong)
     for file, told in (
-        (other, "is no LoRA for Stable Diffusion 1.x"),
+        (other, "is no LoRA for Stable Diffusion"),
         (pickled, "pickle is never loaded"),
         (tmp_path / "none.safetensors", "does not exist"),
         (wrong, "does not fit the text_encoder of this model"),

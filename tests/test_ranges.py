@@ -13,6 +13,7 @@ import torch
 from dnp import Pipeline
 from dnp.cli import run as dnp
 from dnp.engine import Bundle
+from dnp.engine.bundle.contract import signatures
 from dnp.engine.bundle.manifest import FP16_LARGEST
 from dnp.engine.errors import ExportError, SettingsError
 from dnp.export import bundle as bundle_module
@@ -97,7 +98,7 @@ def dtypes(model):
 
 
 def test_what_overflows_is_refused_without_the_check(overflowing_folder, tiny_blip_folder, tmp_path):
-    with pytest.raises(ExportError, match="'encode_text' differs from PyTorch: output 'context' by nan"):
+    with pytest.raises(ExportError, match="'encode_text' differs from PyTorch: output 'embeddings' by nan"):
         export_bundle(overflowing_folder, tmp_path / "out", captioner=tiny_blip_folder, precision="fp16")
     assert list(tmp_path.iterdir()) == []
 
@@ -106,7 +107,12 @@ def test_the_manifest_names_what_was_put_back(checked):
     bundle = Bundle.open(checked.path)
     found = {name: graph.ranges for name, graph in bundle.graphs.items()}
     assert {record.name: record.ranges for record in checked.graphs} == found
-    assert sorted(path.name for path in checked.path.iterdir()) == ["bundle.json", "graphs", "tokenizers"]
+    assert sorted(path.name for path in checked.path.iterdir()) == [
+        "bundle.json",
+        "bundle.sha256",
+        "graphs",
+        "tokenizers",
+    ]
     for name, ranges in found.items():
         assert ranges.limit == LIMIT == FP16_LARGEST / 2
         assert ranges.error < 0.02, name
@@ -129,8 +135,10 @@ def test_the_manifest_names_what_was_put_back(checked):
 def half_graphs(checked, tiny_sd_folder, tmp_path_factory):
     """The five fp16 graphs, by name: their file and what was put back. The decoder is that of the unscaled model."""
     folder = tmp_path_factory.mktemp("decoder")
-    decoder = write_graph(stable_diffusion.decode_latents(read_source(tiny_sd_folder), "fp16"), folder)
-    found = {name: (graph.path, graph.ranges.float32) for name, graph in Bundle.open(checked.path).graphs.items()}
+    bundle = Bundle.open(checked.path)
+    signature = signatures(bundle)["decode_latents"]
+    decoder = write_graph(stable_diffusion.decode_latents(read_source(tiny_sd_folder), signature, "fp16"), folder)
+    found = {name: (graph.path, graph.ranges.float32) for name, graph in bundle.graphs.items()}
     return {**found, "decode_latents": (folder / decoder.manifest["file"], ())}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from typing import Any
 from dnp.engine.errors import ExportError
 from dnp.engine.system.imports import missing_extra
 from dnp.export.files import check_content
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # that a LoRA may change
 
 # How a key begins, and what it belongs to. kohya's text encoders count from 1 where there are two.
 _PREFIXES = {
@@ -141,11 +143,8 @@ class _Change:
         return self.factor * product.reshape(weight.shape)
 
 
-def check_loras(loras: tuple[Lora, ...], family: str, components: Collection[str]) -> None:
-    """Raises ExportError for a file that is not wholly understood or changes nothing, BackendError without peft.
-
-    ``components`` are those of the family that a LoRA may change.
-    """
+def check_loras(loras: tuple[Lora, ...]) -> None:
+    """Raises ExportError for a file that is not wholly understood or changes nothing, BackendError without peft."""
     if not loras:
         return
     try:
@@ -154,17 +153,26 @@ def check_loras(loras: tuple[Lora, ...], family: str, components: Collection[str
         raise missing_extra("peft", "cpu,export", "merging a LoRA") from error
     for lora in loras:
         for component, changes in _read(lora).items():
-            if component not in components:
+            if component not in COMPONENTS:
                 raise ExportError(
-                    f"{lora.file} is no LoRA for {family}: it changes a {component}, such as by "
+                    f"{lora.file} is no LoRA for Stable Diffusion: it changes a {component}, such as by "
                     f"{changes[0].key!r}; export the model that it was trained for"
                 )
 
 
-def check_fit(model: Any, component: str, loras: Iterable[Lora]) -> None:
-    """Raises ExportError for what ``merge`` would refuse; ``model`` may be without weights, on torch's meta device."""
+def check_fit(models: Mapping[str, Any], loras: Iterable[Lora]) -> None:
+    """Raises ExportError for what ``merge`` would refuse, and for changes of what is not among ``models``.
+
+    They may be without weights, on torch's meta device.
+    """
     for lora in loras:
-        _matched(model, component, lora)
+        for component, changes in _read(lora).items():
+            if component not in models:
+                raise ExportError(
+                    f"{lora.file} is no LoRA for this model, which has no {component}; it is changed by "
+                    f"{changes[0].key!r}; export the model that it was trained for"
+                )
+            _matched(models[component], component, lora)
 
 
 def merge(model: Any, component: str, lora: Lora) -> None:
@@ -281,7 +289,7 @@ def _kind(state: Iterable[str], unknown: list[str]) -> str:
                 f"{kind} (its keys: {_some(found)}), and only plain LoRAs can be merged; merge it with the program "
                 "that made it, and export the model that this gives"
             )
-    return f"no LoRA for Stable Diffusion 1.x that is known: {_some(unknown)} mean nothing here"
+    return f"no LoRA for Stable Diffusion that is known: {_some(unknown)} mean nothing here"
 
 
 def _settings(file: Path, header: Mapping[str, str], keys: Iterable[str]) -> dict[str, Mapping[str, Any]]:

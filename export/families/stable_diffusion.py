@@ -294,8 +294,7 @@ def check_loras_fit(source: Source) -> None:
         raise
     except Exception as error:  # whatever the libraries find wrong with a configuration
         raise ExportError(f"the models in {source.folder} cannot be built: {error}") from error
-    for component, model in models.items():
-        check_fit(model, component, source.loras)
+    check_fit(models, source.loras)
 
 
 def _entry(sequences: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,7 @@ def check_ranges(bundle: Bundle, check: RangeCheck, whole: Callable[[str], None]
             at=at,
             limit=LIMIT,
             error=after[name].error,
-            precision="fp32" if name in replaced else "fp16",
+            precision="fp32" if name in replaced or not graph.largest else "fp16",
             float32=() if name in replaced else tuple(found[name]),
         )
     return ranges

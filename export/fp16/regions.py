@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from dnp.export.fp16.float32 import SINGLE, infer_types
 
-_MOVES = frozenset({"Cast", "Concat", "Expand", "Gather", "Reshape", "Shape", "Slice", "Squeeze", "Transpose",
-                    "Unsqueeze"})  # fmt: skip
+_MOVES = frozenset({"Cast", "Concat", "Expand", "Gather", "GatherElements", "Reshape", "Shape", "Slice", "Split",
+                    "Squeeze", "Transpose", "Unsqueeze"})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ SOFTMAX = Float32Region(
     frozenset({"Where"}),
 )
 SAMPLER = Float32Region(
-    "state, table, guidance and update add up over the steps; a timestep's sine and cosine need all its digits",
-    frozenset({"state", "table", "noise", "next_state", "latents"}),
-    frozenset({"Add", "Cos", "Mul", "ReduceSum", "Sin", "Sub"}),
-)
-SIGNATURE = Float32Region("what goes in and out is float32", frozenset({"base_context", "prompt_context", "context"}))
+    "state, table, guidance and update add up over the steps, and guidance methods sum squares over a whole output; "
+    "the sine and cosine of a timestep, a size or a guidance scale need all its digits",
+    frozenset({"state", "table", "noise", "next_state", "latents", "clean_latents", "sizes"}),
+    frozenset({"Add", "Clip", "Cos", "Div", "Greater", "Max", "Min", "Mul", "Pad", "ReduceMean", "ReduceSum", "Sin",
+               "Sqrt", "Sub", "Where"}),
+)  # fmt: skip
+SIGNATURE = Float32Region("what goes in and out is float32", frozenset({"embeddings", "pooled"}))
 SCALING = Float32Region("the latents come in float32 and are scaled before they are cast", frozenset({"latents"}),
                  frozenset({"Div"}))  # fmt: skip
 LEVELS = Float32Region(
@@ -57,7 +59,7 @@ RESIZE = Float32Region(
     frozenset({"Add", "Clip", "Div", "Floor", "MatMul", "Mul", "Round", "Sub"}),
 )
 LOGITS = Float32Region("fp16 has a step of 1/128 at 10, which would tie the best candidates", frozenset({"logits"}),
-                frozenset({"ArgMax", "Gemm"}))  # fmt: skip
+                frozenset({"ArgMax", "Gemm", "Where"}))  # fmt: skip
 
 REGIONS: Mapping[str, tuple[Float32Region, ...]] = {
     "encode_text": (NORMALISATION, SOFTMAX, SIGNATURE),
