@@ -13,8 +13,8 @@ from dnp.engine.bundle.schema import shown
 from dnp.engine.errors import SettingsError
 from dnp.runtime.captioning.captioner import CaptionSettings
 from dnp.runtime.request import MAX_IMAGES, Guidance, Request
-from dnp.runtime.sampling.samplers import SamplerTable, is_guidance, sampler_table
-from dnp.runtime.sampling.schedule import NoiseSchedule
+from dnp.runtime.sampling.samplers import PERP_NEG, SamplerTable, is_guidance, sampler_table
+from dnp.runtime.sampling.schedule import Schedule
 from dnp.runtime.tokenizer import check_text
 
 MAX_WINDOWS = 8
@@ -38,7 +38,7 @@ class Pass:
     embedded: float
     methods: Mapping[str, float]
 
-    def table(self, schedule: NoiseSchedule) -> SamplerTable:
+    def table(self, schedule: Schedule) -> SamplerTable:
         """What the ``denoise`` graph runs. Raises SettingsError for what cannot be honoured."""
         return sampler_table(
             schedule,
@@ -90,7 +90,7 @@ class Job:
         return (self.dns, self.final) if self.runs_dns else (self.final,)
 
 
-def resolve(request: Request, bundle: Bundle, schedule: NoiseSchedule) -> Job:
+def resolve(request: Request, bundle: Bundle, schedule: Schedule) -> Job:
     """The job that ``request`` is with the defaults of ``bundle``; the captioner's own limits are not checked here.
 
     Raises SettingsError for whatever cannot be honoured, before any work is done.
@@ -114,6 +114,7 @@ def resolve(request: Request, bundle: Bundle, schedule: NoiseSchedule) -> Job:
         max_length=bundle.caption.max_length if given.max_length is None else given.max_length,
     )
     _check(full, bundle)
+    schedule = schedule.sized(_known(full.height) // scale, _known(full.width) // scale)
     final, dns = _passes(full)
     try:
         dns_table = dns.table(schedule)  # also where DNS does not run: what is stored with a picture is always valid
@@ -184,6 +185,13 @@ def _check(full: Request, bundle: Bundle) -> None:
         raise SettingsError(
             "this bundle's graph has no guidance methods; export the model again with --guidance-methods"
         )
+    if PERP_NEG in full.methods and bundle.guidance.roles < 3:
+        raise SettingsError(
+            "perp_neg needs a third branch, and this bundle's graph has two; export the model again with "
+            "--guidance-methods"
+        )
+    if PERP_NEG in full.methods and not full.dnp:
+        raise SettingsError("perp_neg weighs a negative prompt, but DNP is switched off; drop one of the two")
 
 
 def _known(value: int | None) -> int:

@@ -40,7 +40,8 @@ class Request:
         spacing: timestep spacing (``leading``, ``linspace``, ``trailing``); None is the sampler's usual one.
         embedded_guidance: the guidance scale that the network of a distilled model takes as an input.
         methods: parameters of guidance methods in the final pass, for bundles exported with them: ``rescale`` (φ),
-            ``norm_limit`` and ``parallel`` (APG's r and η), ``zero_star`` (1: CFG-Zero*), ``norm_cap``.
+            ``norm_limit`` and ``parallel`` (APG's r and η), ``zero_star`` (1: CFG-Zero*), ``norm_cap``, ``perp_neg``
+            (Perp-Neg's weight of the negative prompt, which the other branch then leaves to ∅).
         beams, prefix, min_length, max_length: the captioner's search, lengths in tokens.
     """
 

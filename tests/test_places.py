@@ -169,7 +169,7 @@ def test_tables_end_in_a_row_that_stands_still(schedule):
 
 
 def test_methods_are_columns(schedule):
-    for name, column in METHODS.items():
+    for name, (column, _) in METHODS.items():
         table = sampler_table(schedule, "ddim", 3, 2.0, methods={name: 0.25})
-        assert (table.rows[:-1, column] == 0.25).all()
+        assert (table.rows[:-1, column] == (-0.5 if name == "perp_neg" else 0.25)).all()
         assert table.rows[-1, column] == identity_row()[column]

@@ -179,7 +179,7 @@ def final_options(function: F) -> F:
             metavar="NAME=VALUE",
             callback=_by_name,
             help="Parameter of a guidance method, where the bundle was exported with them: rescale, norm_limit, "
-            "parallel, zero_star, norm_cap.",
+            "parallel, zero_star, norm_cap, perp_neg.",
         ),
     )(function)
 

@@ -21,7 +21,7 @@ from dnp.runtime.job import Job, resolve
 from dnp.runtime.pipeline.conditioning import Conditioner
 from dnp.runtime.request import Request
 from dnp.runtime.sampling.denoise import Denoiser
-from dnp.runtime.sampling.schedule import NoiseSchedule
+from dnp.runtime.sampling.schedule import read_schedule
 from dnp.runtime.tokenizer import PromptTokenizer
 
 _OPENERS: Final = {  # what opens a graph, with what it stands on
@@ -114,7 +114,7 @@ class Graphs:
         if captioner:
             self.captioner  # noqa: B018
         new = [size for size in dict.fromkeys(sizes) if size not in self._sizes]
-        schedule = NoiseSchedule.from_config(self.bundle.schedule)
+        schedule = read_schedule(self.bundle.schedule)
         for height, width in new:
             self.validate(resolve(Request("a size", height=height, width=width, dnp=captioner), self.bundle, schedule))
         before = self._sizes, self._captured
@@ -154,7 +154,8 @@ class Graphs:
         shapes = [
             (nearest("height", height // scale), nearest("width", width // scale)) for height, width in self._sizes
         ]
-        rows = {self.denoiser.session.limits.fit("rows", count) for batch in batches for count in (batch, 2 * batch)}
+        roles = range(1, self.bundle.guidance.roles + 1)
+        rows = {self.denoiser.session.limits.fit("rows", role * batch) for batch in batches for role in roles}
         for noise_steps in (
             2,
             1,

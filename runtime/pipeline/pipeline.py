@@ -24,7 +24,7 @@ from dnp.runtime.pipeline.graphs import Graphs
 from dnp.runtime.pipeline.run import Run
 from dnp.runtime.request import Request, Result, Step
 from dnp.runtime.sampling.samplers import check_defaults
-from dnp.runtime.sampling.schedule import NoiseSchedule
+from dnp.runtime.sampling.schedule import Schedule, read_schedule
 from dnp.runtime.tokenizer import PromptTokenizer
 
 T = TypeVar("T")
@@ -304,11 +304,11 @@ class Pipeline:
             self._busy.release()
 
 
-def _schedule_of(bundle: Bundle) -> NoiseSchedule:
+def _schedule_of(bundle: Bundle) -> Schedule:
     """The bundle's schedule. Raises BundleError when its own defaults cannot be honoured with it."""
     try:
-        schedule = NoiseSchedule.from_config(bundle.schedule)
-        check_defaults(schedule, bundle.defaults)
+        schedule = read_schedule(bundle.schedule)
+        check_defaults(schedule.sized(bundle.latents.height, bundle.latents.width), bundle.defaults)
     except SettingsError as error:
         raise BundleError(f"{bundle.path}: its own settings cannot be honoured: {error}") from error
     return schedule

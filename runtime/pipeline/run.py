@@ -85,7 +85,7 @@ class Run:
     def _join(
         self, table: SamplerTable, prompts: Sequence[str], negatives: Sequence[str], seeds: Sequence[int]
     ) -> None:
-        """Put a sample into each place, with its negative prompt and its prompt."""
+        """Put a sample into each place, with its negative prompt and its prompt; with Perp-Neg ∅ besides."""
         graphs, job = self._graphs, self._job
         scale = graphs.bundle.latents.vae_scale_factor
         denoiser = graphs.denoiser
@@ -99,7 +99,8 @@ class Run:
         )
         for place, seed in enumerate(seeds):
             denoiser.join(place, Sample(table, seed))
-        for role, texts in enumerate((negatives, prompts)):
+        texts_of_roles = ([""] * len(seeds), prompts, negatives) if table.perp_neg else (negatives, prompts)
+        for role, texts in enumerate(texts_of_roles):
             graphs.conditioner.write(denoiser.bank, role, texts, size=(job.height, job.width), windows=job.windows)
 
     def _steps(self) -> Generator[int, None, None]:

@@ -30,10 +30,12 @@ from dnp.engine.bundle.columns import (
     NORM_LIMIT,
     OUTPUT,
     PARALLEL,
+    PERPENDICULAR,
     RESCALE,
     ROW,
     SLOTS,
     STATE,
+    THIRD,
     TIMESTEP,
     ZERO_STAR,
 )
@@ -41,19 +43,43 @@ from dnp.engine.bundle.manifest import Defaults
 from dnp.engine.bundle.schema import shown
 from dnp.engine.errors import SettingsError
 from dnp.runtime.sampling import solvers
-from dnp.runtime.sampling.schedule import CLEAN, SPACINGS, Floats, Level, NoiseSchedule, check_choice
-from dnp.runtime.sampling.settings import CONVERSIONS, read_settings
+from dnp.runtime.sampling.schedule import (
+    CLEAN,
+    SPACINGS,
+    Floats,
+    FlowSchedule,
+    Level,
+    NoiseSchedule,
+    Schedule,
+    check_choice,
+    is_flow,
+    spaced,
+)
+from dnp.runtime.sampling.settings import CONVERSIONS, FLOW_SCHEDULERS, SCHEDULERS, Keys, read_settings
 from dnp.runtime.sampling.solvers import Grid, Row
 
 Table = npt.NDArray[np.float32]
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-METHODS: Final = {
-    "rescale": RESCALE,
-    "norm_limit": NORM_LIMIT,
-    "parallel": PARALLEL,
-    "zero_star": ZERO_STAR,
-    "norm_cap": NORM_CAP,
+FROM_NOISE: Final = 1e-6
+"""How far from pure noise UniPC begins with a flow, where log(alpha/sigma) is infinite; diffusers' number."""
+
+
+class Method(NamedTuple):
+    """A guidance method's parameter: a number from 0 to ``most``, and the column that holds it."""
+
+    column: int
+    most: float = FLOAT32_MAX
+
+
+PERP_NEG: Final = "perp_neg"
+METHODS: Final[Mapping[str, Method]] = {
+    "rescale": Method(RESCALE, 1.0),
+    "norm_limit": Method(NORM_LIMIT),
+    "parallel": Method(PARALLEL),
+    "zero_star": Method(ZERO_STAR, 1.0),
+    "norm_cap": Method(NORM_CAP),
+    PERP_NEG: Method(THIRD),  # as -w times it
 }
 
 
@@ -67,7 +93,8 @@ class SamplerTable:
             slot 0.
         init_noise_sigma: the factor of the starting noise.
         step_of_row: the step each call belongs to, [calls], from 0: Heun and PNDM have more calls than steps.
-        roles: the roles that each call has a row of, [calls]: 0 the negative prompt, 1 the prompt.
+        roles: the roles that each call has a row of, [calls]: 0 the negative prompt, 1 the prompt. With Perp-Neg 0 is
+            the empty prompt, and 2 the negative one.
         noise_rows: the calls that draw fresh noise, ascending; those where diffusers draws noise only to multiply it
             by zero are among them, so that a generator ends where diffusers' would.
     """
@@ -84,6 +111,11 @@ class SamplerTable:
         return len(self.step_of_row)
 
     @property
+    def perp_neg(self) -> bool:
+        """Whether the negative prompt is role 2, and role 0 the empty one."""
+        return bool(self.rows[0, PERPENDICULAR])
+
+    @property
     def timesteps(self) -> Table:
         """The timestep of each network call, float32 [calls]."""
         return self.rows[: self.calls, TIMESTEP]
@@ -97,6 +129,7 @@ class _Sampler(NamedTuple):
     interval: bool = False  # see NoiseSchedule.timesteps; levels spaced anew go over all that were trained
     exploding: bool = False  # the latents are k-diffusion's x_0 + ratio·eps, not alpha x_0 + sigma eps
     zero_snr: bool = True  # can start from pure noise
+    sample: bool = True  # can follow a network that predicts x_0
     clean_end: bool = True  # ends without noise, where no setting says; if not, at timestep 0
 
 
@@ -117,9 +150,26 @@ _SAMPLERS = {
     "heun": _Sampler(solvers.heun, "HeunDiscreteScheduler", whole=False, exploding=True, zero_snr=False),
     "lcm": _Sampler(solvers.lcm, "LCMScheduler"),
     "lms": _Sampler(solvers.lms, "LMSDiscreteScheduler", whole=False, exploding=True, zero_snr=False),
-    "pndm": _Sampler(solvers.pndm, "PNDMScheduler", {"skip_prk_steps": True}, zero_snr=False),
+    "pndm": _Sampler(solvers.pndm, "PNDMScheduler", {"skip_prk_steps": True}, zero_snr=False, sample=False),
     "unipc": _Sampler(solvers.unipc, "UniPCMultistepScheduler", interval=True),
 }
+_FLOW_SAMPLERS = {
+    "dpmpp_2m": _Sampler(solvers.dpmpp_2m, "DPMSolverMultistepScheduler", _DPMPP, zero_snr=False),
+    "dpmpp_2m_sde": _Sampler(
+        solvers.dpmpp_2m_sde,
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++"},
+        zero_snr=False,
+    ),
+    "euler": _Sampler(solvers.flow_euler, "FlowMatchEulerDiscreteScheduler", whole=False),
+    "heun": _Sampler(solvers.flow_heun, "FlowMatchHeunDiscreteScheduler", whole=False),
+    "unipc": _Sampler(solvers.unipc, "UniPCMultistepScheduler", interval=True),
+}
+
+
+def _known(*, flow: bool) -> tuple[Mapping[str, _Sampler], Mapping[str, Keys]]:
+    """The samplers for models of a kind, and what their classes know."""
+    return (_FLOW_SAMPLERS, FLOW_SCHEDULERS) if flow else (_SAMPLERS, SCHEDULERS)
 
 
 def sampler_names() -> tuple[str, ...]:
@@ -132,16 +182,17 @@ def sampler_of(scheduler: str, config: Mapping[str, Any]) -> str | None:
 
     Raises SettingsError when the configuration says what no sampler can honour.
     """
-    known = {name: spec for name, spec in _SAMPLERS.items() if spec.scheduler == scheduler}
+    samplers, keys = _known(flow=is_flow({**config, "_class_name": scheduler}))
+    known = {name: spec for name, spec in samplers.items() if spec.scheduler == scheduler}
     if not known:
         return None
-    settings = read_settings(scheduler, config)
+    settings = read_settings(keys[scheduler], config)
     fits = [name for name, spec in known.items() if spec.fixed.items() <= settings.items()]
     return max(fits, key=lambda name: len(known[name].fixed))
 
 
 def sampler_table(
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     sampler: str,
     steps: int,
     guidance: float | Sequence[float],
@@ -155,14 +206,13 @@ def sampler_table(
 
     ``guidance`` is w, a number or one a step: w > 0 is CFG, ``-s`` is diffusion-negative sampling of scale s.
     ``embedded`` is the guidance scale that a distilled model takes as an input. ``methods`` sets parameters of guidance
-    methods, by the names of METHODS.
+    methods, by the names of METHODS. One of them, ``perp_neg``, adds a third branch.
     ``eta`` in 0..1 is the share of fresh noise, of ddim only. ``spacing`` is one of SPACINGS; by default the
     schedule's own. The schedule's other settings count as far as the sampler's class knows them.
 
     Raises SettingsError for what cannot be honoured.
     """
-    check_choice("sampler", sampler, sampler_names())
-    spec = _SAMPLERS[sampler]
+    spec = _sampler(schedule, sampler)
     count = _check_steps(steps, schedule)
     w = _check_guidance(guidance, count)
     if not (isinstance(eta, int | float | np.floating) and 0 <= eta <= 1) or isinstance(eta, bool):
@@ -172,8 +222,15 @@ def sampler_table(
     if schedule.rescale_zero_terminal_snr and not spec.zero_snr:
         known = ", ".join(name for name, other in _SAMPLERS.items() if other.zero_snr)
         raise SettingsError(f"{sampler} cannot start from zero terminal SNR; use one of {known}")
+    if schedule.prediction_type == "sample" and not spec.sample:
+        known = ", ".join(name for name, other in _SAMPLERS.items() if other.sample)
+        raise SettingsError(f"{sampler} cannot follow a network that predicts x_0; use one of {known}")
+    _check_methods(methods, w)
 
-    grid, init_noise_sigma = _grid(schedule, sampler, count, spacing, float(eta))
+    if isinstance(schedule, FlowSchedule):
+        grid, init_noise_sigma = _flow_grid(schedule, spec, sampler, count, spacing, float(eta)), 1.0
+    else:
+        grid, init_noise_sigma = _grid(schedule, spec, sampler, count, spacing, float(eta))
     try:
         described = list(spec.run(grid))
     except ZeroDivisionError:  # the distance in log_snr to x_0 itself is infinite
@@ -183,28 +240,29 @@ def sampler_table(
         ) from None
     step_of_row = np.cumsum([not row.extra for row in described]) - 1
     noise_rows = tuple(number for number, row in enumerate(described) if row.draws)
-    level_at = dict(zip(grid.timesteps, grid.levels, strict=False))
     rows = np.tile(identity_row().astype(np.float64), (len(described) + 1, 1))
     for columns, row, step in zip(rows, described, step_of_row, strict=False):
         state = np.zeros((SLOTS, SLOTS + 2))
         state[: len(row.state)] = row.state
-        clean, _ = grid.predict(row.x, level_at.get(row.timestep) or grid.at(row.timestep))
+        clean, _ = grid.predict(row.x, grid.levels[step + row.extra])
         columns[TIMESTEP], columns[GUIDANCE], columns[EMBEDDED] = row.timestep, w[step], embedded - 1
         columns[ADVANCE], columns[INPUT] = 1, row.x[:SLOTS]
         columns[STATE], columns[OUTPUT], columns[NOISE] = state[:, :SLOTS].ravel(), state[:, SLOTS], state[:, SLOTS + 1]
         columns[CLEAN_STATE], columns[CLEAN_OUTPUT] = clean[:SLOTS], clean[SLOTS]
     rows[list(noise_rows), DRAW] = range(len(noise_rows))
     for name, value in methods.items():
-        check_choice("guidance method", name, tuple(METHODS))
-        rows[:-1, METHODS[name]] = value
+        rows[:-1, METHODS[name].column] = value
+    if PERP_NEG in methods:  # o_0 + w (p - s n') is o_0 + w p + v n'
+        rows[:-1, THIRD] *= -rows[:-1, GUIDANCE]
+        rows[:-1, PERPENDICULAR] = 1
     assert np.isfinite(rows).all(), (sampler, steps)
     table = rows.astype(np.float32)
     table.flags.writeable = False
-    roles = tuple(_roles(np.float32(w[step])) for step in step_of_row)
+    roles = tuple(_roles(row[GUIDANCE], row[THIRD]) for row in table[:-1])
     return SamplerTable(table, init_noise_sigma, tuple(step_of_row.tolist()), roles, noise_rows)
 
 
-def check_defaults(schedule: NoiseSchedule, defaults: Defaults) -> None:
+def check_defaults(schedule: Schedule, defaults: Defaults) -> None:
     """Raises SettingsError when what a bundle does by default is no table: a bundle that could never run."""
     for of_pass, sign in ((defaults.final, 1), (defaults.dns, -1)):
         sampler_table(schedule, of_pass.sampler, of_pass.steps, sign * of_pass.guidance)
@@ -220,17 +278,59 @@ def identity_row() -> Table:
     return row
 
 
-def _roles(w: np.float32) -> tuple[int, ...]:
-    """The branches that guidance of scale w needs: it drops the negative one at 1, and the prompt's at 0."""
-    return (1,) if w == 1 else (0,) if w == 0 else (0, 1)
+def _roles(w: np.float32, v: np.float32) -> tuple[int, ...]:
+    """The branches that guidance of scale w needs: it drops the negative one at 1, and the prompt's at 0.
+
+    A third branch, of weight v, goes with both.
+    """
+    return (0, 1, 2) if v else (1,) if w == 1 else (0,) if w == 0 else (0, 1)
 
 
-def _grid(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str | None, eta: float) -> tuple[Grid, float]:
-    """What the sampler walks over, and the factor of the noise it starts from."""
-    spec = _SAMPLERS[sampler]
-    settings = read_settings(spec.scheduler, {**schedule.settings, **spec.fixed})
-    spaced = next((kind for key, kind in CONVERSIONS.items() if settings.get(key)), None)
-    anew = spaced is not None and spec.interval
+def _sampler(schedule: Schedule, sampler: str) -> _Sampler:
+    """The sampler of a name, for models of the schedule's kind."""
+    check_choice("sampler", sampler, sampler_names())
+    known, _ = _known(flow=isinstance(schedule, FlowSchedule))
+    if sampler not in known:
+        raise SettingsError(f"{sampler} cannot sample a flow matching model; use one of {', '.join(known)}")
+    return known[sampler]
+
+
+def _flow_grid(
+    schedule: FlowSchedule, spec: _Sampler, sampler: str, steps: int, spacing: str | None, eta: float
+) -> Grid:
+    """What the sampler walks over, of a flow; it ends without noise."""
+    settings = read_settings(FLOW_SCHEDULERS[spec.scheduler], {**schedule.settings, **spec.fixed})
+    if spacing is not None:
+        check_choice("spacing", spacing, SPACINGS)
+        if not spec.zero_snr:
+            raise SettingsError(f"spacing is {spacing!r}, but {sampler} has timesteps of its own; leave it out")
+        if spacing == "leading":
+            raise SettingsError("spacing is 'leading', which a flow matching model has not; use linspace or trailing")
+    if spec.zero_snr:
+        sigmas = schedule.sigmas(steps, spacing or "linspace", interval=spec.interval)
+    else:
+        sigmas = schedule.inner_sigmas(steps)
+    if kind := _conversion(settings):
+        sigmas = spaced(kind, steps, float(sigmas[-1]), float(sigmas[0]))
+    if spec.interval and sigmas[0] > 1 - FROM_NOISE:
+        sigmas[0] -= FROM_NOISE
+    timesteps = sigmas * schedule.train_timesteps
+    levels = [*map(Level.of_flow, sigmas.astype(np.float32).tolist()), CLEAN]
+    return Grid(schedule, (np.floor(timesteps) if spec.whole else timesteps).tolist(), levels, eta, settings)
+
+
+def _conversion(settings: Mapping[str, Any]) -> str | None:
+    """How the noise levels are spaced anew, if they are."""
+    return next((kind for key, kind in CONVERSIONS.items() if settings.get(key)), None)
+
+
+def _grid(
+    schedule: NoiseSchedule, spec: _Sampler, sampler: str, steps: int, spacing: str | None, eta: float
+) -> tuple[Grid, float]:
+    """What the sampler walks over, of diffusion, and the factor of the noise it starts from."""
+    settings = read_settings(SCHEDULERS[spec.scheduler], {**schedule.settings, **spec.fixed})
+    conversion = _conversion(settings)
+    anew = conversion is not None and spec.interval
     if spacing is not None:
         check_choice("spacing", spacing, SPACINGS)
         if anew or "timestep_spacing" not in settings:
@@ -249,11 +349,11 @@ def _grid(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str | None
     end = CLEAN if clean else schedule.level(0)
     if log_linear := settings.get("interpolation_type") == "log_linear":
         low, high = float(schedule.sigmas[0]), float(schedule.sigmas[-1])
-        ratios = schedule.spaced("exponential", steps + 1, low, high)
-    if spaced:
+        ratios = spaced("exponential", steps + 1, low, high)
+    if conversion:
         low, high = settings.get("sigma_min") or ratios[-1], settings.get("sigma_max") or ratios[0]
-        ratios = schedule.spaced(spaced, steps, float(low), float(high))
-        timesteps = _nearest_timesteps(schedule, spec, spaced, ratios)
+        ratios = spaced(conversion, steps, float(low), float(high))
+        timesteps = _nearest_timesteps(schedule, spec, conversion, ratios)
         end = CLEAN if clean else Level.of_ratio(float(schedule.sigmas[0]))  # the last level again, to the last bit
     elif log_linear:  # levels that the timesteps do not have, one of them in the end's place
         ratios, end = ratios[:-1], Level.of_ratio(float(ratios[-1]))
@@ -266,16 +366,16 @@ def _grid(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str | None
     return Grid(schedule, timesteps.tolist(), levels, eta, settings), float(init_noise_sigma)
 
 
-def _nearest_timesteps(schedule: NoiseSchedule, spec: _Sampler, spaced: str, ratios: Floats) -> Floats:
+def _nearest_timesteps(schedule: NoiseSchedule, spec: _Sampler, conversion: str, ratios: Floats) -> Floats:
     """The timesteps of levels spaced anew; where they must be whole, as diffusers makes them so."""
     timesteps = schedule.timesteps_at(ratios)
     if not spec.whole:
         return timesteps
     unrounded = spec.scheduler == "DPMSolverMultistepScheduler" and schedule.beta_schedule == "squaredcos_cap_v2"
-    return np.rint(timesteps) if spaced in ("karras", "lu") and not unrounded else np.floor(timesteps)
+    return np.rint(timesteps) if conversion in ("karras", "lu") and not unrounded else np.floor(timesteps)
 
 
-def _check_steps(steps: Any, schedule: NoiseSchedule) -> int:
+def _check_steps(steps: Any, schedule: Schedule) -> int:
     most = schedule.train_timesteps
     remedy = f"give a whole number from 1 to {most}, such as 20"
     try:
@@ -291,6 +391,18 @@ def is_guidance(value: object) -> bool:
     """Whether ``value`` is a number that a table can hold as guidance scale."""
     number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     return number and bool(abs(value) <= FLOAT32_MAX)  # type: ignore[arg-type]
+
+
+def _check_methods(methods: Mapping[str, float], w: Sequence[float]) -> None:
+    """Raises SettingsError for a method or a value that a table cannot hold."""
+    for name, value in methods.items():
+        check_choice("guidance method", name, tuple(METHODS))
+        most = METHODS[name].most
+        if not is_guidance(value) or not 0 <= value <= most:
+            allowed = "from 0 up" if most == FLOAT32_MAX else f"from 0 to {most:g}"
+            raise SettingsError(f"the guidance method {name} is {shown(value)}; give a number {allowed}")
+    if not all(is_guidance(value * methods.get(PERP_NEG, 0.0)) for value in w):
+        raise SettingsError("perp_neg times guidance is too large for a number; give smaller ones")
 
 
 def _check_guidance(guidance: Any, steps: int) -> list[float]:

@@ -1,20 +1,20 @@
-"""The noise schedule a model was trained with, and the timesteps a sampler visits.
+"""The noise schedule a model was trained with, and the timesteps a sampler visits: of diffusion, and of flow matching.
 
-The forward process is variance preserving: ``x_t = alpha_t x_0 + sigma_t eps`` with
+The forward process of diffusion is variance preserving: ``x_t = alpha_t x_0 + sigma_t eps`` with
 ``alpha_t² = alpha_bar_t`` and ``sigma_t² = 1 - alpha_bar_t`` (DDPM, arXiv 2006.11239). What is *data* here
 (betas, alpha_bar, noise levels) is rounded to float32, as the training code and diffusers have it: the first
 betas are 1e-3, so that rounding moves the smallest noise levels by 1e-4. What is *computed* from it is
-float64.
+float64. Flow matching goes straight from noise to data instead, ``x_t = (1 - sigma) x_0 + sigma eps``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,8 @@ Float32s = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+FLOW_PREDICTION: Final = "flow_prediction"
 SPACINGS = ("leading", "linspace", "trailing")
 KARRAS_RHO = 7.0
 BETA_SHAPE = 0.6
@@ -35,7 +36,9 @@ TERMINAL_ALPHA_BAR = 2.0**-24
 
 
 class Level(NamedTuple):
-    """One noise level: ``x = alpha x_0 + sigma eps`` with ``alpha² + sigma² = 1``."""
+    """One noise level, ``x = alpha x_0 + sigma eps``: ``alpha² + sigma² = 1`` in diffusion, ``alpha + sigma = 1`` in a
+    flow.
+    """
 
     alpha: float
     sigma: float
@@ -61,6 +64,11 @@ class Level(NamedTuple):
         alpha = 1.0 / math.sqrt(ratio * ratio + 1.0)
         return cls(alpha, ratio * alpha)
 
+    @classmethod
+    def of_flow(cls, sigma: float) -> Level:
+        """The level of a flow: as far as ``sigma`` from data to noise."""
+        return cls(1.0 - sigma, sigma)
+
 
 CLEAN = Level(1.0, 0.0)
 
@@ -73,7 +81,7 @@ class NoiseSchedule:
         train_timesteps: how many timesteps the model was trained with.
         beta_start, beta_end: the first and last variance added per timestep.
         beta_schedule: how beta goes from one to the other, of BETA_SCHEDULES (the cosine one ignores both).
-        prediction_type: ``epsilon``, the noise, or ``v_prediction``, alpha eps - sigma x_0 (2202.00512).
+        prediction_type: ``epsilon``, the noise; ``sample``, x_0; ``v_prediction``, alpha eps - sigma x_0 (2202.00512).
         rescale_zero_terminal_snr: move the schedule to end in pure noise (arXiv 2305.08891).
         trained_betas: the betas themselves, one a timestep; beta_start, beta_end and beta_schedule then mean nothing.
         settings: what the scheduler configuration says to samplers, by diffusers' keys: see ``settings.py``.
@@ -95,9 +103,8 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        _check_train_timesteps(self.train_timesteps)
         count = self.train_timesteps
-        if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= 100_000:
-            raise SettingsError(f"train_timesteps is {count!r}; give a whole number from 2 to 100000")
         for name, value in (("beta_start", self.beta_start), ("beta_end", self.beta_end)):
             if not _is_beta(value):
                 raise SettingsError(f"{name} is {value!r}; give a number between 0 and 1")
@@ -147,6 +154,10 @@ class NoiseSchedule:
             settings=dict(config),
         )
 
+    def sized(self, height: int, width: int) -> NoiseSchedule:
+        """The schedule for latents of ``height`` and ``width``: the same for all."""
+        return self
+
     @cached_property
     def alphas_cumprod(self) -> Float32s:
         """alpha_bar by timestep, float32 [train_timesteps]; diffusers' bit for bit unless rescaled."""
@@ -180,20 +191,6 @@ class NoiseSchedule:
         share = np.clip((known[low] - wanted) / (known[low] - known[low + 1]), 0, 1)
         timesteps: Floats = (1 - share) * low + share * (low + 1)
         return timesteps
-
-    def spaced(self, kind: str, steps: int, low: float, high: float) -> Floats:
-        """``steps`` values of sigma/alpha from ``high`` to ``low``, [steps].
-
-        ``kind``: ``karras``, even in the seventh root (arXiv 2206.00364, equation 5); ``exponential`` and ``lu``, even
-        in the logarithm (2206.00927); ``beta``, quantiles of a beta distribution (2407.12173).
-        """
-        ramp = np.linspace(0, 1, steps)
-        if kind == "karras":
-            first, last = high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO)
-            return np.asarray((first + ramp * (last - first)) ** KARRAS_RHO, np.float64)
-        if kind == "beta":
-            return low + _beta_quantiles(1 - ramp) * (high - low)
-        return np.asarray(np.exp(np.linspace(math.log(high), math.log(low), steps)), np.float64)
 
     def timesteps(
         self, steps: int, spacing: str, *, offset: int = 0, whole: bool = True, interval: bool = False
@@ -250,6 +247,192 @@ class NoiseSchedule:
         return np.asarray(betas, np.float32)
 
 
+TOKEN_SIDE: Final = 2
+"""Latents on each side of an image token, by whose number dynamic shifting goes."""
+
+
+@dataclass(frozen=True)
+class DynamicShift:
+    """A shift that depends on the size of the image: mu is linear in its tokens, and extends beyond both ends.
+
+    Attributes:
+        tokens: two numbers of image tokens, ascending.
+        mu: of each.
+        kind: ``exponential``, the shift is e^mu; or ``linear``, it is mu.
+
+    Raises SettingsError for values outside their range.
+    """
+
+    tokens: tuple[int, int] = (256, 4096)
+    mu: tuple[float, float] = (0.5, 1.15)
+    kind: str = "exponential"
+
+    def __post_init__(self) -> None:
+        check_choice("time_shift_type", self.kind, ("exponential", "linear"))
+        whole = all(isinstance(count, int) and not isinstance(count, bool) for count in self.tokens)
+        if not whole or not 0 < self.tokens[0] < self.tokens[1]:
+            raise SettingsError(
+                f"base_image_seq_len and max_image_seq_len are {self.tokens[0]!r} and {self.tokens[1]!r}; "
+                "give two whole numbers, the larger last"
+            )
+        if not all(_is_number(value) and abs(value) <= 10 for value in self.mu):
+            raise SettingsError(
+                f"base_shift and max_shift are {self.mu[0]!r} and {self.mu[1]!r}; give numbers from -10 to 10"
+            )
+
+    def of_size(self, height: int, width: int) -> float:
+        """The shift for latents of this size. Raises SettingsError where a linear one is not above 0."""
+        tokens = (height // TOKEN_SIDE) * (width // TOKEN_SIDE)
+        slope = (self.mu[1] - self.mu[0]) / (self.tokens[1] - self.tokens[0])
+        mu = tokens * slope + (self.mu[0] - slope * self.tokens[0])
+        if self.kind == "exponential":
+            return math.exp(mu)
+        if mu <= 0:
+            raise SettingsError(f"the shift for latents of {height}x{width} is {mu:g}, not above 0; take another size")
+        return mu
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """How a flow matching model was trained: it predicts ``eps - x_0`` (arXiv 2210.02747) at the timestep
+    ``train_timesteps · sigma``.
+
+    Attributes:
+        train_timesteps: the timestep of pure noise.
+        shift: gives the noisy end more steps: sigma becomes shift sigma / (1 + (shift - 1) sigma) (arXiv 2403.03206).
+        dynamic: what the shift depends on; it is then that of ``sized``, and None before.
+        terminal: sigmas are stretched so that the last but the clean one is this; None leaves them.
+        settings: what the scheduler configuration says to samplers, by diffusers' keys: see ``settings.py``.
+
+    Raises SettingsError for values outside their range.
+    """
+
+    train_timesteps: int = 1000
+    shift: float | None = 1.0
+    dynamic: DynamicShift | None = None
+    terminal: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    prediction_type = FLOW_PREDICTION
+    rescale_zero_terminal_snr = False
+
+    def __post_init__(self) -> None:
+        _check_train_timesteps(self.train_timesteps)
+        if not (self.shift is None and self.dynamic) and not (_is_number(self.shift) and 0 < self.shift <= 1e6):
+            raise SettingsError(f"shift is {self.shift!r}; give a number above 0, such as 3.0")
+        if self.terminal is not None and not (_is_number(self.terminal) and 0 < self.terminal < 1):
+            raise SettingsError(f"shift_terminal is {self.terminal!r}; give a number between 0 and 1, or null")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> FlowSchedule:
+        """The schedule of a diffusers ``scheduler_config.json``, whichever scheduler class wrote it.
+
+        Raises SettingsError when it cannot be followed.
+        """
+        predicts = config.get("prediction_type", FLOW_PREDICTION)
+        if predicts != FLOW_PREDICTION:
+            raise SettingsError(f"prediction_type is {predicts!r}, and a flow matching model's is {FLOW_PREDICTION!r}")
+        shifts = {key: config[key] for key in ("shift", "flow_shift") if config.get(key) is not None}
+        if len(set(shifts.values())) > 1:
+            raise SettingsError(
+                f"shift is {shifts['shift']!r} and flow_shift {shifts['flow_shift']!r}; give one of them"
+            )
+        dynamic = None
+        if config.get("use_dynamic_shifting"):
+            known = DynamicShift()
+            dynamic = DynamicShift(
+                (
+                    config.get("base_image_seq_len", known.tokens[0]),
+                    config.get("max_image_seq_len", known.tokens[1]),
+                ),
+                (config.get("base_shift", known.mu[0]), config.get("max_shift", known.mu[1])),
+                config.get("time_shift_type", known.kind),
+            )
+        return cls(
+            train_timesteps=config.get("num_train_timesteps", 1000),
+            shift=None if dynamic else next(iter(shifts.values()), 1.0),
+            dynamic=dynamic,
+            terminal=config.get("shift_terminal") or None,
+            settings=dict(config),
+        )
+
+    def sized(self, height: int, width: int) -> FlowSchedule:
+        """The schedule for latents of ``height`` and ``width``, on which a dynamic shift depends."""
+        return self if self.dynamic is None else replace(self, shift=self.dynamic.of_size(height, width))
+
+    def sigmas(self, steps: int, spacing: str, *, interval: bool = False) -> Floats:
+        """``steps`` sigmas in the order they are visited, descending from 1, shifted and stretched: [steps].
+
+        ``linspace`` ends at the last timestep trained, ``trailing`` a step before 0. ``interval``: linspace has one
+        point more, which is not visited (by UniPC).
+
+        Raises SettingsError for one step where sigmas are to be stretched.
+        """
+        last = 1 / self.train_timesteps
+        if spacing == "trailing":
+            sigmas = np.linspace(1.0, 1 / steps, steps)
+        elif interval:
+            sigmas = np.linspace(1.0, last, steps + 1)[:-1]
+        else:  # a shift that is fixed is applied to the last sigma before, too: diffusers does it twice
+            sigmas = np.linspace(1.0, last if self.dynamic else self._shifted(np.array(last)), steps)
+        return self._stretched(self._shifted(sigmas))
+
+    def inner_sigmas(self, steps: int) -> Floats:
+        """As ``sigmas``, for samplers that cannot begin in pure noise: from one trained timestep less, and evenly to 0,
+        which is not visited (DPM-Solver). Raises SettingsError where sigmas are to be stretched.
+        """
+        if self.terminal is not None:
+            raise SettingsError(
+                "the scheduler configuration has a shift_terminal, which DPM-Solver does not know; use euler, heun or "
+                "unipc"
+            )
+        return self._shifted(1.0 - np.linspace(1, 1 / self.train_timesteps, steps + 1))[:0:-1]
+
+    def _shifted(self, sigmas: Floats) -> Floats:
+        if self.shift is None:
+            raise SettingsError("the noise levels of this model depend on the image size: give one, by sized()")
+        return np.asarray(self.shift * sigmas / (1 + (self.shift - 1) * sigmas), np.float64)
+
+    def _stretched(self, sigmas: Floats) -> Floats:
+        if self.terminal is None:
+            return sigmas
+        if sigmas[-1] == 1:
+            raise SettingsError("1 step cannot both begin in noise and end at shift_terminal; use more steps")
+        return np.asarray(1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - self.terminal)), np.float64)
+
+
+Schedule = NoiseSchedule | FlowSchedule
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a diffusers ``scheduler_config.json`` is a flow matching model's."""
+    flow_class = str(config.get("_class_name", "")).startswith("FlowMatch")
+    return flow_class or bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == FLOW_PREDICTION
+
+
+def read_schedule(config: Mapping[str, Any]) -> Schedule:
+    """The schedule of a diffusers ``scheduler_config.json``, whichever scheduler class wrote it.
+
+    Raises SettingsError when the schedule is incomplete or cannot be followed.
+    """
+    return FlowSchedule.from_config(config) if is_flow(config) else NoiseSchedule.from_config(config)
+
+
+def spaced(kind: str, steps: int, low: float, high: float) -> Floats:
+    """``steps`` noise levels from ``high`` to ``low``, [steps]: values of sigma/alpha, or a flow's sigmas.
+
+    ``kind``: ``karras``, even in the seventh root (arXiv 2206.00364, equation 5); ``exponential`` and ``lu``, even
+    in the logarithm (2206.00927); ``beta``, quantiles of a beta distribution (2407.12173).
+    """
+    ramp = np.linspace(0, 1, steps)
+    if kind == "karras":
+        first, last = high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO)
+        return np.asarray((first + ramp * (last - first)) ** KARRAS_RHO, np.float64)
+    if kind == "beta":
+        return low + _beta_quantiles(1 - ramp) * (high - low)
+    return np.asarray(np.exp(np.linspace(math.log(high), math.log(low), steps)), np.float64)
+
+
 def check_choice(name: str, value: object, known: Sequence[str]) -> None:
     """SettingsError unless ``value`` is one of ``known``; the message names the nearest and all of them."""
     if value in known:
@@ -259,8 +442,17 @@ def check_choice(name: str, value: object, known: Sequence[str]) -> None:
     raise SettingsError(f"{name} {value!r} is unknown; {hint}known: {', '.join(known)}")
 
 
+def _check_train_timesteps(count: object) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= 100_000:
+        raise SettingsError(f"train_timesteps is {count!r}; give a whole number from 2 to 100000")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _is_beta(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1
+    return _is_number(value) and 0 < value < 1
 
 
 def _beta_quantiles(shares: Floats) -> Floats:

@@ -3,7 +3,7 @@
 A sampler gives the results of one class of diffusers, made as ``Class.from_config(configuration)`` makes it: keys that
 the class knows carry over from the configuration, whichever class wrote it, and the others have the class's defaults.
 Every parameter of every class is below. It is honoured, or has to have a certain value, or changes nothing; what
-belongs to the noise schedule instead is in ``SCHEDULE_KEYS``.
+belongs to the noise schedule instead is in ``SCHEDULE_KEYS`` and ``FLOW_SCHEDULE_KEYS``.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ CONVERSIONS: Mapping[str, str] = {
     "use_exponential_sigmas": "exponential",
     "use_beta_sigmas": "beta",
 }
-"""The keys that space the noise levels anew: see NoiseSchedule.spaced."""
+"""The keys that space the noise levels anew: see ``schedule.spaced``."""
 
 SCHEDULE_KEYS = (
     "num_train_timesteps",
@@ -97,9 +97,25 @@ SCHEDULE_KEYS = (
 )
 """The keys that are the model's, whichever sampler runs: see NoiseSchedule."""
 
+FLOW_SCHEDULE_KEYS = (
+    "num_train_timesteps",
+    "prediction_type",
+    "use_flow_sigmas",
+    "shift",
+    "flow_shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "time_shift_type",
+    "shift_terminal",
+)
+"""The keys that are a flow matching model's, whichever sampler runs: see FlowSchedule."""
+
 _OFF = (False, None)  # a configuration may say null for a switch
 _LINEAR = "is not linear in the latents, a sampler table is"
-_FLOW = "flow matching models are not supported"
+_FLOW = "the noise levels of flow matching are not those of betas"
 _UNUSED_FLOW = "part of flow matching, which is refused"
 _ORDERS = Setting(2, (1, 2, 3), "a table's state holds no more latents than order 3 needs")
 
@@ -238,19 +254,64 @@ SCHEDULERS: Mapping[str, Keys] = {
 }
 """By class: all of its parameters but ``SCHEDULE_KEYS``."""
 
-KEYS = frozenset(SCHEDULE_KEYS).union(
-    key for keys in SCHEDULERS.values() for key, setting in keys.items() if isinstance(setting, Setting)
+_UNUSED_BETAS: Keys = dict.fromkeys(
+    ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    "the noise levels of flow matching follow from no betas",
+)
+_FLOW_SOLVER: Keys = {
+    **_UNUSED_BETAS,
+    **_THRESHOLDING,
+    **{
+        key: Setting(False, _OFF, "this class spaces noise levels anew by betas, which a flow has not; use euler")
+        for key in _LEVELS
+    },
+    "timestep_spacing": "the timesteps follow from the noise levels",
+    "steps_offset": "the timesteps follow from the noise levels",
+    "final_sigmas_type": Setting("zero", ("zero",), "the last step of a flow ends without noise"),
+}
+
+
+def _without_flow(scheduler: str) -> Keys:
+    return {key: setting for key, setting in SCHEDULERS[scheduler].items() if key not in FLOW_SCHEDULE_KEYS}
+
+
+FLOW_SCHEDULERS: Mapping[str, Keys] = {
+    "DPMSolverMultistepScheduler": {
+        **_without_flow("DPMSolverMultistepScheduler"),
+        **_FLOW_SOLVER,
+        "use_lu_lambdas": Setting(False, _OFF, "lambdas are spaced anew by betas, which a flow has not"),
+    },
+    "FlowMatchEulerDiscreteScheduler": {
+        **_LEVELS,
+        "invert_sigmas": Setting(False, _OFF, "a sampler goes from noise to data"),
+        "stochastic_sampling": _switch(False),
+    },
+    "FlowMatchHeunDiscreteScheduler": {},
+    "UniPCMultistepScheduler": {
+        **_without_flow("UniPCMultistepScheduler"),
+        **_FLOW_SOLVER,
+        "sigma_min": "part of levels spaced anew, which are refused",
+        "sigma_max": "part of levels spaced anew, which are refused",
+    },
+}
+"""The same for flow matching models: by class, all of its parameters but ``FLOW_SCHEDULE_KEYS``."""
+
+KEYS = frozenset((*SCHEDULE_KEYS, *FLOW_SCHEDULE_KEYS)).union(
+    key
+    for keys in (*SCHEDULERS.values(), *FLOW_SCHEDULERS.values())
+    for key, setting in keys.items()
+    if isinstance(setting, Setting)
 )
 """All keys of a configuration that count for some sampler."""
 
 
-def read_settings(scheduler: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the class ``scheduler`` under the configuration ``config``, checked; keys of others are left out.
+def read_settings(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a class that knows ``keys``, under the configuration ``config``, checked; others are left out.
 
     Raises SettingsError for a value that cannot be honoured, with the key and what can be.
     """
     settings = {}
-    for key, setting in SCHEDULERS[scheduler].items():
+    for key, setting in keys.items():
         if isinstance(setting, str):
             continue
         value = config.get(key, setting.default)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dnp.engine.bundle.columns import SLOTS
-from dnp.runtime.sampling.schedule import Level, NoiseSchedule
+from dnp.runtime.sampling.schedule import FLOW_PREDICTION, Level, NoiseSchedule, Schedule
 
 FEW_STEPS = 15
 """DPM-Solver and DEIS lower their order at the end of fewer steps only."""
@@ -50,7 +50,7 @@ class Grid:
         settings: of the sampler, checked: see dnp.runtime.sampling.settings.
     """
 
-    schedule: NoiseSchedule
+    schedule: Schedule
     timesteps: list[float]
     levels: list[Level]
     eta: float
@@ -70,14 +70,20 @@ class Grid:
         return min(int(self.settings["solver_order"]), step + 1, to_come if falls else SLOTS)
 
     def at(self, timestep: float) -> Level:
-        """The noise level of a whole timestep; below zero it is the end."""
+        """The noise level of a whole timestep of diffusion; below zero it is the end."""
+        assert isinstance(self.schedule, NoiseSchedule)
         return self.schedule.level(int(timestep)) if timestep >= 0 else self.levels[-1]
 
     def predict(self, x: Form, level: Level, o: Form = OUT) -> tuple[Form, Form]:
-        """x_0 and eps, from the network's input at ``level`` and its output: all that knows of v."""
+        """x_0 and eps, from the network's input at ``level`` and its output: all that knows what networks predict."""
         alpha, sigma = level
-        if self.schedule.prediction_type == "v_prediction":
+        kind = self.schedule.prediction_type
+        if kind == "v_prediction":
             return alpha * x - sigma * o, sigma * x + alpha * o
+        if kind == "sample":
+            return o, (x - alpha * o) / sigma
+        if kind == FLOW_PREDICTION:
+            return x - sigma * o, x + alpha * o
         return (x - sigma * o) / alpha, o
 
 
@@ -179,6 +185,30 @@ def heun(grid: Grid) -> Iterator[Row]:
             _, eps = grid.predict(x_in, then)
             x = S1 + (then.ratio - now.ratio) * (S2 + eps) / 2
             yield Row(grid.timesteps[i + 1], x_in, (x,), extra=True)
+
+
+def flow_euler(grid: Grid) -> Iterator[Row]:
+    """Euler's method on dx/dsigma = eps - x_0, arXiv 2210.02747. FlowMatchEulerDiscreteScheduler.
+
+    With ``stochastic_sampling``, from the x_0 that is expected back to the next level by fresh noise.
+    """
+    stochastic = bool(grid.settings["stochastic_sampling"])
+    for i, t in enumerate(grid.timesteps):
+        now, then = grid.levels[i : i + 2]
+        x0, eps = grid.predict(S0, now)
+        yield Row(t, S0, (then.alpha * x0 + then.sigma * (NOISE if stochastic else eps),), draws=stochastic)
+
+
+def flow_heun(grid: Grid) -> Iterator[Row]:
+    """Heun's method on dx/dsigma = eps - x_0; the last step is Euler's. FlowMatchHeunDiscreteScheduler."""
+    for i, t in enumerate(grid.timesteps):
+        now, then = grid.levels[i : i + 2]
+        span = then.sigma - now.sigma
+        x0, eps = grid.predict(S0, now)
+        yield Row(t, S0, (S0 + span * (eps - x0), S0, eps - x0))
+        if then.sigma > 0:
+            x0, eps = grid.predict(S0, then)
+            yield Row(grid.timesteps[i + 1], S0, (S1 + span * (S2 + eps - x0) / 2,), extra=True)
 
 
 def lms(grid: Grid) -> Iterator[Row]:
