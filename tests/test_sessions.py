@@ -23,6 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 import dnp.engine
 from dnp.engine.backends import registry
 from dnp.engine.backends.host import HostBuffer
+from dnp.engine.backends.onnxruntime import cuda as ort_cuda
 from dnp.engine.backends.registry import backend_names, doctor, open_graph, open_session
 from dnp.engine.backends.session import BackendOptions, Buffer
 from dnp.engine.bundle.contract import TensorSpec
@@ -573,6 +574,37 @@ def test_the_extra_s_name_finds_the_backend():
 def test_doctor_does_not_advise_what_breaks_the_other_package():
     report = next(report for report in doctor() if report.name == "cuda")
     assert report.remedy == "pip uninstall --yes onnxruntime; then pip install 'dnp-engine[gpu]'"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_doctor_knows_two_onnxruntimes_in_one_place_from_two_in_different_ones(monkeypatch, tmp_path, apart):
+    """In one place they overwrite each other's files; in two, the one that comes first on the path hides the other."""
+    own = imports.place("onnxruntime")
+    for module in (registry, ort_cuda):
+        monkeypatch.setattr(module, "installed", lambda package: f"{package} 1.0")
+        monkeypatch.setattr(module, "place", lambda package: tmp_path if apart and package.endswith("gpu") else own)
+    cpu, cuda = (next(report for report in doctor() if report.name == name) for name in ("cpu", "cuda"))
+    assert cpu.works and not cuda.works
+    if apart:
+        assert (cpu.why_not, cpu.remedy, cpu.version) == ("", "", "onnxruntime 1.0")
+        assert f"onnxruntime-gpu 1.0 in {tmp_path} is hidden by onnxruntime 1.0 in {own}" in cuda.why_not
+    else:
+        assert "overwritten each other's files" in cpu.why_not
+        assert "overwritten each other's files" in cuda.why_not
+        assert cpu.remedy.startswith("pip uninstall")
+
+
+def test_onnxruntime_s_own_logger_is_silent(tmp_path):
+    """It writes to stderr whatever a session's severity is; here about a file that is no graph of its version."""
+    code = """
+import onnxruntime
+from dnp.engine.backends.onnxruntime.session import FATAL, import_onnxruntime
+set_to = []
+onnxruntime.set_default_logger_severity = set_to.append
+import_onnxruntime()
+assert set_to == [FATAL]
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stderr == b""
 
 
 @pytest.mark.parametrize("source", ["", "raise ValueError('half a package')", "import nothing_of_this_name"])
