@@ -650,6 +650,7 @@ def test_a_missing_package_is_named_with_its_pip_line(step, backend, monkeypatch
 
 def test_doctor_finds_two_packages_of_one_import_name(monkeypatch):
     monkeypatch.setattr(imports, "version", lambda package: "1.2.3")
+    monkeypatch.setattr(registry, "place", lambda package: "site-packages")
     report = doctor()[0]
     assert "onnxruntime 1.2.3 and onnxruntime-gpu 1.2.3" in report.why_not
     assert "pip uninstall --yes onnxruntime onnxruntime-gpu" in report.remedy
