@@ -30,6 +30,7 @@ from dnp.engine.backends.onnxruntime.passes.definitions import DOMAIN, inlined
 from dnp.engine.backends.onnxruntime.passes.plan import PASSES, rewrite
 from dnp.engine.backends.onnxruntime.passes.sizes import fix_sizes
 from dnp.engine.backends.session import BackendOptions
+from dnp.engine.bundle.contract import Signature
 from dnp.engine.errors import BackendError, BundleError, SettingsError
 from dnp.engine.plans.profile import Range
 from dnp.engine.plans.store import PlanStore
@@ -164,8 +165,8 @@ def case(request, tmp_path_factory):
         }
 
     dims = {symbol: 8 if symbol != "batch" else 2 for spec in inputs.values() for symbol in spec.symbols}
-    outputs = {"y": TensorSpec(("batch",))}
-    export = GraphExport("graph", in_precision(module, "fp16"), inputs, outputs, fresh, dims, [dims], {"y": 1.0})
+    signature = Signature(inputs, {"y": TensorSpec(("batch",))})
+    export = GraphExport("graph", in_precision(module, "fp16"), signature, fresh, dims, [dims], {"y": 1.0})
     write_graph(export, folder)
     found = {
         name: count if isinstance(count, int) else sum(isinstance(part, count) for part in module.modules())
@@ -289,7 +290,7 @@ class TestWhatIsLeftAlone:
 
         inputs = {f"x{channels}": TensorSpec(("batch", channels, 4, 4), F16) for _, channels in norms}
         export = GraphExport(
-            "graph", in_precision(Norms(), "fp16").eval(), inputs, {"y": TensorSpec(())},
+            "graph", in_precision(Norms(), "fp16").eval(), Signature(inputs, {"y": TensorSpec(())}),
             lambda rng, dims: {name: rng.normal(size=spec.resolve(dims)).astype(F16) for name, spec in inputs.items()},
             {"batch": 2}, [], {},
         )  # fmt: skip

@@ -77,13 +77,17 @@ class CudaSession(DeviceSession):
 
     def _opened(self, sizes: tuple[tuple[str, int], ...] | None) -> _File:
         """The plan for ``sizes``, or the graph itself: for ``None``, and where the plan cannot be used."""
-        if sizes not in self._open_files:
-            file = self._open(self.graph.path, self.graph.nbytes) if sizes is None else self._open_plan(sizes)
-            if file is None:
-                del self._plans[sizes]
-                return self._opened(None)
-            self._open_files[sizes] = file
-        return self._open_files[sizes]
+        if sizes in self._open_files:
+            return self._open_files[sizes]
+        if sizes is None:
+            file = self._open(self.graph.path, self.graph.nbytes)
+        elif (plan := self._open_plan(sizes)) is not None:
+            file = plan
+        else:
+            del self._plans[sizes]
+            return self._opened(None)
+        self._open_files[sizes] = file
+        return file
 
     def _open_plan(self, sizes: tuple[tuple[str, int], ...]) -> _File | None:
         """The plan, or ``None`` for one that cannot be used, which a warning names."""

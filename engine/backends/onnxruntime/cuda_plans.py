@@ -77,13 +77,14 @@ def at_sizes(graph: GraphSpec, sizes: Mapping[str, int]) -> GraphSpec:
         shape = (TensorSpec((entry,)).resolve(sizes)[0] if entry in known else entry for entry in tensor.shape)
         return replace(tensor, shape=tuple(shape))
 
-    sides = ({name: fixed(tensor) for name, tensor in side.items()} for side in (graph.inputs, graph.outputs))
-    return replace(graph, **dict(zip(("inputs", "outputs"), sides, strict=True)))
+    inputs = {name: fixed(tensor) for name, tensor in graph.inputs.items()}
+    outputs = {name: fixed(tensor) for name, tensor in graph.outputs.items()}
+    return replace(graph, inputs=inputs, outputs=outputs)
 
 
 def plans_for(bundle: Bundle, graph: GraphSpec, store: PlanStore) -> dict[tuple[tuple[str, int], ...], PlanSpec]:
     """What plans of ``graph`` there are, by their fixed sizes, the newest first; not verified."""
-    found = {}
+    found: dict[tuple[tuple[str, int], ...], PlanSpec] = {}
     for plan in store.newest(graph.name, NAME):
         sizes = {symbol: numbers[0] for symbol, numbers in plan.spec.profile.items()}
         if plan.spec == plan_spec(bundle, graph, sizes):

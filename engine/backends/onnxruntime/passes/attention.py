@@ -122,9 +122,10 @@ def _product(scores: ir.Value | None) -> tuple[float, ir.Value | None, ir.Value 
     node = maker(scores, "MatMul", "Mul")
     if node.op_type == "Mul":
         factor, value = operands(node, is_constant)
-        return number(factor), *maker(value, "MatMul").inputs
-    factor, queries = operands(maker(node.inputs[0], "Mul"), is_constant)
-    return number(factor), queries, node.inputs[1]
+        queries, keys = maker(value, "MatMul").inputs
+        return number(factor), queries, keys
+    factor, value = operands(maker(node.inputs[0], "Mul"), is_constant)
+    return number(factor), value, node.inputs[1]
 
 
 def _heads(value: ir.Value | None, axes: tuple[int, ...]) -> tuple[ir.Value, int | str, int | str, int, int]:
