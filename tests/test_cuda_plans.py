@@ -6,6 +6,7 @@ with the modules of diffusers and transformers that it was exported from, in flo
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 
@@ -23,6 +24,7 @@ from torch import nn
 from transformers import BlipVisionConfig, CLIPTextConfig, CLIPTextModel
 from transformers.models.blip.modeling_blip import BlipVisionModel
 
+from dnp.cli import run
 from dnp.engine import TensorSpec, open_session
 from dnp.engine.backends.onnxruntime.cuda import CudaBackend
 from dnp.engine.backends.onnxruntime.cuda_plans import build_cuda_plans
@@ -482,3 +484,26 @@ def test_every_graph_s_plan_can_be_recorded_and_computes_what_the_graph_does(bun
             scale = max(1.0, np.abs(expected).max())
             levels = 1 if expected.dtype == np.uint8 else 1e-4 * scale
             assert np.abs(found.astype(np.float64) - expected).max() <= levels, graph.name
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--batch", "4"], "--batch is for TensorRT; plans of the backend 'cuda' take every batch"),
+        (["--height", "64:128"], "is for one image size, and height is 64:64:128; build one for each size"),
+    ],
+)
+def test_the_command_refuses_sizes_that_no_plan_has(default_bundle, tmp_path, capsys, options, told):
+    command = ["build", str(default_bundle.path), "--backend", "cuda", "--plans", str(tmp_path), *options]
+    assert run(command) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_command_builds_a_plan_for_another_size(default_bundle, tmp_path, capsys):
+    command = ["build", str(default_bundle.path), "--backend", "cuda", "--plans", str(tmp_path), "--height", "128"]
+    assert run([*command, "--graph", "decode_latents", "--json"]) == 0
+    told = capsys.readouterr()
+    (plan,) = json.loads(told.out)["plans"]
+    height = 128 // default_bundle.latents.vae_scale_factor
+    assert plan["spec"]["profile"]["height"] == [height] * 3
+    assert "computes in fp32; an export with --precision fp16 is faster" in told.err
