@@ -332,6 +332,14 @@ class TestSizes:
         (reshape,) = model.graph
         assert ir.convenience.get_const_tensor(reshape.inputs[1]).numpy().tolist() == [0, 16, 4]
 
+    def test_a_reshape_that_changes_nothing_goes(self):
+        model = text(
+            """size = Shape (x)  same = Reshape (x, size)  y = Add (same, x)""",
+            "float16[b, h, 64] x",
+        )
+        fix_sizes(model, {"h": 4})
+        assert [node.op_type for node in model.graph] == ["Add"]
+
     def test_two_free_sizes_that_change_places_stay_computed(self):
         model = text(
             """one = Shape <start = 0, end = 1> (x)  two = Shape <start = 1, end = 2> (x)

@@ -190,9 +190,8 @@ def _relate(model: ir.Model) -> None:
             continue
         source, wanted = node.inputs
         assert source is not None and wanted is not None
-        if node.op_type == "Expand" and source.shape == node.outputs[0].shape:
-            if not node.outputs[0].is_graph_output():
-                node.outputs[0].replace_all_uses_with(source)
+        if source.shape == node.outputs[0].shape and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(source)  # it changes nothing
             continue
         entries = _entries(source, node.outputs[0], node.op_type == "Expand")
         if entries is None:
