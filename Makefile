@@ -79,7 +79,7 @@ clean:
 .venv-$(BACKEND)/installed: pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv .venv-$(BACKEND)
 	.venv-$(BACKEND)/bin/pip install --quiet --disable-pip-version-check \
-	    ".[$(if $(filter cuda,$(BACKEND)),gpu,cpu$(COMMA)$(BACKEND))]" onnx
+	    ".[$(if $(filter cuda,$(BACKEND)),gpu$(COMMA)build,cpu$(COMMA)$(BACKEND))]" onnx
 	touch $@
 
 .venv-test/installed: pyproject.toml setup.py tests/constraints.txt $(SOURCES)

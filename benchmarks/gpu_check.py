@@ -1,8 +1,9 @@
 """Everything about a GPU backend that only a GPU can show: ``make gpu-check``, or ``python benchmarks/gpu_check.py``.
 
 Builds the plans, compares every graph and every stage of a request with the ``cpu`` backend, checks that runs are
-captured as CUDA graphs, and measures. Prints a table, writes JSON, and exits with 1 when anything is not as it should
-be. What cannot be done is said first: options that cannot be honoured (2), no GPU (4), no place for the JSON (6).
+captured as CUDA graphs, closes sessions in every way, and measures. Prints a table, writes JSON after every part, and
+exits with 1 when anything is not as it should be. What cannot be done is said first: options that cannot be honoured
+(2), no GPU (4), no place for the JSON (6).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,12 +26,13 @@ import numpy as np
 
 from dnp import Pipeline
 from dnp.engine import Bundle, open_backend, open_session
+from dnp.engine.backends.onnxruntime.cuda_plans import build_cuda_plans
 from dnp.engine.backends.session import BackendOptions
 from dnp.engine.bundle.contract import BATCH
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import DnpError, OutputError, SettingsError
 from dnp.engine.plans.build import BuildSettings, build_plans
-from dnp.engine.plans.plan import FOLDER
+from dnp.engine.plans.plan import FOLDER, Plan
 from dnp.engine.plans.product import PRODUCTS
 from dnp.engine.system import cuda
 from dnp.engine.system.cuda import GpuProperties
@@ -47,6 +51,7 @@ BOUNDS = {"fp32": 2e-3, "fp16": 3e-2}
 LEVELS = {"fp32": 2, "fp16": 12}
 PSNR = {"fp32": 40.0, "fp16": 25.0}  # dB, of the sampled images: 25 steps let a difference grow
 REPEATS = 20
+CLOSINGS = 5  # times that sessions are closed in each way
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_file(chosen.out)
             bundle = Bundle.open(chosen.bundle) if chosen.bundle else Bundle.default()
             with tempfile.TemporaryDirectory(prefix="dnp-gpu-check-") as folder:
-                report = check(bundle, gpu, chosen.backend, Path(folder) / FOLDER, chosen.batches)
+                report = check(bundle, gpu, chosen.backend, Path(folder) / FOLDER, chosen.batches, chosen.out)
             print(table(report))
             write(report, chosen.out)
     except DnpError as error:
@@ -95,40 +100,91 @@ def check_file(path: Path) -> None:
 
 def write(report: dict, path: Path) -> None:
     """The report as JSON. Raises OutputError, with the report on stdout: what took so long is not lost."""
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    data = as_json(report)
     try:
-        write_together({path: text.encode()})
+        write_together({path: data})
     except OutputError:
-        print(text)
+        print(data.decode())
         raise
 
 
-def check(bundle: Bundle, gpu: GpuProperties, backend: str, folder: Path, batches: int) -> dict:
-    """All of it, as JSON can hold it."""
-    started = time.perf_counter()
-    compiles = backend in PRODUCTS  # the backend 'cuda' has no plans
-    plans = build_plans(bundle, backend, folder=folder, report=tell) if compiles else []
-    build_s = time.perf_counter() - started
+def as_json(report: dict) -> bytes:
+    return json.dumps(report, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def check(bundle: Bundle, gpu: GpuProperties, backend: str, folder: Path, batches: int, out: Path) -> dict:
+    """All of it, as JSON can hold it. What there is lies in ``out`` after every part, should the next one crash."""
     options = BackendOptions(plans=folder)
-    request, start = compare_requests(bundle, backend, options)  # first: nothing is warm yet
-    checks: dict[str, dict] = {"graphs": compare_graphs(bundle, backend, options), "request": request}
-    checks["capture"] = captured(bundle, backend, options)
-    if compiles:
-        checks["refit"] = refit(bundle, backend, folder.with_name("refit"))
-    report = {
+    report: dict = {
         "gpu": asdict(gpu),
         "backend": backend,
         "bundle": {"name": bundle.name, "precision": bundle.precision, "fingerprint": bundle.fingerprint},
         "machine": {"python": platform.python_version(), "system": platform.platform(), "packages": packages()},
         "command": " ".join(sys.argv),
-        "build_seconds": build_s,
-        "plans": [{"graph": plan.spec.graph, **plan.statistics} for plan in plans],
-        "start": start,
-        "checks": checks,
-        "steps": time_steps(bundle, backend, options, batches),
+        "checks": {},
+        "passed": False,
     }
-    report["passed"] = all(part["passed"] for part in checks.values())
+
+    def keep(part: str) -> None:
+        tell(f"{part}: done after {time.perf_counter() - started:.0f} s")
+        with suppress(OutputError):  # told at the end, when all of it is to be written
+            write_together({out: as_json(report)})
+
+    started = time.perf_counter()
+    plans = build(bundle, backend, folder)
+    report["build_seconds"] = time.perf_counter() - started
+    report["plans"] = [{"graph": plan.spec.graph, **plan.statistics} for plan in plans]
+    keep("plans")
+    request, report["start"] = compare_requests(bundle, backend, options)  # first: nothing is warm yet
+    report["checks"]["request"] = request
+    keep("request")
+    parts = {
+        "graphs": lambda: compare_graphs(bundle, backend, options),
+        "capture": lambda: captured(bundle, backend, options),
+        "closing": lambda: close_often(bundle, backend, options),
+        **({"refit": lambda: refit(bundle, backend, folder.with_name("refit"))} if backend in PRODUCTS else {}),
+    }
+    for name, part in parts.items():
+        report["checks"][name] = part()
+        keep(name)
+    report["steps"] = time_steps(bundle, backend, options, batches)
+    report["passed"] = all(part["passed"] for part in report["checks"].values())
+    keep("steps")
     return report
+
+
+def build(bundle: Bundle, backend: str, folder: Path) -> list[Plan]:
+    """The backend's plans."""
+    if backend in PRODUCTS:
+        return build_plans(bundle, backend, folder=folder, report=tell)
+    return build_cuda_plans(bundle, folder=folder, report=tell)
+
+
+def close_often(bundle: Bundle, backend: str, options: BackendOptions) -> dict:
+    """Close sessions with work under way, recorded and not, in this thread and in another, and after an error.
+
+    What can go wrong here ends the process: that this returns is the result.
+    """
+
+    def once(eager: bool) -> None:
+        opened = open_backend(backend, BackendOptions(plans=options.plans, eager=eager))
+        session = opened.session(bundle.graphs["encode_text"], bundle)
+        session.capture(batch=1, tokens=bundle.text.length)
+        session.inputs["ids"].write(np.zeros(session.inputs["ids"].shape, np.int64))
+        for _ in range(3):
+            session.run()
+        with suppress(SettingsError):
+            session.reshape(batch=0, tokens=0)
+        session.close()
+        opened.close()
+
+    for _ in range(CLOSINGS):
+        for eager in (False, True):
+            once(eager)
+            thread = threading.Thread(target=once, args=(eager,))
+            thread.start()
+            thread.join()
+    return {"passed": True, "sessions": 4 * CLOSINGS}
 
 
 def tell(line: str) -> None:
@@ -429,6 +485,7 @@ def table(report: dict) -> str:
     capture = checks["capture"]
     captured = ", ".join(f"{name} {passed(capture[name])}" for name in LOOPS)
     lines += ["", f"captured as CUDA graphs: {captured}; bits of eager runs: {passed(capture['bits'])}"]
+    lines.append(f"{checks['closing']['sessions']} sessions closed with work under way: {passed(checks['closing'])}")
     if "refit" in checks:
         lines.append(f"refit A, B, A: {passed(checks['refit'])} {checks['refit'].get('error', '')}")
     for name, times in report["start"].items():

@@ -421,7 +421,9 @@ class FakeOnnxRuntime:
     __version__ = "0.0.0.fake"
 
     def __init__(self, cuda, providers=("CUDAExecutionProvider",)):
-        self.cuda, self.providers, self.recorded, self.sessions = cuda, list(providers), [], []
+        self.cuda, self.providers, self.recorded = cuda, list(providers), []
+        self.settings = []  # those of each session that was opened
+        self.aborts = []  # what would have ended the process
         self.refuse_recording = False
         self.SessionOptions = onnxruntime.SessionOptions
 
@@ -438,16 +440,25 @@ class FakeOnnxRuntime:
 
 class FakeOrtSession:
     def __init__(self, module, path, settings):
-        self.module, self.settings = module, settings
-        module.sessions.append(self)
+        self.module, self.settings, self.path = module, dict(settings), path
+        self.deferred = 0  # runs whose buffers on the host nobody has given back
+        module.settings.append(self.settings)
         if module.refuse_recording and settings["enable_cuda_graph"] == "1":
             raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(in_plain_nodes(path), options, providers=["CPUExecutionProvider"])
         self.get_inputs, self.get_outputs = self.session.get_inputs, self.session.get_outputs
         self.replays = {}
+
+    def __del__(self):
+        # Runs that ONNX Runtime may not wait for leave what they took of the host's memory to the session's end. There
+        # a callback gives it back, unless runs are recorded, and a callback must not free: CUDA failure 800.
+        if getattr(self, "deferred", 0) and self.settings["enable_cuda_graph"] == "0":
+            self.module.aborts.append("a session ended with buffers that its runs took")
+        if self.module.cuda.pending:
+            self.module.aborts.append("a session ended with work under way")
 
     def get_providers(self):
         return [*self.module.providers, "CPUExecutionProvider"]
@@ -462,7 +473,8 @@ class FakeOrtSession:
         return SimpleNamespace(bind_input=bind, bind_output=bind, bound=bound)
 
     def run_with_iobinding(self, binding, how):
-        assert how["disable_synchronize_execution_providers"] == "1"
+        asynchronous = how["disable_synchronize_execution_providers"] == "1"
+        self.deferred = self.deferred + 1 if asynchronous else 0
         bound, number = dict(binding.bound), int(how["gpu_graph_id"])
         if number > 0:
             # what was recorded under a number is done again, whatever is bound by then
@@ -481,6 +493,19 @@ class FakeOrtSession:
         results = self.session.run(outputs, {value.name: view(value.name) for value in self.get_inputs()})
         for name, result in zip(outputs, results, strict=True):
             view(name)[...] = result
+
+
+def in_plain_nodes(path):
+    """A graph for the CPU, which has no kernels for what CUDA has: as its definitions say."""
+    import onnx_ir as ir
+
+    from dnp.engine.backends.onnxruntime.passes.definitions import inlined
+
+    model = ir.load(path)
+    if not model.functions:
+        return path
+    ir.external_data.load_to_model(model)
+    return ir.to_proto(inlined(model)).SerializeToString()
 
 
 def broken(message="the fake was told to fail"):

@@ -139,6 +139,27 @@ def test_a_report_that_cannot_be_written_in_the_end_is_printed(capsys, gpu, monk
     assert told.err.startswith(f"gpu-check: cannot write {out}: ")
 
 
+def test_what_there_is_is_kept_after_every_part(gpu, monkeypatch, tmp_path, default_bundle):
+    """A part that ends the process, as an abort in a library does, loses nothing of those before it."""
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(gpu_check, "compare_requests", lambda *_: ({"passed": True, "stages": {}}, {"cold": {}}))
+    monkeypatch.setattr(gpu_check, "compare_graphs", lambda *_: {"passed": True})
+    monkeypatch.setattr(gpu_check, "captured", lambda *_: pytest.exit("the process ended"))
+    with pytest.raises(pytest.exit.Exception):
+        gpu_check.check(default_bundle, gpu.properties(), "cuda", tmp_path / "engines", 1, out)
+    kept = json.loads(out.read_text())
+    assert set(kept["checks"]) == {"request", "graphs"}
+    assert not kept["passed"]
+    assert {plan["graph"] for plan in kept["plans"]} == set(default_bundle.graphs)
+
+
+def test_sessions_are_closed_in_many_ways(gpu, monkeypatch, default_bundle):
+    monkeypatch.setattr(gpu_check, "CLOSINGS", 1)
+    assert gpu_check.close_often(default_bundle, "cuda", BackendOptions()) == {"passed": True, "sessions": 4}
+    assert not gpu.device
+    assert not gpu.ort.aborts
+
+
 def spoilt_plain(call, **settings):
     result = call(**settings)
     return replace(result, plain_arrays=255 - result.plain_arrays)

@@ -433,7 +433,7 @@ class TestOnnxRuntime:
     def test_a_run_that_fails_names_the_sizes(self, gpu, default_bundle, monkeypatch):
         with open_session(default_bundle, "encode_text", "cuda") as session:
             session.reshape(batch=1, tokens=32)
-            monkeypatch.setattr(session._session, "run_with_iobinding", failing("out of memory"), raising=False)
+            monkeypatch.setattr(session._file.session, "run_with_iobinding", failing("out of memory"), raising=False)
             with pytest.raises(BackendError, match=r"failed on cuda .*'batch': 1.*ask for fewer images at once"):
                 session.run()
 

@@ -5,12 +5,14 @@ Nothing here ran on a GPU, see ``fake_gpu``. Results are compared with those of 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import json
 import logging
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +34,7 @@ from dnp.engine.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend
 from dnp.engine.errors import BackendError, DnpError, SettingsError
 from dnp.engine.plans.build import BuildSettings, build_plans, target_for
 from dnp.engine.plans.plan import PlanSpec
-from dnp.engine.plans.product import PRODUCTS
+from dnp.engine.plans.product import PRODUCTS, Product
 from dnp.engine.plans.profile import Range
 from dnp.engine.plans.store import PlanStore
 
@@ -227,7 +229,7 @@ def test_onnxruntime_keeps_to_the_memory_limit_too(open_pipeline, gpu, default_b
     weights = sum(graph.nbytes for graph in default_bundle.graphs.values())
     pipeline = open_pipeline("cuda", memory_limit=1 << 30)
     pipeline(PROMPT, **QUICK)
-    limits = [int(session.settings["gpu_mem_limit"]) for session in gpu.ort.sessions]
+    limits = [int(settings["gpu_mem_limit"]) for settings in gpu.ort.settings]
     assert limits[0] == 1 << 30
     assert limits == sorted(limits, reverse=True)
     assert pipeline._graphs.backend.gpu.allocated == weights + sum(block.nbytes for block in gpu.device.values())
@@ -340,8 +342,57 @@ def test_a_gpu_that_is_too_old_is_refused(open_pipeline, gpu, backend, monkeypat
 
 def test_a_gpu_that_tensorrt_for_rtx_has_no_code_for_is_sent_to_tensorrt(open_pipeline, gpu):
     gpu.sm = 90
-    with pytest.raises(BackendError, match=r"\(SM 90\) is none of those .* it knows 75, 80.*backend 'tensorrt'"):
+    with pytest.raises(BackendError, match=r"\(SM 90\) is none of those .* it knows 75, 80.*'cuda' or 'tensorrt'"):
         open_pipeline("tensorrt-rtx").warm_up()
+
+
+def test_the_wrong_card_is_told_before_anything_is_loaded(gpu, monkeypatch):
+    gpu.sm = 100
+    monkeypatch.setattr(Product, "load", lambda self: pytest.fail("TensorRT was loaded"))
+    with pytest.raises(BackendError, match=r"\(SM 100\) is none of those .*use the backend 'cuda' or 'tensorrt'"):
+        TensorRtRtxBackend()
+    assert not gpu.streams
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("ending", ["close", "forget", "error", "interrupt"])
+def test_no_session_of_onnxruntime_ends_with_anything_left_to_do(gpu, default_bundle, ending, eager, monkeypatch):
+    """Buffers that its runs took would be given back by a callback, where CUDA forbids it and the process ends."""
+    opened = ort_cuda.CudaBackend(BackendOptions(eager=eager))
+    session = opened.session(default_bundle.graphs["encode_text"], default_bundle)
+    session.reshape(batch=1, tokens=default_bundle.text.length)
+    session.inputs["ids"].write(np.zeros(session.inputs["ids"].shape, np.int64))
+    session.run()
+    assert gpu.pending
+    if ending == "error":
+        monkeypatch.setitem(gpu.fail, "free", fake_gpu.broken())
+    if ending == "interrupt":
+        synchronize = gpu.synchronize
+        gpu.synchronize = lambda stream: (signal.raise_signal(signal.SIGINT), synchronize(stream))
+        with pytest.raises(KeyboardInterrupt):
+            session.close()
+        del gpu.synchronize
+    elif ending != "forget":
+        session.close()
+    del session
+    gc.collect()
+    assert not gpu.ort.aborts
+    assert not gpu.pending
+    gpu.fail.clear()
+    opened.close()
+
+
+def test_onnxruntime_waits_for_no_run_that_is_recorded(gpu, default_bundle):
+    opened = ort_cuda.CudaBackend()
+    session = opened.session(default_bundle.graphs["encode_text"], default_bundle)
+    session.capture(batch=1, tokens=default_bundle.text.length)
+    asked = []
+    run = session._file.session.run_with_iobinding
+    session._file.session.run_with_iobinding = lambda binding, how: (asked.append(dict(how)), run(binding, how))
+    session.run()
+    assert [how["disable_synchronize_execution_providers"] for how in asked] == ["1"]
+    session.close()
+    opened.close()
 
 
 def test_a_precision_is_the_graph_s(gpu, product):

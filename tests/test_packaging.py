@@ -25,7 +25,7 @@ def run(*command, cwd, code=0):
 
 
 @pytest.mark.parametrize(
-    ("backend", "extras"), [("tensorrt", "cpu,tensorrt"), ("tensorrt-rtx", "cpu,tensorrt-rtx"), ("cuda", "gpu")]
+    ("backend", "extras"), [("tensorrt", "cpu,tensorrt"), ("tensorrt-rtx", "cpu,tensorrt-rtx"), ("cuda", "gpu,build")]
 )
 def test_gpu_check_installs_the_backend_and_exports_a_bundle_first(backend, extras):
     if shutil.which("make") is None:
@@ -43,6 +43,7 @@ def test_every_extra_exists_and_none_brings_both_onnxruntimes():
         "openvino",
         "export",
         "serve",
+        "build",
         "gpu",
         "tensorrt",
         "tensorrt-rtx",

@@ -23,6 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 import dnp.engine
 from dnp.engine.backends import registry
 from dnp.engine.backends.host import HostBuffer
+from dnp.engine.backends.onnxruntime import cuda as ort_cuda
 from dnp.engine.backends.registry import backend_names, doctor, open_graph, open_session
 from dnp.engine.backends.session import BackendOptions, Buffer
 from dnp.engine.bundle.contract import TensorSpec
@@ -575,6 +576,37 @@ def test_doctor_does_not_advise_what_breaks_the_other_package():
     assert report.remedy == "pip uninstall --yes onnxruntime; then pip install 'dnp-engine[gpu]'"
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_doctor_knows_two_onnxruntimes_in_one_place_from_two_in_different_ones(monkeypatch, tmp_path, apart):
+    """In one place they overwrite each other's files; in two, the one that comes first on the path hides the other."""
+    own = imports.place("onnxruntime")
+    for module in (registry, ort_cuda):
+        monkeypatch.setattr(module, "installed", lambda package: f"{package} 1.0")
+        monkeypatch.setattr(module, "place", lambda package: tmp_path if apart and package.endswith("gpu") else own)
+    cpu, cuda = (next(report for report in doctor() if report.name == name) for name in ("cpu", "cuda"))
+    assert cpu.works and not cuda.works
+    if apart:
+        assert (cpu.why_not, cpu.remedy, cpu.version) == ("", "", "onnxruntime 1.0")
+        assert f"onnxruntime-gpu 1.0 in {tmp_path} is hidden by onnxruntime 1.0 in {own}" in cuda.why_not
+    else:
+        assert "overwritten each other's files" in cpu.why_not
+        assert "overwritten each other's files" in cuda.why_not
+        assert cpu.remedy.startswith("pip uninstall")
+
+
+def test_onnxruntime_s_own_logger_is_silent(tmp_path):
+    """It writes to stderr whatever a session's severity is; here about a file that is no graph of its version."""
+    code = """
+import onnxruntime
+from dnp.engine.backends.onnxruntime.session import FATAL, import_onnxruntime
+set_to = []
+onnxruntime.set_default_logger_severity = set_to.append
+import_onnxruntime()
+assert set_to == [FATAL]
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stderr == b""
+
+
 @pytest.mark.parametrize("source", ["", "raise ValueError('half a package')", "import nothing_of_this_name"])
 @pytest.mark.parametrize("backend", ["tensorrt-rtx", "openvino", "cpu"])
 def test_a_broken_package_is_a_sentence_with_the_line_that_repairs_it(tmp_path, backend, source):
@@ -618,6 +650,7 @@ def test_a_missing_package_is_named_with_its_pip_line(step, backend, monkeypatch
 
 def test_doctor_finds_two_packages_of_one_import_name(monkeypatch):
     monkeypatch.setattr(imports, "version", lambda package: "1.2.3")
+    monkeypatch.setattr(registry, "place", lambda package: "site-packages")
     report = doctor()[0]
     assert "onnxruntime 1.2.3 and onnxruntime-gpu 1.2.3" in report.why_not
     assert "pip uninstall --yes onnxruntime onnxruntime-gpu" in report.remedy

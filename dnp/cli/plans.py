@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 @click.argument("bundle", required=False, type=PATH)
 @click.option(
     "--backend",
-    help="tensorrt, tensorrt-rtx or cpu. When left out: tensorrt-rtx with --sm, else the TensorRT that is installed "
-    "and takes the GPU that is here, else cpu.",
+    help="tensorrt, tensorrt-rtx, cuda or cpu. When left out: tensorrt-rtx with --sm, else the TensorRT that is "
+    "installed and takes the GPU that is here, else cpu.",
 )
 @click.option("--sm", help="Architectures to compile for (tensorrt-rtx), e.g. 89,120; that of the GPU when left out.")
 @click.option("--batch", help="Images at once, as largest, smallest:largest or smallest:best:largest. [default: 1:8]")
@@ -70,8 +70,11 @@ def build(
     cpu keeps what ONNX Runtime makes of the graphs on this processor, with the weights in the form that it computes
     with: a large bundle opens in seconds, and its processes share one copy in memory. Its plans take every size, and
     computing takes as long as without; the options about sizes, the GPU and the compiler are TensorRT's.
+
+    cuda rewrites the graphs for the kernels that ONNX Runtime has for GPUs, on any machine, in seconds. A plan is for
+    one image size and every batch; build one for each size.
     """
-    from dnp.engine.backends.onnxruntime.cpu import NAME, build_cpu_plans
+    from dnp.engine.backends.onnxruntime import cpu, cuda_plans
     from dnp.engine.backends.registry import compiles_here
     from dnp.engine.bundle.bundle import Bundle
     from dnp.engine.bundle.contract import BATCH
@@ -82,10 +85,22 @@ def build(
     if backend is None:
         backend = TENSORRT_RTX.name if sm else compiles_here(device)
         click.echo(f"dnp: building plans of the backend {backend!r}; --backend names another", err=True)
-    if backend == NAME:
-        _refuse_compiler_options()
+    if backend == cpu.NAME:
+        _refuse_compiler_options("plans of the backend 'cpu' take every size")
         with closing(_Bar()) as bar:
-            built = build_cpu_plans(opened, graphs=graphs, folder=plans, force=force, report=bar.say, progress=bar)
+            built = cpu.build_cpu_plans(opened, graphs=graphs, folder=plans, force=force, report=bar.say, progress=bar)
+        _tell(built, prune, as_json)
+        return
+    if backend == cuda_plans.NAME:
+        _refuse_compiler_options(
+            "plans of the backend 'cuda' take every batch, and are for every GPU", *cuda_plans.SIZES
+        )
+        _recommend_fp16(opened)
+        images = {name: _range(name, text) for name, text in sizes.items() if text is not None}
+        with closing(_Bar()) as bar:
+            built = cuda_plans.build_cuda_plans(
+                opened, graphs=graphs, ranges=images, folder=plans, force=force, report=bar.say, progress=bar
+            )
         _tell(built, prune, as_json)
         return
     settings = BuildSettings(
@@ -95,8 +110,8 @@ def build(
         weight_streaming=weight_streaming,
         refit=refit,
     )
-    if opened.precision == "fp32" and backend in PRODUCTS:
-        click.echo(f"dnp: {opened.name} computes in fp32; an export with --precision fp16 is faster on a GPU", err=True)
+    if backend in PRODUCTS:
+        _recommend_fp16(opened)
     ranges = {name: _range(name, text) for name, text in sizes.items() if text is not None}
     if "batch" in ranges and ranges["batch"].high > BATCH:
         click.echo(
@@ -119,14 +134,16 @@ def build(
     _tell(built, prune, as_json)
 
 
-def _refuse_compiler_options() -> None:
-    """Raises UsageError for an option that only TensorRT understands."""
+def _recommend_fp16(bundle: Bundle) -> None:
+    if bundle.precision == "fp32":
+        click.echo(f"dnp: {bundle.name} computes in fp32; an export with --precision fp16 is faster on a GPU", err=True)
+
+
+def _refuse_compiler_options(reason: str, *understood: str) -> None:
+    """Raises UsageError for an option that only TensorRT understands; ``understood`` are those that are not."""
     for name, option in given_options().items():
-        if name not in ("bundle", "backend", "graphs", "plans", "force", "prune", "as_json"):
-            raise click.UsageError(
-                f"{option} is for TensorRT; plans of the backend 'cpu' take every size; leave it out, or name "
-                "TensorRT by --backend"
-            )
+        if name not in ("bundle", "backend", "graphs", "plans", "force", "prune", "as_json", *understood):
+            raise click.UsageError(f"{option} is for TensorRT; {reason}; leave it out, or name TensorRT by --backend")
 
 
 def _tell(plans: list[Plan], prune: bool, as_json: bool) -> None:
@@ -183,7 +200,8 @@ def plan_table(plans: list[dict[str, Any]]) -> str:
                 f"(scratch {_mb(statistics.get('scratch_bytes'))}), buffers {_mb(statistics.get('buffer_bytes'))}"
             )
         else:
-            memory += f", weights {_mb(statistics.get('weights_bytes'))}, mapped into memory"
+            memory += f", weights {_mb(statistics.get('weights_bytes'))}"
+            memory += ", mapped into memory" if spec["backend"] == "cpu" else ""
         lines += [
             f"{spec['graph']:<15}{spec['backend']} {spec['version']}, {spec['architecture']}, {spec['precision']}"
             + (f", {flags}" if flags else ""),

@@ -17,7 +17,7 @@ from dnp.engine.bundle.contract import TensorSpec
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import nearest
 from dnp.engine.errors import BackendError, SettingsError
-from dnp.engine.system.imports import install_line, installed
+from dnp.engine.system.imports import install_line, installed, place
 from dnp.engine.system.processor import core_count, processor_name
 
 
@@ -38,6 +38,9 @@ _BACKENDS: Final = {
     "tensorrt": _Kind("tensorrt", "TensorRtBackend", "tensorrt", "tensorrt", on_gpu=True),
     "tensorrt-rtx": _Kind("tensorrt", "TensorRtRtxBackend", "tensorrt-rtx-cu13", "tensorrt-rtx", on_gpu=True),
 }
+
+
+_RUNTIMES: Final = ("onnxruntime", "onnxruntime-gpu")  # which share a name to import
 
 
 def backend_names() -> tuple[str, ...]:
@@ -148,10 +151,10 @@ def _examine(name: str, kind: _Kind, graph: GraphSpec) -> BackendReport:
         why_not, remedy = f"{kind.package} is not installed", install_line(kind.extra)
     elif why_not and not kind.on_gpu:
         remedy = f"pip install --force-reinstall {kind.package}"
-    if kind.package == "onnxruntime":
-        gpu = installed("onnxruntime-gpu")
-        if found and gpu:
-            why_not = f"{found} and {gpu} are both installed, and have overwritten each other's files"
+    if kind.package in _RUNTIMES:
+        cpu, gpu = (installed(name) for name in _RUNTIMES)
+        if cpu and gpu and len({place(name) for name in _RUNTIMES}) == 1:
+            why_not = f"{cpu} and {gpu} are both installed, and have overwritten each other's files"
             remedy = "pip uninstall --yes onnxruntime onnxruntime-gpu; then pip install 'dnp-engine[cpu]' or [gpu]"
         found = found or gpu
     return BackendReport(

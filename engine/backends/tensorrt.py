@@ -21,6 +21,7 @@ from dnp.engine.plans.plan import FOLDER, Plan
 from dnp.engine.plans.product import TENSORRT, TENSORRT_RTX, Log, Product, listening, logger
 from dnp.engine.plans.profile import any_profile, from_dict, largest
 from dnp.engine.plans.store import PlanStore
+from dnp.engine.system import cuda
 from dnp.engine.system.files import write_together
 
 if TYPE_CHECKING:
@@ -287,6 +288,15 @@ class TrtBackend(DeviceBackend):
     remedy = "build plans of smaller largest sizes (dnp build --batch, --height, --width, --steps)"
 
     def _load(self) -> Any:
+        """See ``DeviceBackend._load``. The wrong card is told before anything is loaded for it."""
+        number = self.options.device
+        try:
+            gpu = cuda.open_cuda(number).properties(number)
+        except BackendError:
+            pass  # told when the device is opened, after what is not installed
+        else:
+            gpu.check_age()
+            self.product.check_gpu(gpu)
         return self.product.load()
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> TrtSession:

@@ -98,11 +98,7 @@ def target_for(product: Product, sm: Sequence[int] = (), device: int = 0) -> Tar
     other = "; name the architectures to compile for, e.g. --sm 89,120" if product.portable else ""
     gpu = _require_gpu(device, f"{product.title} compiles for the GPU that is present", other)
     gpu.check_age()
-    if product.portable and gpu.sm not in product.architectures:
-        raise BackendError(
-            f"{gpu.name} (SM {gpu.sm}) is none of those that {product.title} compiles for; {_known(product)}; "
-            "use the backend 'tensorrt' on this card"
-        )
+    product.check_gpu(gpu)
     architecture = f"sm{gpu.sm}" if product.portable else f"sm{gpu.sm} {gpu.name}"
     return Target(product, module.__version__, (gpu.sm,) if product.portable else (), architecture, device)
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from dnp.engine.bundle.schema import nearest
 from dnp.engine.errors import BackendError
+from dnp.engine.system.cuda import GpuProperties
 from dnp.engine.system.imports import load
 
 
@@ -43,6 +44,14 @@ class Product:
         """The module. Raises BackendError with the line that installs it, or that repairs it."""
         purpose = f"the backend {self.name!r}"
         return load(self.module, package=self.package, extra=self.name, purpose=purpose, has="Builder")
+
+    def check_gpu(self, gpu: GpuProperties) -> None:
+        """Raises BackendError for a GPU that is none of the architectures, wherever a plan was compiled."""
+        if self.architectures and gpu.sm not in self.architectures:
+            raise BackendError(
+                f"{gpu.name} (SM {gpu.sm}) is none of those that {self.title} compiles for and runs on; it knows "
+                f"{', '.join(map(str, self.architectures))}; use the backend 'cuda' or 'tensorrt' on this card"
+            )
 
 
 TENSORRT: Final = Product("tensorrt", "tensorrt", "tensorrt", "TensorRT", portable=False, architectures=())

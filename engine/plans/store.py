@@ -1,9 +1,9 @@
 """Compiled plans on disk: found by everything that changes one, verified before use.
 
 ``plans/<graph>-<key>.plan`` and a sidecar of the same name in JSON, which says what the key is made of; beside them
-``<graph>-<key>.<token>.weights``, where a plan keeps its weights in a file of their own. The key never holds the plan's
-own hash: two builds of the same thing differ in bytes. Each build has a token of its own, so that a plan and the
-weights of another build never meet.
+``<graph>-<key>.<token>.weights``, where a plan keeps its weights in a file of their own, which plans for other sizes
+may share. The key never holds the plan's own hash: two builds of the same thing differ in bytes. Each build has a token
+of its own, so that a plan and the weights of another build never meet.
 """
 
 from __future__ import annotations
@@ -151,11 +151,14 @@ class PlanStore:
         with folder as name:
             yield Path(name, f"{stem}.plan"), Path(name, f"{stem}.{secrets.token_hex(4)}{WEIGHTS}")
 
-    def take(self, spec: PlanSpec, plan: Path, weights: Path, statistics: Mapping[str, Any]) -> Plan:
+    def take(
+        self, spec: PlanSpec, plan: Path, weights: Path, statistics: Mapping[str, Any], shared: Path | None = None
+    ) -> Plan:
         """Move a plan, and its weights where there are any, from their ``room`` to their place.
 
-        A plan that was there before stays as good as it was until all of the new one is on the disk. Raises OutputError
-        when the folder cannot be written.
+        ``shared`` is a file of ``weights_of`` that the plan uses, so that it has none of its own. A plan that was there
+        before stays as good as it was until all of the new one is on the disk. Raises OutputError when the folder
+        cannot be written.
         """
         path = self._path(spec)
         told = plan.with_suffix(".json")
@@ -164,7 +167,9 @@ class PlanStore:
             refuse_folder(path)
             own = file_record(plan)
             sidecar = {"spec": asdict(spec), "statistics": dict(statistics), **asdict(own)}
-            if weights.exists():
+            if shared is not None:
+                sidecar["weights"] = {"file": shared.name, **asdict(_record_in_blocks(shared))}
+            elif weights.exists():
                 sidecar["weights"] = {"file": weights.name, **asdict(_record_in_blocks(weights))}
                 moved = {weights: self.folder / weights.name, **moved}
             told.write_bytes(_json(sidecar))
@@ -177,7 +182,7 @@ class PlanStore:
             with suppress(OSError):
                 (self.folder / weights.name).unlink()
             raise OutputError(f"cannot write {path}: {error.strerror or error}; name another folder") from error
-        self._forget_weights(path, weights.name)
+        self._forget_weights(path, weights.name if shared is None else shared.name)
         return Plan(path, own.size, spec, dict(statistics))
 
     @contextmanager
@@ -227,6 +232,25 @@ class PlanStore:
         found = [plan for plan in self.plans() if (plan.spec.graph, plan.spec.backend) == (graph, backend)]
         return sorted(found, key=lambda plan: (str(plan.statistics.get("built")), plan.path.name), reverse=True)
 
+    def weights_of(self, spec: PlanSpec) -> list[Path]:
+        """The files of weights that lie beside plans of the same graph and backend."""
+        kin = [plan.path for plan in self.newest(spec.graph, spec.backend)]
+        return [self.folder / name for name in dict.fromkeys(self._weights(kin))]
+
+    def _weights(self, plans: Sequence[Path]) -> list[str]:
+        """The names of the files of weights that these plans use, without those that are not there."""
+        found = []
+        for path in plans:
+            with suppress(OSError, ValueError):
+                weights = self._read(path).weights
+                if weights is not None and (self.folder / weights.file).is_file():
+                    found.append(weights.file)
+        return found
+
+    def _others(self, path: Path) -> set[str]:
+        """The names of the files of weights that other plans than the one at ``path`` use."""
+        return set(self._weights([plan.path for plan in self.plans() if plan.path != path]))
+
     def prune(self, keep: Sequence[Plan]) -> list[Path]:
         """Remove the other plans of the graphs and the backend of ``keep``, with all that lies beside them.
 
@@ -238,8 +262,11 @@ class PlanStore:
         for path in gone:
             try:
                 with self._locked(path.stem):
-                    for part in [path, *self.folder.glob(f"{path.stem}.*")]:
-                        part.unlink(missing_ok=True)
+                    own = [self.folder / name for name in self._weights([path])]
+                    others = self._others(path)
+                    for part in [path, *self.folder.glob(f"{path.stem}.*"), *own]:
+                        if part.name not in others:
+                            part.unlink(missing_ok=True)
             except OSError as error:
                 raise self._unwritable(error) from error
         return gone
@@ -276,8 +303,9 @@ class PlanStore:
 
     def _forget_weights(self, path: Path, keep: str) -> None:
         """Remove the weights of builds before. Where a process has them open, the system may not allow it."""
+        others = self._others(path)
         for left in self.folder.glob(f"{path.stem}.*{WEIGHTS}"):
-            if left.name != keep:
+            if left.name != keep and left.name not in others:
                 with suppress(OSError):
                     left.unlink()
 

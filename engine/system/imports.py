@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
@@ -78,3 +79,11 @@ def installed(package: str) -> str:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
         return ""
+
+
+def place(package: str) -> Path | None:
+    """The folder on the path that a package is installed in; None when it is not there."""
+    try:
+        return Path(str(distribution(package).locate_file(""))).resolve()
+    except PackageNotFoundError:
+        return None

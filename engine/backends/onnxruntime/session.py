@@ -28,6 +28,7 @@ def import_onnxruntime(extra: str = "cpu") -> Any:
     package = "onnxruntime" if extra == "cpu" else "onnxruntime-gpu"
     module = load("onnxruntime", package=package, extra=extra, purpose=purpose, has="InferenceSession")
     module.disable_telemetry_events()  # for a caller who imported it before this package
+    module.set_default_logger_severity(FATAL)  # which is not the sessions' own, and writes to stderr by itself
     return module
 
 
