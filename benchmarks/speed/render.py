@@ -25,7 +25,7 @@ UNMEASURED = "Nothing has been measured yet: `make bench` does it."
 
 
 def render(folder: Path, shown: Path | None) -> None:
-    """Write ``speed.md``, a plot of each report in ``folder``, and the section of the page ``shown`` if there is one."""
+    """Write ``speed.md`` and a plot of each report in ``folder``, and the section of the page ``shown`` if any."""
     reports = read(folder)
     files = {folder / f"speed-{report['size']}.png": plot(report) for report in reports}
     files[folder / "speed.md"] = page(reports).encode()
