@@ -219,16 +219,16 @@ def test_pictures_are_compared(tmp_path):
 def test_rendering_is_the_same_again_and_leaves_the_rest_alone(report, tmp_path):
     reports = [report]
     assert render.page(reports) == render.page(copy.deepcopy(reports))
-    readme = f"before\n{render.MARKERS[0]}\nold\n{render.MARKERS[1]}\nafter\n"
-    written = render.between_markers(readme, render.section(reports))
+    page = f"before\n{render.MARKERS[0]}\nold\n{render.MARKERS[1]}\nafter\n"
+    written = render.between_markers(page, render.section(reports))
     assert written == render.between_markers(written, render.section(reports))
     assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
     with pytest.raises(ValueError, match="once each"):
         render.between_markers("no markers", "")
 
 
-def test_readme_and_tables_say_what_the_results_say():
-    text, reports = (REPOSITORY / "README.md").read_text(encoding="utf-8"), render.read(render.RESULTS)
+def test_page_and_tables_say_what_the_results_say():
+    text, reports = render.PAGE.read_text(encoding="utf-8"), render.read(render.RESULTS)
     assert render.between_markers(text, render.section(reports)) == text
     assert not reports or (render.RESULTS / "speed.md").read_text(encoding="utf-8") == render.page(reports)
 
@@ -236,14 +236,14 @@ def test_readme_and_tables_say_what_the_results_say():
 def test_results_are_rendered_whole(report, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "speed-default.json").write_text(json.dumps(report))
-    readme = tmp_path / "README.md"
-    readme.write_text("\n".join(render.MARKERS))
-    render.render(tmp_path, readme)
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(render.MARKERS))
+    render.render(tmp_path, page)
     picture = (tmp_path / "speed-default.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
-    render.render(tmp_path, readme)
+    render.render(tmp_path, page)
     assert (tmp_path / "speed-default.png").read_bytes() == picture
-    assert "dnp-engine, `cpu`" in readme.read_text() and "dnp-engine, `cpu`" in (tmp_path / "speed.md").read_text()
+    assert "dnp-engine, `cpu`" in page.read_text() and "dnp-engine, `cpu`" in (tmp_path / "speed.md").read_text()
 
 
 def test_the_published_names_are_put_back(tmp_path):

@@ -1,7 +1,7 @@
 """The speed of this engine beside its peers: ``make bench``, or ``python benchmarks/speed/bench.py``.
 
 Makes what is missing (environments, weights, the peers' own formats), runs the contenders round by round, and writes
-benchmarks/results/speed-SIZE.json, the tables and plots made from it, and README's section about speed.
+benchmarks/results/speed-SIZE.json, the tables and plots made from it, and the section of docs/speed.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contenders import CONTENDERS
 from job import Job, Point
 from measure import Plan, measure, settings
 from prepare import BUILD, MODELS, REPOSITORY, Model, prepare_model
-from render import render
+from render import PAGE, render
 
 from dnp.engine.system.files import write_together
 from dnp.engine.system.processor import core_count, processor_name
@@ -90,7 +90,7 @@ def main(
             write_together({path: (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode()})
 
         measure(plan, [name for name in CONTENDERS if not names or name in names], keep)
-    render(out, REPOSITORY / "README.md" if out == RESULTS else None)
+    render(out, PAGE if out == RESULTS else None)
 
 
 def scale_points(model: Model, job: Job) -> tuple[Point, ...]:

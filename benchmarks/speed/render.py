@@ -17,19 +17,20 @@ from dnp.engine.system.files import write_together
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
+PAGE = REPOSITORY / "docs" / "speed.md"  # what is read; RESULTS has all of it
 SIZES = ("default", "sd15")  # as shown
 MARKERS = ("<!-- speed -->", "<!-- /speed -->")
 FURTHEST = 2.2  # ratios beyond it are written at the edge: one slow bar must not flatten all others
 UNMEASURED = "Nothing has been measured yet: `make bench` does it."
 
 
-def render(folder: Path, readme: Path | None) -> None:
-    """Write ``speed.md`` and a plot of each report in ``folder``, and the section of ``readme`` if there is one."""
+def render(folder: Path, shown: Path | None) -> None:
+    """Write ``speed.md`` and a plot of each report in ``folder``, and the section of the page ``shown`` if any."""
     reports = read(folder)
     files = {folder / f"speed-{report['size']}.png": plot(report) for report in reports}
     files[folder / "speed.md"] = page(reports).encode()
-    if readme is not None:
-        files[readme] = between_markers(readme.read_text(encoding="utf-8"), section(reports)).encode()
+    if shown is not None:
+        files[shown] = between_markers(shown.read_text(encoding="utf-8"), section(reports)).encode()
     write_together(files)
 
 
@@ -51,16 +52,16 @@ def page(reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def section(reports: Sequence[Mapping[str, Any]]) -> str:
-    """What README shows."""
+    """What ``docs/speed.md`` shows."""
     if not reports:
         return UNMEASURED
     parts = []
     for report in reports:
-        parts += [tables.caption(report), _image(report, "benchmarks/results/")]
+        parts += [tables.caption(report), _image(report, "../benchmarks/results/")]
         parts += [tables.works(report), tables.starts(report)]
     parts.append(
         "What is not the network, batches, slopes, versions and what has to be known about each contender: "
-        "[benchmarks/results/speed.md](benchmarks/results/speed.md)."
+        "[benchmarks/results/speed.md](../benchmarks/results/speed.md)."
     )
     return "\n\n".join(parts)
 
@@ -72,9 +73,7 @@ def _image(report: Mapping[str, Any], folder: str) -> str:
 def between_markers(text: str, section: str) -> str:
     """``text`` with what lies between the markers replaced. Raises ValueError when they are not there, once each."""
     if [text.count(marker) for marker in MARKERS] != [1, 1]:
-        raise ValueError(
-            f"README.md must hold {MARKERS[0]} and {MARKERS[1]} once each; put them where the section goes"
-        )
+        raise ValueError(f"the page must hold {MARKERS[0]} and {MARKERS[1]} once each; put them where the section goes")
     before, rest = text.split(MARKERS[0])
     _, after = rest.split(MARKERS[1])
     return f"{before}{MARKERS[0]}\n{section}\n{MARKERS[1]}{after}"
@@ -143,8 +142,8 @@ def _lines(ax: Any, report: Mapping[str, Any], axis: str, power: int) -> None:
 @click.command()
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, help="The folder with the JSON.")
 def main(results: Path) -> None:
-    """Render what was measured, and README's section when the results are the repository's own."""
-    render(results, REPOSITORY / "README.md" if results == RESULTS else None)
+    """Render what was measured, and the section of docs/speed.md when the results are the repository's own."""
+    render(results, PAGE if results == RESULTS else None)
 
 
 if __name__ == "__main__":
