@@ -8,6 +8,8 @@ BACKEND ?= tensorrt
 BENCH ?=
 BUNDLE ?= build/fp16
 EXPLORED := a large blue cross on a plain red background
+# Two at a time, each file's tests in one process, of one thread: as fast as two cores are.
+PYTEST := OMP_NUM_THREADS=1 .venv-test/bin/pytest --numprocesses 2 --dist loadfile
 SOURCES := $(shell find dnp engine runtime export -type f -not -path '*/__pycache__/*')
 
 # What cannot be is said before anything is installed; that there is no GPU, before the bundle is exported.
@@ -20,16 +22,16 @@ $(error BUNDLE=$(BUNDLE) holds no bundle.json; name the folder of a bundle, or l
 endif
 endif
 
-.PHONY: demo test test-fast lint bundle gallery quality gpu-check bench clean
+.PHONY: demo test test-all lint bundle gallery quality gpu-check bench clean
 
 demo: .venv/installed  ## plain, DNS and DNP image of one prompt, side by side, in out/
 	.venv/bin/dnp generate "$(PROMPT)" --seed $(SEED) --compare --out out --overwrite
 
-test: .venv-test/installed  ## the whole test suite, against the built wheel
-	.venv-test/bin/pytest
+test: .venv-test/installed  ## the tests but the slow ones, against the built wheel
+	$(PYTEST) -m "not slow"
 
-test-fast: .venv-test/installed  ## without the slow tests
-	.venv-test/bin/pytest -m "not slow"
+test-all: test  ## after them the slow ones, and all properties with more examples
+	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile thorough
 
 lint: .venv-test/installed  ## ruff and mypy
 	.venv-test/bin/ruff check .

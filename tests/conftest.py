@@ -4,11 +4,18 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import dnp  # before the fixtures load torch and diffusers: it switches their telemetry off
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script: processes inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Neither asks for a time: the machine may be busy. A fixture of a function that its examples share is meant so.
+profile = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("quick", max_examples=20, **profile)
+settings.register_profile("thorough", max_examples=200, **profile)
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")

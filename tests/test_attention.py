@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -105,7 +105,6 @@ def by_onnxruntime(model: ir.Model, inputs):
 
 
 @given(sizes=SIZES, batch=st.integers(1, 3), scale=st.floats(0.01, 2))
-@settings(deadline=None, max_examples=40)
 def test_it_is_torchs_attention(sizes, batch, scale):
     queries, keys, heads, width = sizes
     model, inputs = fused(plain(heads, width, scale)), operands(batch, queries, keys, heads * width)
@@ -179,7 +178,6 @@ INNER = [n.output[0] for n in plain(2, 8, 0.5, np.float16).graph.node[2:-1] if n
 
 
 @given(st.sets(st.sampled_from(INNER), min_size=1))
-@settings(deadline=None, max_examples=100)
 def test_what_was_put_back_to_float32_stays_float32(kept):
     """Whichever values of an attention overflow fp16: it is not fused, and they are still there."""
     model = ir.from_proto(plain(2, 8, 0.5, np.float16))

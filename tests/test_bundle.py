@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dnp.engine.bundle.bundle import Bundle, file_record, seal
@@ -437,7 +437,6 @@ def mutate(manifest, where, action, value):
     return manifest
 
 
-@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(mutations(), min_size=1, max_size=3))
 def test_any_change_of_the_manifest_opens_or_is_refused(shared_folder, changes):
     original = (shared_folder / "bundle.json").read_text()
@@ -449,7 +448,6 @@ def test_any_change_of_the_manifest_opens_or_is_refused(shared_folder, changes):
     check_opens_or_refuses(shared_folder, raw, sealed=True)
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=40), st.floats(0, 1), st.integers(0, 40))
 @example(b"", 0.0, 0)
 def test_any_damage_to_the_bytes_of_the_manifest_opens_or_is_refused(shared_folder, patch, place, gap):

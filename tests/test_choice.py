@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import count
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small import small_bundle
 
@@ -58,7 +58,6 @@ WRONG = st.sets(st.sampled_from(WAYS), max_size=2)
 PLANS = st.lists(st.tuples(WRONG, st.integers(1, 4), st.integers(0, 3), st.booleans()), max_size=6)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plans=PLANS)
 def test_the_newest_of_those_that_fit_is_opened(gpu, bundle, tmp_path, product, plans):
     """Against the rule itself: whatever else lies there, and in whatever order it was written."""

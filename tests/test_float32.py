@@ -5,7 +5,7 @@ import onnx
 import onnx.reference
 import onnx_ir
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dnp.engine import GraphSpec, TensorSpec, open_graph
@@ -87,7 +87,6 @@ def test_keeping_nothing_changes_nothing(small):
 
 
 @given(st.sets(st.sampled_from("cmpsgr")))
-@settings(deadline=None)
 def test_any_values_can_be_kept(small_proto, kept):
     model = onnx_ir.from_proto(small_proto)
     keep_float32(model, kept)

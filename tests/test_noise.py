@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dnp.engine.errors import SettingsError
@@ -38,7 +37,6 @@ def assert_same_sequence(seed: int, *shapes: tuple[int, ...]) -> None:
 @example(2**32, [16384])
 @example(2**64 - 1, [15, 16, 17, 15])  # an odd small draw leaves a spare value, which outlives a large draw
 @example(-1, [1, 1, 1, 64, 1])
-@settings(max_examples=60, deadline=None)
 def test_any_seed_and_any_split_equals_torch(seed: int, sizes: list[int]) -> None:
     assert_same_sequence(seed, *((size,) for size in sizes))
 
@@ -73,12 +71,3 @@ def test_what_is_no_seed_is_refused(seed: Any) -> None:
 
 def test_numpy_integers_are_seeds() -> None:
     np.testing.assert_array_equal(TorchNoise(np.int64(3)).randn((32,)), TorchNoise(3).randn((32,)))
-
-
-def test_a_latent_is_drawn_in_well_under_five_milliseconds() -> None:
-    durations = []
-    for seed in range(20):
-        begin = time.perf_counter()
-        TorchNoise(seed).randn((4, 64, 64))
-        durations.append(time.perf_counter() - begin)
-    assert min(durations) < 5e-3

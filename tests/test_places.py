@@ -78,7 +78,7 @@ def alone(denoiser, conditioner, schedule):
     return latents
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(2, 4), st.lists(st.integers(0, 59), min_size=2, max_size=7), st.integers(0, 2**32))
 def test_joins_and_leaves_between_steps_change_nobody(denoiser, conditioner, schedule, alone, places, waiting, seed):
     rng, expected = random.Random(seed), {number: alone(number) for number in waiting}

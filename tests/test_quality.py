@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -76,7 +76,6 @@ def test_the_spread_is_the_mean_distance_of_pairs(quality):
         quality["estimates"].spread(samples[:, :1])
 
 
-@settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_opposite_words_share_nothing_with_the_prompt(quality, seed):
     sets = quality["evaluation_sets"]

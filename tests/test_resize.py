@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -38,7 +38,6 @@ def test_equals_pillow(height, width, size, kind):
     assert_equals_pillow(image, size)
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 200), st.integers(0, 2**32 - 1))
 def test_equals_pillow_at_any_size(height, width, size, seed):
     assert_equals_pillow(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8), size)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -134,7 +134,7 @@ def test_growing_and_shrinking_keeps_results_right(step, backend):
                 check(session, arrays)
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 33)), min_size=1, max_size=6))
 def test_any_sequence_of_sizes(step, backend, sizes):
     with open_graph(step, backend, BackendOptions(threads=1)) as session:

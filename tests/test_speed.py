@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 REPOSITORY = Path(__file__).parents[1]
@@ -142,7 +142,6 @@ def test_rounds_are_rotated():
     assert measure.rotated([], 1) == []
 
 
-@settings(deadline=None)  # no time is judged
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=9))
 def test_a_spread_is_ordered(values):
     found = summary.Spread.of(values)
@@ -150,7 +149,6 @@ def test_a_spread_is_ordered(values):
     assert found.rounds == len(values)
 
 
-@settings(deadline=None)  # no time is judged
 @given(st.floats(-3, 3), st.floats(1e-3, 1e3))
 def test_an_exponent_is_found_again(power, scale):
     xs = [1.0, 2.0, 4.0, 8.0]
@@ -179,7 +177,6 @@ def made_up(first: float, other: float) -> dict:
     return {"settings": {"steps": 2}, "contenders": told, "runs": runs}
 
 
-@settings(deadline=None)  # no time is judged
 @given(st.floats(0.01, 100), st.floats(0.01, 100))
 def test_medians_and_ratios(first, other):
     found = made_up(first, other)

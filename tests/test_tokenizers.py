@@ -1,12 +1,11 @@
 """Ids and text against transformers' own CLIPTokenizer and BertTokenizer."""
 
 import random
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import BertTokenizer, CLIPTokenizer
@@ -105,7 +104,6 @@ def test_prompt_ids_equal_transformers(clip):
     np.testing.assert_array_equal(ids, clip_ids(reference, prompts))
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60))
 @example("")
 def test_any_prompt_has_transformers_ids(clip, prompt):
@@ -144,12 +142,10 @@ def test_cut_off_text_after_marks_that_normalisation_joins(clip):
     ids=["surrogate", "NUL", "none", "bytes", "number", "long", "huge"],
 )  # fmt: skip
 def test_what_is_not_text_is_refused(clip, bert, prompt, reason):
-    start = time.perf_counter()
     for refuse in (lambda: clip[1].encode([prompt]), lambda: clip[1].truncated(prompt), lambda: bert[1].encode(prompt)):
         with pytest.raises(SettingsError, match=reason) as caught:
             refuse()
         assert len(str(caught.value)) < 200
-    assert time.perf_counter() - start < 1
 
 
 def test_one_prompt_is_no_list_of_prompts(clip):
@@ -162,10 +158,9 @@ def test_no_prompts_give_no_ids(clip):
 
 
 @pytest.mark.parametrize("prompt", ["a" * MAX_CHARACTERS, "🙂" * MAX_CHARACTERS, "a " * (MAX_CHARACTERS // 2)])
-def test_the_longest_prompts_take_seconds_at_most(clip, prompt):
-    start = time.perf_counter()
-    clip[1].encode([prompt])
-    assert time.perf_counter() - start < 10
+def test_the_longest_prompts_have_transformers_ids(clip, prompt):
+    reference, tokenizer = clip
+    np.testing.assert_array_equal(tokenizer.encode([prompt]), clip_ids(reference, [prompt]))
 
 
 def test_prefix_ids_equal_transformers(bert):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 from small import small_bundle, write_graph
@@ -41,7 +41,7 @@ def a_write(shape, rng):
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(places=st.integers(1, 8), width=st.integers(1, 8), seed=st.integers(0, 1 << 30))
 def test_what_is_written_through_windows_is_what_numpy_writes(graph, gpu, backend, places, width, seed):
     """Writes and copies in any order and overlap, none of which is waited for; neighbours stay as they were."""
