@@ -63,7 +63,9 @@ class _Writer:
         if len(before) == len(after) == 1:  # torch makes lists of lists for some operators
             result.replace_all_uses_with(data, replace_graph_outputs=True)
             return
-        settled = [0 if dim in before[axis : axis + 1] else dim for axis, dim in enumerate(after)]
+        settled = [
+            0 if isinstance(dim, str) and dim in before[axis : axis + 1] else dim for axis, dim in enumerate(after)
+        ]
         open_ = [axis for axis, dim in enumerate(settled) if isinstance(dim, str)]
         if 0 in open_:
             settled[0] = -1  # it counts images or rows, which are never fixed
