@@ -28,7 +28,7 @@ from dnp.export.families.source import read_source
 from dnp.export.families.tokenizer import prompt_tokenizers
 from dnp.export.fp16.precision import Precision, check_precision
 from dnp.export.fp16.ranges import RangeCheck, check_ranges
-from dnp.export.graph import GraphExport, GraphRecord, WrittenGraph, export_graph, finish_graph, write_graph
+from dnp.export.graph import GraphExport, GraphRecord, WrittenGraph, expect, finish_graph, write_graph
 from dnp.export.memory import PeakMemory
 from dnp.runtime.sampling.samplers import check_defaults
 from dnp.runtime.sampling.schedule import NoiseSchedule
@@ -166,7 +166,9 @@ def export_bundle(
             for stage in STAGES[:-1]:
                 tell(stage)
                 if ranges is None:
-                    records.append(export_graph(build(stage), folder))
+                    # A model is loaded anew for each half, so that it is in memory once, or not at all.
+                    half = write_graph(build(stage), folder)
+                    records.append(finish_graph(expect(build(stage)), folder, half))
                 else:
                     written.append(write_graph(build(stage), folder))
             texts = {file: tokenizer for file, (tokenizer, _) in prompts.items()}
@@ -208,7 +210,7 @@ def _check_ranges(
     records = []
     for name, graph in graphs.items():
         ranges = found[name]
-        record = finish_graph(build(name, ranges.precision), folder, graph)
+        record = finish_graph(expect(build(name, ranges.precision)), folder, graph)
         entry = {**record.manifest, "ranges": ranges.to_dict()}
         records.append(replace(record, manifest=entry, ranges=ranges))
     return records

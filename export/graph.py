@@ -96,7 +96,7 @@ def export_graph(spec: GraphExport, folder: Path) -> GraphRecord:
 
     Raises ExportError when torch cannot export the module, or when an output differs by more than its bound.
     """
-    return finish_graph(spec, folder, write_graph(spec, folder))
+    return finish_graph(expect(spec), folder, write_graph(spec, folder))
 
 
 @dataclass(frozen=True)
@@ -127,25 +127,59 @@ def write_graph(spec: GraphExport, folder: Path) -> WrittenGraph:
     return WrittenGraph(manifest, time.perf_counter() - started, memory.peak)
 
 
-def finish_graph(spec: GraphExport, folder: Path, written: WrittenGraph) -> GraphRecord:
+@dataclass(frozen=True)
+class Case:
+    """One comparison: sizes, the inputs of a graph, and the outputs that PyTorch gives for them."""
+
+    dims: Dims
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a graph is held to, without the modules that it comes from: so their memory can be given back before."""
+
+    name: str
+    signature: Signature
+    bounds: Mapping[str, float]
+    cases: Sequence[Case]
+
+
+def expect(spec: GraphExport) -> Expected:
+    """What PyTorch computes for each of ``spec.checks``."""
+    reference = spec.module if spec.reference is None else spec.reference
+    rng, cases = np.random.default_rng(1), []
+    for dims in spec.checks:
+        arrays = spec.fresh_inputs(rng, dims)
+        _check_inputs(spec, arrays, dims)
+        with torch.inference_mode():
+            result = reference(*(_like_reference(arrays[name], spec) for name in spec.signature.inputs))
+        tensors = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+        outputs = {name: one.numpy() for name, one in zip(spec.signature.outputs, tensors, strict=True)}
+        cases.append(Case(dims, arrays, outputs))
+    return Expected(spec.name, spec.signature, spec.bounds, cases)
+
+
+def finish_graph(expected: Expected, folder: Path, written: WrittenGraph) -> GraphRecord:
     """The second half of ``export_graph``, which may come later: fuse attention in the file, as it is by then, and
-    compare it with PyTorch.
+    compare it with what PyTorch computed.
     """
     started = time.perf_counter()
     path = folder / written.manifest["file"]
     with PeakMemory() as memory:
         _fuse(path)
-        parity = _compare(spec, path)
+        parity = _compare(expected, path)
     for name, found in parity.items():
         if not found.max_abs_error <= found.bound:  # also when the error is NaN
             raise ExportError(
-                f"graph {spec.name!r} differs from PyTorch: output {name!r} by {found.max_abs_error:.3g}, allowed is "
-                f"{found.bound:.3g}. If this is precision fp16, export fp32: the model may need it"
+                f"graph {expected.name!r} differs from PyTorch: output {name!r} by {found.max_abs_error:.3g}, allowed "
+                f"is {found.bound:.3g}. If this is precision fp16, export fp32: the model may need it"
             )
     manifest = {**written.manifest, "parity": {name: asdict(found) for name, found in parity.items()}}
     nodes, size = file_statistics(path)
     seconds = written.seconds + time.perf_counter() - started
-    return GraphRecord(spec.name, manifest, parity, nodes, size, seconds, max(written.peak_memory, memory.peak))
+    return GraphRecord(expected.name, manifest, parity, nodes, size, seconds, max(written.peak_memory, memory.peak))
 
 
 def _fuse(path: Path) -> None:
@@ -188,37 +222,31 @@ def _trace(spec: GraphExport) -> torch.onnx.ONNXProgram:
     return program
 
 
-def _compare(spec: GraphExport, path: Path) -> dict[str, Parity]:
-    """The largest absolute error of each output over all ``spec.checks``; NaN where any value is NaN.
+def _compare(expected: Expected, path: Path) -> dict[str, Parity]:
+    """The largest absolute error of each output over all cases; NaN where any value is NaN.
 
-    An fp16 graph is compared in its simulated form: the ``cpu`` backend itself would hide what overflows.
+    An fp16 graph is compared in simulated fp16: the ``cpu`` backend itself would hide what overflows.
     """
-    reference = spec.module if spec.reference is None else spec.reference
-    errors, largest = dict.fromkeys(spec.signature.outputs, 0.0), dict.fromkeys(spec.signature.outputs, 1.0)
-    rng = np.random.default_rng(1)
-    graph = GraphSpec(spec.name, path, *spec.signature)
+    outputs = expected.signature.outputs
+    errors, largest = dict.fromkeys(outputs, 0.0), dict.fromkeys(outputs, 1.0)
+    graph = GraphSpec(expected.name, path, *expected.signature)
     with (
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".simulated-") as simulated,
         open_graph(simulated_graph(graph, Path(simulated)), "cpu") as session,
     ):
-        for dims in spec.checks:
-            arrays = spec.fresh_inputs(rng, dims)
-            _check_inputs(spec, arrays, dims)
-            with torch.inference_mode():
-                result = reference(*(_like_reference(arrays[name], spec) for name in spec.signature.inputs))
-            expected = (result,) if isinstance(result, torch.Tensor) else tuple(result)
-            session.reshape(**dims)
-            for name, array in arrays.items():
+        for case in expected.cases:
+            session.reshape(**case.dims)
+            for name, array in case.inputs.items():
                 session.inputs[name].write(array.astype(session.inputs[name].dtype, copy=False))
             session.run()
-            for name, want in zip(spec.signature.outputs, expected, strict=True):
+            for name, want in case.outputs.items():
                 got = session.outputs[name].read()
                 # np.maximum keeps a NaN, max() may lose it
-                error = np.max(np.abs(got.astype(np.float64) - want.double().numpy()), initial=0.0)
+                error = np.max(np.abs(got.astype(np.float64) - want.astype(np.float64)), initial=0.0)
                 errors[name] = float(np.maximum(errors[name], error))
-                if want.is_floating_point():
-                    largest[name] = max(largest[name], float(want.abs().max()))
-    return {name: Parity(errors[name], spec.bounds[name] * largest[name]) for name in spec.signature.outputs}
+                if want.dtype.kind == "f":
+                    largest[name] = max(largest[name], float(np.abs(want).max()))
+    return {name: Parity(errors[name], expected.bounds[name] * largest[name]) for name in outputs}
 
 
 def _like_reference(array: Array, spec: GraphExport) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Fixtures that several test modules share: tiny models of random weights, and pipelines on a stand-in for a GPU."""
 
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def default_bundle():
 
 
 @pytest.fixture(scope="session")
-def default_fp16(model_folder, tmp_path_factory):
+def default_fp16(model_folder, default_bundle, tmp_path_factory):
     """The default model exported in fp16, its ranges checked, as a bundle. For reading only: plans go elsewhere."""
     from dnp.engine import Bundle
     from dnp.export.bundle import export_bundle
@@ -87,7 +88,7 @@ def default_fp16(model_folder, tmp_path_factory):
         tmp_path_factory.mktemp("fp16") / "bundle",
         captioner=model_folder / "blip",
         precision="fp16",
-        defaults={"guidance": 4.0, "dns_guidance": 1.0},
+        defaults=asdict(default_bundle.defaults),
         ranges=RangeCheck(),
     )
     return Bundle.open(report.path)

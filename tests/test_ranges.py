@@ -338,5 +338,8 @@ def test_the_default_model_draws_and_says_the_same_in_fp16(
                 dns.append(psnr(found.dns_arrays, expected.dns_arrays))
             print(f"{name}: same n* {np.mean(same):.0%}, PSNR at least {min(images):.1f} dB, DNS {min(dns):.1f} dB")
             assert np.mean(same) >= 0.95
-            assert min(dns) > 40  # measured: 53.6 rounded, 45.6 on the cpu backend
-            assert min(image for image, equal in zip(images, same, strict=True) if equal) > 50  # 61.9 and 68.9
+            # One DNS image of the 50 stands between two scenes: in float32 too, a change of s by a thousandth turns it
+            # into the other (16 dB). Where fp16 turns one, n* is another, and so counts among the 5 %.
+            alike = np.array(same)
+            assert np.array(dns)[alike].min() > 45
+            assert np.array(images)[alike].min() > 50

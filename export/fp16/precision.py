@@ -56,7 +56,8 @@ def in_precision(module: AnyModule, precision: Precision) -> AnyModule:
     """
     if precision == "fp32":
         return module
-    half = copy.deepcopy(module).half()
+    halved = {id(p): nn.Parameter(p.half(), requires_grad=False) for p in module.parameters()}
+    half = copy.deepcopy(module, halved).half()  # without a second copy in float32 on the way
     for name, weight in half.named_parameters():
         if not torch.isfinite(weight).all():
             raise ExportError(f"the weight {name} goes beyond the 65,504 of fp16; use precision fp32")
