@@ -233,7 +233,9 @@ def test_a_callback_stops_a_build_and_nothing_is_left(default_bundle, tmp_path):
         return len(seen) < 3
 
     with pytest.raises(Cancelled, match="build of 'denoise' was stopped"):
-        build_plans(default_bundle, graphs=["denoise"], settings=BuildSettings(sm=(89,)), folder=tmp_path, progress=stop)
+        build_plans(
+            default_bundle, graphs=["denoise"], settings=BuildSettings(sm=(89,)), folder=tmp_path, progress=stop
+        )
     assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
     assert [state.seconds for state in seen] == sorted(state.seconds for state in seen)
 
