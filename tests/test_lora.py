@@ -392,6 +392,7 @@ def test_a_scale_is_read_after_the_last_colon(capsys):
     assert (code, "not 'nan'" in capsys.readouterr().err) == (5, True)
 
 
+@pytest.mark.slow  # exports a whole bundle again
 def test_the_command_merges_and_the_bundle_says_so(tiny_sd_folder, tiny_blip_folder, lora, tmp_path, capsys):
     out = tmp_path / "bundle"
     arguments = ["export", str(tiny_sd_folder), str(out), "--captioner", str(tiny_blip_folder)]
