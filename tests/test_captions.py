@@ -232,6 +232,7 @@ def test_the_graph_resizes_as_pillow_does(shape):
     np.testing.assert_array_equal(pixels.numpy(), expected)
 
 
+@pytest.mark.slow  # exports another captioner
 def test_fp16_captions_are_nearly_those_of_fp32(tiny_blip_folder, tmp_path, captioner, images):
     half = open_captioner(export(tiny_blip_folder, tmp_path, "fp16"))
     assert half._step.inputs["keys"].dtype == np.float16

@@ -470,7 +470,7 @@ class TestPlans:
             build_cuda_plans(default_bundle, folder=tmp_path)
 
 
-@pytest.mark.parametrize("bundle", ["default_bundle", "default_fp16"])
+@pytest.mark.parametrize("bundle", ["default_bundle", pytest.param("default_fp16", marks=pytest.mark.slow)])
 def test_every_graph_s_plan_can_be_recorded_and_computes_what_the_graph_does(bundle, request, tmp_path):
     """The whole model, as its bundle has it: with the image size fixed, no node needs the host."""
     bundle = request.getfixturevalue(bundle)

@@ -238,6 +238,7 @@ def test_the_table_shows_every_stage_and_every_loop():
             "graphs": {"passed": True},
             "request": {"passed": False, "runs_on": "fake", "stages": stages},
             "capture": {"passed": False, "denoise": loop, "caption_step": {"passed": False}, "bits": loop},
+            "closing": {"passed": False, "sessions": 4},
         },
     }  # fmt: skip
     lines = gpu_check.table(report).splitlines()
@@ -246,6 +247,7 @@ def test_the_table_shows_every_stage_and_every_loop():
     assert "n*      'a cat'; cpu of the same image: 'a dog'; cpu of its own image: 'a cow'  FAILED" in lines
     assert "dnp     50.0 dB (40)  ok" in lines
     assert "captured as CUDA graphs: denoise ok, caption_step FAILED; bits of eager runs: ok" in lines
+    assert "4 sessions closed with work under way: FAILED" in lines
 
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make")

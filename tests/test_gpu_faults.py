@@ -83,7 +83,16 @@ class TestBatches:
         build_plans(default_bundle, graphs=["encode_image"], ranges={"batch": Range(1, 1, 1)}, folder=folder)
         assert len(open_pipeline()(PROMPT, images=2, **QUICK).negatives) == 2
 
-    @pytest.mark.parametrize("graph", ["encode_text", "encode_image", "caption_step"])
+    def test_texts_are_filled_up_to_what_the_text_encoder_takes(self, open_pipeline, gpu, default_bundle, tmp_path):
+        folder = tmp_path / "plans"
+        asked(default_bundle, folder, 2)
+        build_plans(default_bundle, graphs=["encode_text"], ranges={"batch": Range(4, 4, 4)}, folder=folder)
+        pipeline = open_pipeline()
+        pipeline.warm_up()
+        assert sessions_of(pipeline)["encode_text"].limits.nearest("batch", 1) > 2  # texts: ∅ and the prompt
+        assert len(pipeline(PROMPT, images=1, **QUICK).images) == 1
+
+    @pytest.mark.parametrize("graph", ["encode_image", "caption_step"])
     def test_what_cannot_be_had_is_refused_before_any_work(self, open_pipeline, gpu, default_bundle, tmp_path, graph):
         folder = tmp_path / "plans"
         asked(default_bundle, folder, 2)

@@ -24,7 +24,7 @@ from dnp.engine.errors import ExportError
 from dnp.export.bundle import export_bundle
 from dnp.export.families import lora as lora_module
 from dnp.export.families import stable_diffusion
-from dnp.export.families.lora import Lora, check_loras, merge
+from dnp.export.families.lora import Lora, check_fit, check_loras, merge
 from dnp.export.families.source import read_source
 from dnp.export.graph import export_graph
 
@@ -149,6 +149,7 @@ def changes(models, file, scale=1.0):
     """What merging ``file`` adds to each weight that it changes, by component and name."""
     lora = Lora(file, scale)
     check_loras((lora,))
+    check_fit(models, (lora,))
     found = {}
     for component, model in models.items():
         before = weights(model)
@@ -340,7 +341,7 @@ FAULTS = {
     "lacks 1 of the layers.*down_blocks.7": {**PEFT, **pair(f"unet.{Q.replace('mid_block', 'down_blocks.7')}")},
     r"have the shapes \[2, 32\]": {**pair(KQ, width=32)},
     "both change the same layer": {**pair(KQ), **PEFT},
-    "changes a text_encoder_2": pair("lora_te2_text_model_encoder_layers_0_self_attn_q_proj", width=32),
+    "has no text_encoder_2": pair("lora_te2_text_model_encoder_layers_0_self_attn_q_proj", width=32),
     "changes a transformer": pair("transformer.single_blocks.0.attn.to_q", "lora_A", "lora_B"),
     "rank 4 of .*has rank 2": (PEFT, header(r=4)),
     "settings for 'to_k' in the unet": (PEFT, header(alpha_pattern={"to_k": 3})),
@@ -391,6 +392,7 @@ def test_a_scale_is_read_after_the_last_colon(capsys):
     assert (code, "not 'nan'" in capsys.readouterr().err) == (5, True)
 
 
+@pytest.mark.slow  # exports a whole bundle again
 def test_the_command_merges_and_the_bundle_says_so(tiny_sd_folder, tiny_blip_folder, lora, tmp_path, capsys):
     out = tmp_path / "bundle"
     arguments = ["export", str(tiny_sd_folder), str(out), "--captioner", str(tiny_blip_folder)]

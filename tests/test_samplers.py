@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import schedulers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dnp.engine.bundle import columns
@@ -459,7 +459,6 @@ def responses_of_diffusers(
     steps=st.integers(1, 50),
     eta=st.sampled_from([0.0, 0.5, 1.0]),
 )
-@settings(max_examples=80, deadline=None)
 def test_every_coefficient_equals_a_probe_of_diffusers(
     case: tuple[str, str | None], prediction_type: str, beta_schedule: str, steps: int, eta: float
 ) -> None:
@@ -489,7 +488,6 @@ def test_every_coefficient_equals_a_probe_of_diffusers(
     betas=st.tuples(st.floats(1e-5, 5e-3), st.floats(6e-3, 3e-2)),
     guidance=st.floats(-1e6, 1e6),
 )
-@settings(max_examples=80, deadline=None)
 def test_every_row_is_finite_or_the_settings_are_refused(
     sampler: str,
     beta_schedule: str,
@@ -519,7 +517,6 @@ def test_every_row_is_finite_or_the_settings_are_refused(
 
 
 @given(st.sampled_from(sampler_names()), st.integers(1, 25), st.floats(-20, 20))
-@settings(max_examples=40, deadline=None)
 def test_guidance_is_a_column_and_nothing_else(sampler: str, steps: int, guidance: float) -> None:
     table = sampler_table(NoiseSchedule(), sampler, steps, guidance)
     listed = sampler_table(NoiseSchedule(), sampler, steps, np.full(steps, guidance))

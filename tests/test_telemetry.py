@@ -100,7 +100,7 @@ def runs(tmp_path_factory, tiny_sd_folder, tiny_blip_folder):
         )
     done = {}
     for name, (folder, process) in started.items():
-        _, errors = process.communicate(timeout=600)
+        _, errors = process.communicate(timeout=1800)
         done[name] = Run(folder, process.returncode, errors, (folder / "trace").read_text().splitlines())
     return done
 

@@ -79,6 +79,7 @@ def test_the_loss_is_zero_for_diffusers_velocity_and_looks_where_the_recipe_says
     assert task.loss(knowing, torch.Generator().manual_seed(5), 0) > 1e-3
 
 
+@pytest.mark.slow  # trains twice
 def test_the_last_run_trains_on_from_the_one_before(models, work):
     training, train_diffusion = models["training"], models["train_diffusion"]
     recipe = replace(train_diffusion.RUNS[-1].recipe, steps=3)
