@@ -41,7 +41,7 @@ def main() -> None:
         make_models(work)
     if not (work / "bundle").exists():
         run("export", work / "sd15", work / "bundle", "--captioner", work / "blip", "--precision", "fp16")
-    stray = float32_outside_islands(work / "bundle")
+    stray = float32_outside_regions(work / "bundle")
     rows = []
     for name in BOUNDS:
         plans = work / "plans" / name
@@ -70,7 +70,7 @@ def main() -> None:
         )
 
 
-def float32_outside_islands(bundle: Path) -> dict[str, list[str]]:
+def float32_outside_regions(bundle: Path) -> dict[str, list[str]]:
     """The nodes of each graph that compute in float32 and should not; nothing for graphs without any."""
     import onnx_ir as ir
 

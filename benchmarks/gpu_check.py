@@ -31,9 +31,10 @@ from dnp.engine.backends.session import BackendOptions
 from dnp.engine.bundle.contract import BATCH
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import DnpError, OutputError, SettingsError
-from dnp.engine.plans.build import BuildSettings, build_plans
+from dnp.engine.plans.build import build_plans
 from dnp.engine.plans.plan import FOLDER, Plan
 from dnp.engine.plans.product import PRODUCTS
+from dnp.engine.plans.settings import BuildSettings
 from dnp.engine.system import cuda
 from dnp.engine.system.cuda import GpuProperties
 from dnp.engine.system.files import refuse_folder, write_together

@@ -221,8 +221,9 @@ def _number(name: str, value: Any) -> float:
 
 
 def _check_words(name: str, text: object) -> None:
+    remedy = "say what the image should " + ("show" if name == "prompt" else "not show, or switch DNP off (--no-dnp)")
     if not check_text(text, name).strip():
-        raise SettingsError(f"the {name} is empty; say what the image should {'not ' * (name != 'prompt')}show")
+        raise SettingsError(f"the {name} is empty; {remedy}")
 
 
 def _check_integer(name: str, value: object, least: int, most: int) -> None:

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from dnp.engine import Bundle, GraphSpec, TensorSpec
-from dnp.engine.plans.build import BuildSettings, target_for
+from dnp.engine.plans.build import target_for
 from dnp.engine.plans.compiler import compile_plan
 from dnp.engine.plans.product import TENSORRT_RTX
 from dnp.engine.plans.profile import Range
+from dnp.engine.plans.settings import BuildSettings
 from dnp.export.fp16.float32 import infer_types, keep_float32
 from dnp.export.passes.attention import fuse_attention, read_model
 

@@ -458,17 +458,17 @@ def test_any_damage_to_the_bytes_of_the_manifest_opens_or_is_refused(shared_fold
 
 def check_opens_or_refuses(folder, raw, *, sealed=False):
     """Whether a folder of the same files opens with ``raw`` as its manifest; the shared one stays as it is."""
-    twin = folder.parent / f"twin-{os.getpid()}"
-    if not twin.exists():
-        twin.mkdir()
+    copied = folder.parent / f"copied-{os.getpid()}"
+    if not copied.exists():
+        copied.mkdir()
         for name in ("graphs", "tokenizers"):
-            shutil.copytree(folder / name, twin / name)
-    shutil.copy(folder / "bundle.sha256", twin)
-    (twin / "bundle.json").write_bytes(raw)
+            shutil.copytree(folder / name, copied / name)
+    shutil.copy(folder / "bundle.sha256", copied)
+    (copied / "bundle.json").write_bytes(raw)
     if sealed:
-        write_sealed(twin, raw)
+        write_sealed(copied, raw)
     try:
-        bundle = Bundle.open(twin)
+        bundle = Bundle.open(copied)
     except BundleError as error:
         assert str(error)
         return False

@@ -18,12 +18,13 @@ from dnp.engine.backends.registry import doctor, open_session
 from dnp.engine.backends.session import BackendOptions
 from dnp.engine.errors import BackendError, SettingsError
 from dnp.engine.plans import build
-from dnp.engine.plans.build import BuildSettings, build_plans, target_for
+from dnp.engine.plans.build import build_plans, target_for
 from dnp.engine.plans.choice import plan_for
 from dnp.engine.plans.compiler import REVISION
 from dnp.engine.plans.plan import PlanSpec
 from dnp.engine.plans.product import PRODUCTS
 from dnp.engine.plans.profile import Range
+from dnp.engine.plans.settings import BuildSettings
 from dnp.engine.plans.store import PlanStore
 
 GRAPH = "encode_text"

@@ -258,7 +258,7 @@ def test_fp16_is_close_to_float32(bundle, half_denoise, unet):
     assert 0 < np.abs(got - expected).max() < 5e-3 * np.abs(expected).max()
 
 
-def test_fp16_computes_in_fp16_but_for_its_islands(half_denoise):
+def test_fp16_computes_in_fp16_but_for_its_regions(half_denoise):
     folder, record = half_denoise
     model = onnx.shape_inference.infer_shapes(onnx.load(folder / record.manifest["file"]), strict_mode=True)
     known = [*model.graph.value_info, *model.graph.input, *model.graph.output]

@@ -23,8 +23,9 @@ from dnp.engine import Bundle, open_session, seal
 from dnp.engine.backends.session import BackendOptions
 from dnp.engine.backends.tensorrt import TrtSession
 from dnp.engine.errors import BackendError, DnpError, SettingsError
-from dnp.engine.plans.build import BuildSettings, build_plans
+from dnp.engine.plans.build import build_plans
 from dnp.engine.plans.profile import Range
+from dnp.engine.plans.settings import BuildSettings
 from dnp.engine.plans.store import PlanStore
 from dnp.engine.system import cuda
 

@@ -32,10 +32,11 @@ from dnp.engine.backends.onnxruntime import cuda as ort_cuda
 from dnp.engine.backends.session import BackendOptions
 from dnp.engine.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend
 from dnp.engine.errors import BackendError, DnpError, SettingsError
-from dnp.engine.plans.build import BuildSettings, build_plans, target_for
+from dnp.engine.plans.build import build_plans, target_for
 from dnp.engine.plans.plan import PlanSpec
 from dnp.engine.plans.product import PRODUCTS, Product
 from dnp.engine.plans.profile import Range
+from dnp.engine.plans.settings import BuildSettings
 from dnp.engine.plans.store import PlanStore
 
 BACKENDS = {"tensorrt": TensorRtBackend, "tensorrt-rtx": TensorRtRtxBackend, "cuda": ort_cuda.CudaBackend}

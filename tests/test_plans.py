@@ -24,11 +24,12 @@ from dnp.engine.bundle.columns import ROW
 from dnp.engine.bundle.contract import TensorSpec, symbols
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError, SettingsError
-from dnp.engine.plans.build import BuildSettings, Target, build_plans, memory_needed, target_for
+from dnp.engine.plans.build import build_plans, memory_needed, target_for
 from dnp.engine.plans.compiler import compile_plan
 from dnp.engine.plans.plan import PlanSpec
 from dnp.engine.plans.product import TENSORRT_RTX, listening, logger
 from dnp.engine.plans.profile import Range, asked_for, default_profile, from_dict
+from dnp.engine.plans.settings import BuildSettings, Target
 from dnp.engine.plans.store import PlanStore
 from dnp.engine.system import cuda
 from dnp.export.fp16.float32 import infer_types, keep_float32

@@ -142,7 +142,7 @@ def half_graphs(checked, tiny_sd_folder, tmp_path_factory):
     return {**found, "decode_latents": (folder / decoder.manifest["file"], ())}
 
 
-def test_no_float32_outside_the_stated_islands(half_graphs):
+def test_no_float32_outside_the_stated_regions(half_graphs):
     assert list(REGIONS) == list(half_graphs)
     for name, (path, kept) in half_graphs.items():
         assert outside_regions(onnx_ir.load(path), REGIONS[name], kept) == [], name

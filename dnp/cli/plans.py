@@ -78,8 +78,9 @@ def build(
     from dnp.engine.backends.registry import compiles_here
     from dnp.engine.bundle.bundle import Bundle
     from dnp.engine.bundle.contract import BATCH
-    from dnp.engine.plans.build import BuildSettings, build_plans
+    from dnp.engine.plans.build import build_plans
     from dnp.engine.plans.product import PRODUCTS, TENSORRT_RTX
+    from dnp.engine.plans.settings import BuildSettings
 
     opened = Bundle.default() if bundle is None else Bundle.open(bundle)
     if backend is None:

@@ -65,8 +65,8 @@ class BackendOptions:
 class Buffer(ABC):
     """A named tensor of a session, in the backend's own memory.
 
-    The object stays the same while its session lives; ``shape`` follows ``Session.reshape``, after which the
-    contents are unspecified until written or computed.
+    The object stays the same while its session lives; ``shape`` follows ``Session.reshape``. A buffer
+    that keeps its shape keeps its contents; those of the others are unspecified until written or computed.
     """
 
     name: str

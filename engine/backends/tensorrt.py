@@ -13,13 +13,14 @@ from dnp.engine.backends.device import DeviceBackend, DeviceSession
 from dnp.engine.backends.host import check_signature
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import BackendError, OutputError
-from dnp.engine.plans.build import BuildSettings, build_command, settings_of, target_for
+from dnp.engine.plans.build import build_command, settings_of, target_for
 from dnp.engine.plans.choice import plan_for
 from dnp.engine.plans.compiler import compile_plan
 from dnp.engine.plans.limits import Limits
 from dnp.engine.plans.plan import FOLDER, Plan
 from dnp.engine.plans.product import TENSORRT, TENSORRT_RTX, Log, Product, listening, logger
 from dnp.engine.plans.profile import any_profile, from_dict, largest
+from dnp.engine.plans.settings import BuildSettings
 from dnp.engine.plans.store import PlanStore
 from dnp.engine.system import cuda
 from dnp.engine.system.files import write_together

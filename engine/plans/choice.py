@@ -8,10 +8,11 @@ from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.bundle.contract import symbols
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.errors import BackendError
-from dnp.engine.plans.build import BuildSettings, Target, build_command, settings_of
+from dnp.engine.plans.build import build_command, settings_of
 from dnp.engine.plans.compiler import REVISION
 from dnp.engine.plans.plan import FOLDER, Plan
 from dnp.engine.plans.profile import asked_for, from_dict, size_options
+from dnp.engine.plans.settings import BuildSettings, Target
 from dnp.engine.plans.store import PlanStore
 
 _NAMED = 3  # plans that do not fit, in an error

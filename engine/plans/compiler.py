@@ -10,7 +10,7 @@ import logging
 import time
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import REMEDY
@@ -18,12 +18,10 @@ from dnp.engine.errors import BackendError, BundleError, Cancelled, DnpError, Ou
 from dnp.engine.plans.plan import BuildProgress, BuildProgressCallback, cost, tell
 from dnp.engine.plans.product import listening, logger
 from dnp.engine.plans.profile import Profile, buffer_bytes
+from dnp.engine.plans.settings import BuildSettings, Target
 from dnp.engine.system import cuda
 from dnp.engine.system.background import in_background
 from dnp.engine.system.files import write_together
-
-if TYPE_CHECKING:
-    from dnp.engine.plans.build import BuildSettings, Target
 
 _log = logging.getLogger("dnp.engine")
 REVISION: Final = 1  # of what is told to the compiler without being asked for; a change makes other plans

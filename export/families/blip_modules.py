@@ -218,7 +218,8 @@ def _tokens(embeddings: Any, pixels: torch.Tensor) -> torch.Tensor:
     convolve = embeddings.patch_embedding
     patches = convolve(pixels.to(convolve.weight.dtype)).flatten(2).transpose(1, 2)
     first = F.pad(embeddings.class_embedding, (0, 0, 0, patches.shape[1]))
-    return F.pad(patches, (0, 0, 1, 0)) + (first + embeddings.position_embedding)
+    tokens: torch.Tensor = F.pad(patches, (0, 0, 1, 0)) + (first + embeddings.position_embedding)
+    return tokens
 
 
 def _layers(decoder: nn.Module) -> Any:

@@ -206,8 +206,8 @@ def _matched(model: Any, component: str, lora: Lora) -> list[tuple[_Change, Any]
                 f"{misfit}: {change.key!r} and its pair have the shapes {[*change.down.shape]} and "
                 f"{[*change.up.shape]}, the weight {[*weight.shape]}"
             )
-        if (twin := keys.setdefault(id(weight), change.key)) != change.key:
-            raise ExportError(f"{misfit}: {twin!r} and {change.key!r} both change the same layer")
+        if (other := keys.setdefault(id(weight), change.key)) != change.key:
+            raise ExportError(f"{misfit}: {other!r} and {change.key!r} both change the same layer")
     return matched
 
 

@@ -114,9 +114,9 @@ class Graphs:
         if captioner:
             self.captioner  # noqa: B018
         new = [size for size in dict.fromkeys(sizes) if size not in self._sizes]
-        schedule = read_schedule(self.bundle.schedule)
         for height, width in new:
-            self.validate(resolve(Request("a size", height=height, width=width, dnp=captioner), self.bundle, schedule))
+            request = Request("a size", height=height, width=width, dnp=captioner)
+            self.validate(resolve(request, self.bundle, read_schedule(self.bundle.schedule)))
         before = self._sizes, self._captured
         if new:
             captioner = captioner or "captions" in self._captured

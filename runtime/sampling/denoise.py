@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dnp.engine.backends.session import Buffer, Session
+from dnp.engine.errors import DnpError, SettingsError
 from dnp.runtime.sampling.noise import TorchNoise
 from dnp.runtime.sampling.samplers import SamplerTable, identity_row
 
@@ -71,10 +72,18 @@ class Denoiser:
 
         Noise is drawn in torch's order, ``randn(1, C, h, w)`` for the start and one more for each call that draws, as
         a diffusers pipeline with one generator per image does.
+
+        Raises SettingsError for a table that is longer, or draws more often, than there is room; DnpError for a place
+        that is taken.
         """
-        assert self._samples[place] is None, f"place {place} is taken"
-        inputs = self.session.inputs
-        table, generator = sample.table, TorchNoise(sample.seed)
+        inputs, table, generator = self.session.inputs, sample.table, TorchNoise(sample.seed)
+        if self._samples[place] is not None:
+            raise DnpError(f"place {place} has a sample that has not left; choose a free one")
+        for name, size in (("steps", len(table.rows)), ("noise_steps", len(table.noise_rows))):
+            if size > self._dims[name]:
+                raise SettingsError(
+                    f"the sampler needs {name} {size}, there is room for {self._dims[name]}; ask for fewer steps"
+                )
         state = np.zeros(inputs["state"].shape[1:], np.float32)  # [N, C, h, w]
         noise = np.zeros(inputs["noise"].shape[1:], np.float32)  # [draws, C, h, w]
         state[0] = generator.randn((1, *state.shape[1:]))[0] * np.float32(table.init_noise_sigma)

@@ -25,6 +25,7 @@ from dnp.engine.bundle.columns import (
     EMBEDDED,
     GUIDANCE,
     INPUT,
+    NEGATIVE_OUTPUT,
     NOISE,
     NORM_CAP,
     NORM_LIMIT,
@@ -258,7 +259,7 @@ def sampler_table(
     assert np.isfinite(rows).all(), (sampler, steps)
     table = rows.astype(np.float32)
     table.flags.writeable = False
-    roles = tuple(_roles(row[GUIDANCE], row[THIRD]) for row in table[:-1])
+    roles = tuple(map(_roles, table[:-1]))
     return SamplerTable(table, init_noise_sigma, tuple(step_of_row.tolist()), roles, noise_rows)
 
 
@@ -278,12 +279,18 @@ def identity_row() -> Table:
     return row
 
 
-def _roles(w: np.float32, v: np.float32) -> tuple[int, ...]:
-    """The branches that guidance of scale w needs: it drops the negative one at 1, and the prompt's at 0.
+def _roles(row: Table) -> tuple[int, ...]:
+    """The branches that a row, float32 [ROW], has a use for.
 
-    A third branch, of weight v, goes with both.
+    Guidance drops the negative one at w = 1, as diffusers' guiders do, and the prompt's at 0, unless a method measures
+    the result against the prompt's. A third branch goes with both.
     """
-    return (0, 1, 2) if v else (1,) if w == 1 else (0,) if w == 0 else (0, 1)
+    w, measured = row[GUIDANCE], row[[RESCALE, ZERO_STAR, NORM_CAP]].any()
+    if row[THIRD]:
+        return 0, 1, 2
+    if w == 1 and not row[NEGATIVE_OUTPUT].any():
+        return (1,)
+    return (0,) if w == 0 and not measured else (0, 1)
 
 
 def _sampler(schedule: Schedule, sampler: str) -> _Sampler:
