@@ -32,7 +32,7 @@ NOT_RUN = {
     ".venv-test/bin/pytest": "what runs this",
     "dnp export": "the published models, tested on models of random weights in tests/test_export.py",
     f"dnp build {BUNDLE} --backend tensorrt-rtx": "its compiler and minutes: tests/test_plans.py",
-    f"dnp build {BUNDLE} --backend cuda": "its plans: tests/test_cuda_plans.py",
+    f"dnp build {BUNDLE} --backend cuda": "a bundle of 512 pixels: tests/test_cuda_plans.py",
     f'dnp generate "an astronaut riding a horse" --bundle {BUNDLE} --backend tensorrt-rtx': "a GPU",
     "python benchmarks/quality/quality.py": "a CLIP model: tests/test_quality.py runs it with one of random weights",
 }

@@ -394,8 +394,8 @@ REFUSED = {
     ),
     "incomplete or damaged": lambda f: edit(f / "unet/config.json", block_out_channels=None),
     "shifted latents": lambda f: edit(f / "vae/config.json", shift_factor=0.1),
-    "scheduler_config.json: prediction_type 'sample' is unknown": lambda f: edit(
-        f / "scheduler/scheduler_config.json", prediction_type="sample"
+    "scheduler_config.json: prediction_type 'score' is unknown": lambda f: edit(
+        f / "scheduler/scheduler_config.json", prediction_type="score"
     ),
     "scheduler_config.json: .*thresholding = True.*not linear": lambda f: schedule_as(
         f, "DDIMScheduler", thresholding=True

@@ -7,6 +7,7 @@ import shutil
 import diffusers
 import families
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 
@@ -15,6 +16,9 @@ from dnp.export import bundle as bundle_module
 from dnp.export.bundle import export_bundle
 from dnp.export.families import blip
 from dnp.export.families.stable_diffusion import guidance_embedding
+from dnp.export.fp16.float32 import half_values
+from dnp.export.fp16.ranges import RangeCheck
+from dnp.export.fp16.regions import REGIONS, outside_regions
 from dnp.runtime.pipeline.conditioning import Conditioner
 from dnp.runtime.sampling.denoise import Denoiser, Sample
 from dnp.runtime.sampling.samplers import sampler_table
@@ -183,3 +187,28 @@ def test_guidance_as_an_input_is_the_latent_consistency_pipelines(exported):
     ).images.numpy()
     ours = our_latents(bundle, "lcm", PROMPTS, ["", ""], 1.0, 32, 32, embedded=8.5)
     assert np.abs(ours - theirs).max() <= 1e-3
+
+
+@pytest.mark.slow
+def test_xl_in_fp16_keeps_its_decoder_in_float32(exported, tiny_blip_folder, tmp_path):
+    """As its pipeline does where the VAE says ``force_upcast``; all else is fp16 but for the stated regions."""
+    source, exact = exported("sdxl")
+    export_bundle(
+        source,
+        tmp_path / "half",
+        captioner=tiny_blip_folder,
+        precision="fp16",
+        methods=True,
+        ranges=RangeCheck(steps=3),
+    )
+    half = Bundle.open(tmp_path / "half")
+    for name, graph in half.graphs.items():
+        assert graph.ranges.precision == ("fp32" if name == "decode_latents" else "fp16")
+        model = onnx_ir.load(graph.path)
+        assert outside_regions(model, REGIONS[name], graph.ranges.float32) == [], name
+        assert bool(half_values(model)) == (name != "decode_latents")
+    theirs = our_latents(exact, "euler", PROMPTS, NEGATIVES, 5.0, 32, 32)
+    ours = our_latents(half, "euler", PROMPTS, NEGATIVES, 5.0, 32, 32)
+    assert 0 < np.abs(ours - theirs).max() < 0.02 * np.abs(theirs).max()
+    rescaled = our_latents(half, "euler", PROMPTS, NEGATIVES, 5.0, 32, 32, methods={"rescale": 0.7})
+    assert np.abs(rescaled - ours).max() > 0.02 * np.abs(theirs).max()

@@ -37,7 +37,7 @@ class EncodeImage(nn.Module):
         vision: Any = self.vision
         pixels = resize_exactly(image, resize_columns, resize_rows)
         pixels = normalise(pixels, self.mean, self.std)
-        x = vision.embeddings(pixels)  # casts to the precision of its weights; [B, T, C]
+        x = _tokens(vision.embeddings, pixels)
         for layer in vision.encoder.layers:
             x = x + _self_attention(layer.self_attn, layer.layer_norm1(x))
             x = x + layer.mlp(layer.layer_norm2(x))
@@ -208,6 +208,17 @@ def resize_exactly(image: torch.Tensor, columns: torch.Tensor, rows: torch.Tenso
 def normalise(pixels: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     """0..255 ``[B, 3, V, V]`` to the vision model's range."""
     return (pixels / 255.0 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def _tokens(embeddings: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """``[B, 3, V, V]`` to ``[B, T, C]`` in the precision of the weights: a token of the class, and one for each patch.
+
+    That of the class is added, not repeated for every image, which would ask how many there are.
+    """
+    convolve = embeddings.patch_embedding
+    patches = convolve(pixels.to(convolve.weight.dtype)).flatten(2).transpose(1, 2)
+    first = F.pad(embeddings.class_embedding, (0, 0, 0, patches.shape[1]))
+    return F.pad(patches, (0, 0, 1, 0)) + (first + embeddings.position_embedding)
 
 
 def _layers(decoder: nn.Module) -> Any:

@@ -122,6 +122,7 @@ class Source:
         variants: the weight variant of each component, ``"fp16"`` where only that one is present.
         channels: latent channels C.
         height, width: the model's own latent size.
+        levels: resolutions that the UNet works at, each half of the one before.
         pixels: image pixels per latent and axis, f.
         length, dim: windows of L tokens of D channels make the text that the UNet attends to.
         pooled: channels of the pooled text, where the UNet takes it and the sizes.
@@ -143,6 +144,7 @@ class Source:
     channels: int
     height: int
     width: int
+    levels: int
     pixels: int
     length: int
     dim: int
@@ -347,6 +349,7 @@ def _interpret(
         channels=channels,
         height=height,
         width=width,
+        levels=len(unet["block_out_channels"]),
         pixels=2 ** (len(vae["block_out_channels"]) - 1),
         length=length,
         dim=dim,

@@ -216,7 +216,7 @@ def denoise(source: Source, signature: Signature, precision: Precision) -> Graph
             arrays["sizes"] = rng.integers(0, 1025, arrays["sizes"].shape).astype(np.float32)
         return {name: arrays[name] for name in inputs}
 
-    least = 2 ** (len(source.configs["unet"]["block_out_channels"]) - 1) + 1  # which the innermost blocks see as 2
+    least = 2 ** (source.levels - 1) + 1  # which the innermost blocks see as 2
     own = {"tokens": length, "height": source.height, "width": source.width}
     return GraphExport(
         name="denoise",
