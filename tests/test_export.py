@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 
 import diffusers
+import families
 import numpy as np
 import onnx
 import onnx_ir
@@ -18,7 +19,6 @@ from dnp.engine import Bundle, open_graph, open_session
 from dnp.engine.bundle import columns
 from dnp.engine.bundle.contract import signatures
 from dnp.engine.errors import ExportError, OutputError
-from dnp.export import bundle as bundle_module
 from dnp.export import graph as graph_module
 from dnp.export.bundle import STAGES, export_bundle
 from dnp.export.families import stable_diffusion
@@ -458,15 +458,7 @@ def test_a_folder_with_the_fp16_variant_alone_is_read(bundle, sd_copy):
 @pytest.fixture
 def quick(monkeypatch, tiny_export):
     """Export within a second: the graphs are copies of those that ``tiny_export`` made."""
-    records = {record.name: record for record in tiny_export.graphs}
-
-    def copy(spec, folder):
-        file = records[spec.name].manifest["file"]
-        (folder / file).parent.mkdir(exist_ok=True)
-        shutil.copy(tiny_export.path / file, folder / file)
-        return records[spec.name]
-
-    monkeypatch.setattr(bundle_module, "export_graph", copy)
+    families.copy_graphs(monkeypatch, tiny_export, STAGES)
 
 
 @pytest.fixture

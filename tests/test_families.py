@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import diffusers
 import families
 import numpy as np
@@ -12,7 +10,6 @@ import pytest
 import torch
 
 from dnp.engine import Bundle, open_session
-from dnp.export import bundle as bundle_module
 from dnp.export.bundle import export_bundle
 from dnp.export.families import blip
 from dnp.export.families.stable_diffusion import guidance_embedding
@@ -45,29 +42,19 @@ CASES = ["sd2", "sdxl", *(pytest.param(name, marks=pytest.mark.slow) for name in
 @pytest.fixture(scope="module")
 def exported(tiny_blip_folder, tiny_export, tmp_path_factory):
     """Export a family by its name, once; the captioner and the decoder are copies, for nothing here asks for them."""
-    ready = {record.name: record for record in tiny_export.graphs if record.name in (*blip.GRAPHS, "decode_latents")}
     made = {}
 
-    def export_graph(spec, folder):
-        if spec.name not in ready:
-            return real(spec, folder)
-        file = ready[spec.name].manifest["file"]
-        shutil.copy(tiny_export.path / file, folder / file)
-        return ready[spec.name]
-
-    real = bundle_module.export_graph
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundle_module, "export_graph", export_graph)
-
-        def export(name):
-            if name not in made:
-                folder = tmp_path_factory.mktemp(name)
-                families.build(name, folder / "source")
+    def export(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            families.build(name, folder / "source")
+            with pytest.MonkeyPatch.context() as patch:
+                families.copy_graphs(patch, tiny_export, {*blip.GRAPHS, "decode_latents"})
                 export_bundle(folder / "source", folder / "bundle", captioner=tiny_blip_folder)
-                made[name] = folder / "source", Bundle.open(folder / "bundle")
-            return made[name]
+            made[name] = folder / "source", Bundle.open(folder / "bundle")
+        return made[name]
 
-        yield export
+    return export
 
 
 def their_latents(folder, sampler, prompts, negatives, guidance, height, width, **extra):
