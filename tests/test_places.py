@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dnp.engine import open_session
 from dnp.engine.bundle.columns import ADVANCE
+from dnp.engine.errors import DnpError, SettingsError
 from dnp.runtime.pipeline.conditioning import Conditioner
 from dnp.runtime.sampling.denoise import Denoiser, Sample
 from dnp.runtime.sampling.samplers import METHODS, identity_row, sampler_names, sampler_table
@@ -173,3 +174,27 @@ def test_methods_are_columns(schedule):
         table = sampler_table(schedule, "ddim", 3, 2.0, methods={name: 0.25})
         assert (table.rows[:-1, column] == (-0.5 if name == "perp_neg" else 0.25)).all()
         assert table.rows[-1, column] == identity_row()[column]
+
+
+def test_a_sample_that_there_is_no_room_for_is_refused_and_changes_nothing(denoiser, conditioner, schedule, alone):
+    denoiser.open(2, **ROOM)
+    join(denoiser, conditioner, 0, request_of(schedule, 4))
+    with pytest.raises(SettingsError, match=r"steps 18.* room for 16"):
+        denoiser.join(1, Sample(sampler_table(schedule, "ddim", 17, 2.0), 0))
+    with pytest.raises(SettingsError, match=r"noise_steps 9.* room for 8"):
+        denoiser.join(1, Sample(sampler_table(schedule, "euler_a", 9, 2.0), 0))
+    with pytest.raises(DnpError, match="place 0 has a sample"):
+        denoiser.join(0, request_of(schedule, 0)[0])
+    while denoiser.step():
+        pass
+    np.testing.assert_array_equal(denoiser.latents.read()[0], alone(4))
+
+
+@pytest.mark.parametrize(
+    ("w", "methods", "roles"),
+    [(0.0, {}, (0,)), (1.0, {}, (1,)), (0.0, {"rescale": 0.7}, (0, 1)), (0.0, {"zero_star": 1.0}, (0, 1)),
+     (0.0, {"norm_cap": 1.0}, (0, 1)), (0.0, {"norm_limit": 2.0}, (0,)), (1.0, {"rescale": 0.7}, (1,)),
+     (2.0, {"rescale": 0.7}, (0, 1))],
+)  # fmt: skip
+def test_a_branch_without_weight_is_computed_where_a_method_measures_it(schedule, w, methods, roles):
+    assert set(sampler_table(schedule, "ddim", 2, w, methods=methods).roles) == {roles}
