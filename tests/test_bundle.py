@@ -475,3 +475,10 @@ def check_opens_or_refuses(folder, raw, *, sealed=False):
     assert list(bundle.graphs)
     assert copy.deepcopy(bundle) == bundle
     return True
+
+
+def test_a_git_lfs_pointer_is_called_by_its_name(folder):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1200\n"
+    (folder / "graphs/denoise.onnx").write_bytes(pointer)
+    message = refusal(folder)
+    assert "denoise.onnx is a Git LFS pointer" in message and "git lfs pull" in message

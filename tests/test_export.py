@@ -22,7 +22,7 @@ from dnp.engine.errors import ExportError, OutputError
 from dnp.export import graph as graph_module
 from dnp.export.bundle import STAGES, export_bundle
 from dnp.export.families import stable_diffusion
-from dnp.export.families.source import read_source
+from dnp.export.families.source import FAMILIES, _read_scheduler, read_source
 from dnp.export.families.tokenizer import PROBES
 from dnp.export.graph import export_graph
 from dnp.export.passes import onnx_file
@@ -641,3 +641,28 @@ def test_defaults_that_could_never_run_are_refused_at_once(tiny_sd_folder, tiny_
         )
     assert not stages
     assert list(tmp_path.iterdir()) == []
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("UNet2DConditionModel", {}, "no sampler"),
+        ("DDIMInverseScheduler", {}, "no sampler"),
+        ("FlowMatchEulerDiscreteScheduler", {}, "flow matching"),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "flow matching"),
+    ],
+)
+def test_a_scheduler_of_another_kind_is_refused(kind, changes, reason):
+    family = FAMILIES["StableDiffusionPipeline"]
+    with pytest.raises(ExportError, match=reason):
+        _read_scheduler(family, kind, {**BETAS, **changes})
+
+
+def test_clipping_by_default_counts_where_the_pipeline_does_not_switch_it_off():
+    kept, _, notes = _read_scheduler(FAMILIES["StableDiffusionPipeline"], "DDIMScheduler", BETAS)
+    assert kept["clip_sample"] is False and any("clip_sample" in note for note in notes)
+    with pytest.raises(ExportError, match="clip_sample = True"):
+        _read_scheduler(FAMILIES["StableDiffusionXLPipeline"], "DDIMScheduler", BETAS)

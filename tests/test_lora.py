@@ -350,6 +350,13 @@ FAULTS = {
     "init_lora_weights = 'pissa'": (PEFT, header(init_lora_weights="pissa")),
     "says alpha twice": ({**PEFT, f"unet.{Q}.alpha": torch.ones(())}, header()),
     "some_new_setting = 3": (PEFT, header(some_new_setting=3)),
+    "has rank 0": {
+        f"{KQ}.lora_down.weight": torch.ones(0, 64),
+        f"{KQ}.lora_up.weight": torch.ones(64, 0),
+        f"{KQ}.alpha": torch.tensor(4.0),
+    },
+    "is no pattern": (PEFT, header(rank_pattern={"(": 4})),
+    r"rank_pattern of its settings is \['to_q'\]": (PEFT, header(rank_pattern=["to_q"])),
     "settings of .* cannot be read": (PEFT, {"lora_adapter_metadata": "{"}),
 }
 

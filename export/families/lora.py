@@ -236,6 +236,9 @@ def _read(lora: Lora) -> dict[str, list[_Change]]:
         raise ExportError(f"{lora.file} is not complete, {_some(alone)} have no counterpart; download it again")
     settings = _settings(lora.file, header, state)
     for component, said in settings.items():
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(said.get(name) or {}, dict):
+                raise ExportError(f"{lora.file}: the {name} of its settings is {said[name]!r}, not numbers by layer")
         for pattern in [*(said.get("rank_pattern") or {}), *(said.get("alpha_pattern") or {})]:
             if not any(_names(pattern, layer) for part, layer in parts if part == component):
                 raise ExportError(f"{lora.file} has settings for {pattern!r} in the {component}, but no such layer")
@@ -352,6 +355,8 @@ def _factor(file: Path, key: str, layer: str, rank: int, alpha: Any, settings: M
         number = float(value)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
         number = 0.0
+    if not rank:
+        raise ExportError(f"{file}: {key!r} has rank 0, and changes nothing; download it again, or leave it out")
     if not number or not math.isfinite(number):
         raise ExportError(f"{file} has the alpha {value!r} for {key!r}; it must be a number other than 0")
     return number / (math.sqrt(rank) if root else rank)
@@ -361,7 +366,10 @@ def _names(pattern: str, layer: str) -> bool:
     """Whether a pattern of peft's settings means ``layer``."""
     from peft.utils.other import get_pattern_key
 
-    return bool(get_pattern_key([pattern], layer) == pattern)
+    try:
+        return bool(get_pattern_key([pattern], layer) == pattern)
+    except re.error as error:
+        raise ExportError(f"the LoRA's settings hold {pattern!r}, which is no pattern ({error})") from error
 
 
 def _weights(model: Any) -> dict[str, Any]:

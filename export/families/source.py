@@ -23,7 +23,7 @@ from dnp.engine.errors import ExportError, SettingsError
 from dnp.export.families.lora import Lora
 from dnp.export.files import PICKLES, find_weights, read_json
 from dnp.runtime.sampling.samplers import sampler_of
-from dnp.runtime.sampling.schedule import NoiseSchedule
+from dnp.runtime.sampling.schedule import NoiseSchedule, is_flow
 from dnp.runtime.sampling.settings import KEYS, SCHEDULE_KEYS
 
 
@@ -284,7 +284,14 @@ def _read_scheduler(family: Family, kind: str, config: Mapping[str, Any]) -> tup
     scheduler = getattr(diffusers, kind, None) if isinstance(kind, str) else None
     if scheduler is None:
         raise ExportError(f"model_index.json: scheduler is {kind!r}, which diffusers {diffusers.__version__} lacks")
+    if not issubclass(scheduler, diffusers.SchedulerMixin) or "Inverse" in kind:
+        raise ExportError(f"model_index.json: scheduler is {kind!r}, which is no sampler from noise to images")
     whole, notes = _with_defaults(scheduler, config), []
+    if is_flow({**whole, "_class_name": kind}):
+        raise ExportError(
+            f"the scheduler, a {kind}, is one of flow matching, and a UNet of this family was trained otherwise; name "
+            "the scheduler that the model was trained with, e.g. DDIMScheduler"
+        )
     rewritten = {"steps_offset": 1, "clip_sample": False} if family.rewrites else {}
     for key, wanted in rewritten.items():
         if whole.get(key, wanted) != wanted:
@@ -292,7 +299,8 @@ def _read_scheduler(family: Family, kind: str, config: Mapping[str, Any]) -> tup
                 f"the scheduler's {key} is taken as {wanted} instead of {whole[key]}, as StableDiffusionPipeline "
                 "takes it"
             )
-    config = {**{key: whole[key] for key in SCHEDULE_KEYS if key in whole}, **config}
+    named = (*SCHEDULE_KEYS, "clip_sample")  # what is clipped by default is clipped where the pipeline does not say
+    config = {**{key: whole[key] for key in named if key in whole}, **config}
     config |= rewritten
     try:
         NoiseSchedule.from_config(config)
