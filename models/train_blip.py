@@ -89,7 +89,6 @@ class Looking:
         self.work = work
 
     def build(self) -> nn.Module:
-        """See ``Task.build``."""
         blip = new_blip(save_blip_processor(self.work / "blip_processor", SIDE).tokenizer)
         width = blip.config.vision_config.hidden_size
         patch = {"slot": 3, "size": len(SIZE_NAMES), "colour": len(COLOUR_NAMES), "shape": len(SHAPES)}
@@ -102,7 +101,6 @@ class Looking:
         )
 
     def loss(self, module: nn.Module, generator: torch.Generator, step: int) -> torch.Tensor:
-        """See ``Task.loss``."""
         rows, pictures = draw(self.work, generator)
         states = module["vision"](pictures).last_hidden_state  # [B, 1 + 64, width]
         labels, slots = load_labels(self.work)[rows], load_patches(self.work)[rows].flatten(1).long()
@@ -126,14 +124,12 @@ class Captioning:
         self.work = work
 
     def build(self) -> nn.Module:
-        """See ``Task.build``."""
         blip = new_blip(save_blip_processor(self.work / "blip_processor", SIDE).tokenizer)
         vision = trained(Looking(self.work), VISION, self.work)["vision"]
         blip.vision_model.load_state_dict(vision.state_dict())
         return blip
 
     def loss(self, module: nn.Module, generator: torch.Generator, step: int) -> torch.Tensor:
-        """See ``Task.loss``."""
         rows, pictures = draw(self.work, generator)
         ids = load_targets(self.work)[rows]
         pad = module.config.text_config.pad_token_id

@@ -154,7 +154,6 @@ class Denoiser:
         self.work, self.before, self.run = work, runs[:-1], runs[-1]
 
     def build(self) -> nn.Module:
-        """See ``Task.build``."""
         if self.before:
             return trained_unet(self.work, self.before).requires_grad_(True)
         unet = new_unet()
@@ -162,7 +161,6 @@ class Denoiser:
         return unet
 
     def loss(self, module: nn.Module, generator: torch.Generator, step: int) -> torch.Tensor:
-        """See ``Task.loss``."""
         run, batch = self.run, self.run.batch // (dist.get_world_size() if dist.is_initialized() else 1)
         latents, (contexts, empty) = load_latents(self.work), load_contexts(self.work)
         rows = torch.randint(run.scenes, (batch,), generator=generator)

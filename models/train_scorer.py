@@ -35,11 +35,9 @@ class Reading:
         self.work = work
 
     def build(self) -> nn.Module:
-        """See ``Task.build``."""
         return Scorer()
 
     def loss(self, module: nn.Module, generator: torch.Generator, step: int) -> torch.Tensor:
-        """See ``Task.loss``."""
         rows = torch.randint(len(load_pictures(self.work)), (BATCH,), generator=generator)
         logits = module(degrade(to_model(load_pictures(self.work)[rows]), generator).to(DTYPE))
         labels = load_labels(self.work)[rows]

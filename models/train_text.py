@@ -66,12 +66,10 @@ class Reader:
         self.work = work
 
     def build(self) -> nn.Module:
-        """See ``Task.build``."""
         tokenizer = save_clip_tokenizer(self.work / "tokenizer")
         return nn.ModuleDict({"text": new_text_encoder(tokenizer), "heads": attribute_heads(TEXT_WIDTH)})
 
     def loss(self, module: nn.Module, generator: torch.Generator, step: int) -> torch.Tensor:
-        """See ``Task.loss``."""
         captions, _ = load_captions(self.work)
         rows = torch.randint(len(captions), (BATCH,), generator=generator)
         ids = captions[rows, torch.randint(2, (BATCH,), generator=generator)]

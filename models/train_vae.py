@@ -23,7 +23,6 @@ class Vae:
         self.work = work
 
     def build(self) -> nn.Module:
-        """See ``Task.build``."""
         vae = new_vae()
         plain_attention(vae)
         with torch.no_grad():
@@ -31,7 +30,6 @@ class Vae:
         return vae
 
     def loss(self, module: nn.Module, generator: torch.Generator, step: int) -> torch.Tensor:
-        """See ``Task.loss``."""
         pictures = load_pictures(self.work)
         x = to_model(pictures[torch.randint(len(pictures), (BATCH,), generator=generator)])
         moments = module._encode(x.to(DTYPE)).float()

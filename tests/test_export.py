@@ -403,7 +403,7 @@ REFUSED = {
     "scheduler_config.json: .*skip_prk_steps = False.*set it to true": lambda f: drop(
         f / "scheduler/scheduler_config.json", "skip_prk_steps"
     ),
-    "lacks beta_start, beta_end": lambda f: schedule_as(f, "FlowMatchEulerDiscreteScheduler"),
+    "is one of flow matching": lambda f: schedule_as(f, "FlowMatchEulerDiscreteScheduler"),
     "scheduler is 'NoScheduler', which diffusers .* lacks": lambda f: schedule_as(f, "NoScheduler"),
     "model_max_length is 1000": lambda f: drop(f / "tokenizer/tokenizer_config.json", "model_max_length"),
     "beta_end is None": lambda f: edit(f / "scheduler/scheduler_config.json", beta_end=None),

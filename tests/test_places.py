@@ -103,6 +103,7 @@ def test_joins_and_leaves_between_steps_change_nobody(denoiser, conditioner, sch
 
 
 def test_a_finished_sample_stands_still_while_others_go_on(denoiser, conditioner, schedule, alone):
+    expected = [alone(number) for number in (0, 4)]
     denoiser.open(2, **ROOM)
     requests = [request_of(schedule, number) for number in (0, 4)]  # of 2 and of 6 steps
     for place, request in enumerate(requests):
@@ -111,11 +112,11 @@ def test_a_finished_sample_stands_still_while_others_go_on(denoiser, conditioner
     while denoiser.step():
         calls += 1
     assert calls == max(sample.table.calls for sample, _, _ in requests) > requests[0][0].table.calls
-    for place, number in enumerate((0, 4)):
-        np.testing.assert_array_equal(denoiser.latents.read()[place], alone(number))
+    np.testing.assert_array_equal(denoiser.latents.read(), expected)
 
 
 def test_numbers_that_are_none_stay_in_their_place(denoiser, conditioner, schedule, alone):
+    expected = {0: alone(4), 2: alone(9)}
     denoiser.open(3, **ROOM)
     for place, number in enumerate((4, 7, 9)):
         join(denoiser, conditioner, place, request_of(schedule, number))
@@ -124,8 +125,8 @@ def test_numbers_that_are_none_stay_in_their_place(denoiser, conditioner, schedu
         pass
     latents = denoiser.latents.read()
     assert np.isnan(latents[1]).all()
-    for place, number in ((0, 4), (2, 9)):
-        np.testing.assert_array_equal(latents[place], alone(number))
+    for place, own in expected.items():
+        np.testing.assert_array_equal(latents[place], own)
 
 
 @pytest.mark.parametrize(("w", "rows"), [(4.0, 2), (-1.5, 2), (1.0, 1), (0.0, 1)])
@@ -177,6 +178,7 @@ def test_methods_are_columns(schedule):
 
 
 def test_a_sample_that_there_is_no_room_for_is_refused_and_changes_nothing(denoiser, conditioner, schedule, alone):
+    expected = alone(4)
     denoiser.open(2, **ROOM)
     join(denoiser, conditioner, 0, request_of(schedule, 4))
     with pytest.raises(SettingsError, match=r"steps 18.* room for 16"):
@@ -187,7 +189,7 @@ def test_a_sample_that_there_is_no_room_for_is_refused_and_changes_nothing(denoi
         denoiser.join(0, request_of(schedule, 0)[0])
     while denoiser.step():
         pass
-    np.testing.assert_array_equal(denoiser.latents.read()[0], alone(4))
+    np.testing.assert_array_equal(denoiser.latents.read()[0], expected)
 
 
 @pytest.mark.parametrize(

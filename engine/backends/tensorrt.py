@@ -289,7 +289,7 @@ class TrtBackend(DeviceBackend):
     remedy = "build plans of smaller largest sizes (dnp build --batch, --height, --width, --steps)"
 
     def _load(self) -> Any:
-        """See ``DeviceBackend._load``. The wrong card is told before anything is loaded for it."""
+        """The library; the wrong card is told before anything is loaded for it."""
         number = self.options.device
         try:
             gpu = cuda.open_cuda(number).properties(number)

@@ -53,7 +53,7 @@ class EncodeText(nn.Module):
     def forward(
         self, ids: torch.Tensor, ids_2: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See the class."""
+        """Embeddings, and the pooled text where the family has it; the end token's place is found in the ids."""
         hidden = []
         given = [tokens for tokens in (ids, ids_2) if tokens is not None]
         for encoder, layer, tokens in zip(self.encoders, self.layers, given, strict=True):
@@ -154,7 +154,7 @@ class DecodeLatents(nn.Module):
         self.scaling = scaling
 
     def forward(self, latents: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        """See the class. Rounds to even, as numpy does; TensorRT wants the uint8 cast to be last."""
+        """Images; rounds to even, as numpy does, and casts to uint8 last, as TensorRT wants it."""
         vae: Any = self.vae
         chosen = latents.index_select(0, decoded) / self.scaling
         image: torch.Tensor = vae.decode(chosen.to(dtype_of(vae)), return_dict=False)[0]

@@ -148,7 +148,6 @@ class RangeBackend(Backend):
         self._folder = folder
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> RangeSession:
-        """See ``Backend.session``."""
         model = read_model(graph.path)
         names = half_values(model)
         widen(model)
@@ -170,12 +169,10 @@ class RangeSession(OrtSession):
         self._measured = measured
 
     def reshape(self, **dims: int) -> None:
-        """See ``Session.reshape``."""
         super().reshape(**dims)
         self._half.reshape(**dims)
 
     def run(self) -> None:
-        """See ``Session.run``."""
         for name, buffer in self._half.inputs.items():  # before the run, which may be what changes them
             buffer.write(self.inputs[name].read())
         super().run()
@@ -190,7 +187,6 @@ class RangeSession(OrtSession):
                 self._measured.error = float(np.maximum(self._measured.error, error))  # keeps a NaN
 
     def close(self) -> None:
-        """See ``Session.close``."""
         super().close()
         self._half.close()
 

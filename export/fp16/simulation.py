@@ -78,7 +78,6 @@ class SimulatedBackend(Backend):
         self._folder = folder
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> OrtSession:
-        """See ``Backend.session``."""
         return OrtSession(simulated_graph(graph, self._folder), self.options)
 
 
