@@ -15,9 +15,10 @@ import safetensors.torch
 import torch
 import transformers
 
-from dnp.engine import Bundle, open_graph, open_session
+from dnp.engine import Bundle, GraphSpec, open_graph, open_session
 from dnp.engine.bundle import columns
 from dnp.engine.bundle.contract import signatures
+from dnp.engine.bundle.manifest import GuidanceSpec
 from dnp.engine.errors import ExportError, OutputError
 from dnp.export import graph as graph_module
 from dnp.export.bundle import STAGES, export_bundle
@@ -190,6 +191,29 @@ def test_cfg_plus_plus_is_a_row_of_the_table(bundle, unet):
     with open_session(bundle, "denoise") as session:
         got = run(session, inputs, **sizes_of(inputs))["latents"]
     np.testing.assert_allclose(got, next_alpha * clean + next_sigma * negative, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_graph_with_guidance_methods_gives_plain_guidance_until_it_is_asked(bundle, unet, tiny_sd_folder, tmp_path):
+    source = replace(read_source(tiny_sd_folder), methods=True)
+    with_methods = replace(bundle, guidance=GuidanceSpec(**source.guidance_manifest()))
+    signature = signatures(with_methods)["denoise"]
+    record = export_graph(stable_diffusion.denoise(source, signature, "fp32"), tmp_path)  # held to PyTorch, methods too
+    inputs = step_inputs(np.random.default_rng(6), 2, 1, 1, 8, 8)
+    inputs["table"][..., columns.THIRD] = 0
+    inputs["table"][..., columns.RESCALE :] = 0
+    inputs["table"][..., columns.PARALLEL] = 1
+    third = inputs["embeddings"][:, :1]
+    more = {
+        "embeddings": np.concatenate([inputs["embeddings"], third], 1),
+        "place_rows": np.concatenate([inputs["place_rows"], inputs["place_rows"][:, :1]], 1),
+    }
+    with open_graph(GraphSpec("denoise", tmp_path / record.manifest["file"], *signature)) as session:
+        plain = run(session, {**inputs, **more}, **sizes_of(inputs))["next_state"]
+        inputs["table"][..., columns.RESCALE] = 0.7
+        rescaled = run(session, {**inputs, **more}, **sizes_of(inputs))["next_state"]
+    np.testing.assert_allclose(plain, step_by_hand(unet, inputs)[0], atol=1e-4)
+    assert np.abs(rescaled - plain).max() > 0.01
 
 
 def test_more_rows_than_were_traced(bundle, unet):

@@ -41,7 +41,8 @@ def combine(outputs: Sequence[torch.Tensor], row: torch.Tensor, *, methods: bool
 
 def _projected(negative: torch.Tensor, prompt: torch.Tensor, row: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """CFG-Zero*, arXiv 2503.18886, and adaptive projected guidance without momentum, arXiv 2410.02416."""
-    best = _dot(prompt, negative) / (_dot(negative, negative) + 1e-8)  # how much of the negative is in the prompt's
+    # How much of the negative is in the prompt's. The exporter drops an addition of 1e-8, as diffusers has it.
+    best = _dot(prompt, negative) / _dot(negative, negative).clamp(min=1e-8)
     negative = negative * (1 + _scalar(row, columns.ZERO_STAR) * (best - 1))
     change = prompt - negative
     limit = _scalar(row, columns.NORM_LIMIT)

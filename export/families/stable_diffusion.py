@@ -134,7 +134,7 @@ class Denoise(nn.Module):
         dtype = dtype_of(self.unet)
         extra: dict[str, Any] = {}
         if pooled is not None:
-            extra["added_cond_kwargs"] = {"text_embeds": pooled.to(dtype), "time_ids": sizes}
+            extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}  # joined, and cast by the UNet
         if self.embedding:
             extra["timestep_cond"] = guidance_embedding(row[:, columns.EMBEDDED], self.embedding).to(dtype)
         t = row[:, columns.TIMESTEP]
