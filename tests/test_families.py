@@ -198,4 +198,4 @@ def test_xl_in_fp16_keeps_its_decoder_in_float32(exported, tiny_blip_folder, tmp
     ours = our_latents(half, "euler", PROMPTS, NEGATIVES, 5.0, 32, 32)
     assert 0 < np.abs(ours - theirs).max() < 0.02 * np.abs(theirs).max()
     rescaled = our_latents(half, "euler", PROMPTS, NEGATIVES, 5.0, 32, 32, methods={"rescale": 0.7})
-    assert np.abs(rescaled - ours).max() > 0.02 * np.abs(theirs).max()
+    assert np.abs(rescaled - ours).max() > 0.1
