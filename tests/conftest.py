@@ -1,7 +1,6 @@
 """Fixtures that several test modules share: tiny models of random weights, and pipelines on a stand-in for a GPU."""
 
 import signal
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -83,12 +82,13 @@ def default_fp16(model_folder, default_bundle, tmp_path_factory):
     from dnp.export.bundle import export_bundle
     from dnp.export.fp16.ranges import RangeCheck
 
+    shipped = default_bundle.defaults
     report = export_bundle(
         model_folder / "stable-diffusion",
         tmp_path_factory.mktemp("fp16") / "bundle",
         captioner=model_folder / "blip",
         precision="fp16",
-        defaults=asdict(default_bundle.defaults),
+        defaults={"guidance": shipped.final.guidance, "dns_guidance": shipped.dns.guidance},
         ranges=RangeCheck(),
     )
     return Bundle.open(report.path)
