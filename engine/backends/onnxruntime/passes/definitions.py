@@ -156,6 +156,10 @@ def define(model: ir.Model) -> None:
 
 def inlined(model: ir.Model) -> ir.Model:
     """The model in plain nodes: every operator that carries its definition is replaced by it, in place."""
+    for node in model.graph:
+        function = model.functions.get(node.op_identifier())
+        if function is not None and len(node.outputs) < len(function.outputs):
+            node.resize_outputs(len(function.outputs))  # a result that nobody asks for may have been left out
     passes.InlinePass()(model)
     passes.RemoveUnusedNodesPass()(model)  # results that nobody asks for
     passes.RemoveUnusedOpsetsPass()(model)
