@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dnp.engine.errors import ExportError
+from dnp.engine.system.files import is_lfs_pointer
 
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 _TO_SAFETENSORS = (
@@ -18,21 +19,19 @@ _TO_SAFETENSORS = (
     "wrote it: from_pretrained(SOURCE, use_safetensors=False).save_pretrained(FOLDER, safe_serialization=True), "
     "of StableDiffusionPipeline or BlipForConditionalGeneration"
 )
-_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def check_content(path: Path) -> None:
     """Raises ExportError when ``path`` is the pointer that a clone without Git LFS leaves, or cannot be read."""
     try:
-        with path.open("rb") as file:
-            start = file.read(len(_POINTER))
+        pointer = is_lfs_pointer(path)
     except FileNotFoundError as error:
         if path.is_symlink():
             raise ExportError(f"{path} is a link to {path.readlink()}, which is missing; download it again") from error
         raise ExportError(f"{path} is missing; the folder is not complete") from error
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error}") from error
-    if start == _POINTER:
+    if pointer:
         raise ExportError(
             f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in the clone that it is from"
         )

@@ -24,13 +24,12 @@ from dnp.engine.bundle.manifest import (
 )
 from dnp.engine.bundle.schema import nearest
 from dnp.engine.errors import BundleError, SettingsError
-from dnp.engine.system.files import write_together
+from dnp.engine.system.files import is_lfs_pointer, write_together
 
 MANIFEST: Final = "bundle.json"
 SEAL: Final = "bundle.sha256"
 _MOST_BYTES: Final = 16 << 20  # of a manifest; a real one has some kilobytes
 _CHUNK: Final = 4 << 20
-_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 _RECOPY: Final = "copy the bundle again, or export it again"
 
 
@@ -183,7 +182,7 @@ def _verify(root: Path, files: Mapping[str, FileRecord]) -> None:
     paths = {name: _place(root, name) for name in files}
     for name, path in paths.items():
         expected, size = files[name].size, path.stat().st_size
-        if size != expected and _starts_as_pointer(path):
+        if size != expected and is_lfs_pointer(path):
             raise BundleError(
                 f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in the clone that it is from"
             )
@@ -201,12 +200,6 @@ def _verify(root: Path, files: Mapping[str, FileRecord]) -> None:
         for name, reason in zip(paths, pool.map(wrong, paths), strict=True):
             if reason is not None:
                 raise BundleError(f"{paths[name]}: {reason}; {_RECOPY}")
-
-
-def _starts_as_pointer(path: Path) -> bool:
-    """Whether a file is what a clone without Git LFS leaves in the place of a large one."""
-    with path.open("rb") as file:
-        return file.read(len(_POINTER)) == _POINTER
 
 
 def _place(root: Path, name: str) -> Path:

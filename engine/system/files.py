@@ -13,6 +13,7 @@ from typing import Any, Final
 from dnp.engine.errors import OutputError
 from dnp.engine.system.interrupts import uninterrupted
 
+_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 TEMPORARY: Final = ".dnp."  # how the names begin that files have until they are complete; then follows their own
 
 
@@ -66,6 +67,12 @@ def new_folder(path: Path) -> Iterator[None]:
             with suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what a clone without Git LFS leaves in the place of a large one. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
 
 
 def _umask() -> int:
