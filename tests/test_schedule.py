@@ -11,14 +11,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from scipy import stats
 
 from dnp.engine.errors import SettingsError
-from dnp.runtime.sampling.schedule import (
-    BETA_SCHEDULES,
-    DynamicShift,
-    FlowSchedule,
-    NoiseSchedule,
-    read_schedule,
-    spaced,
-)
+from dnp.runtime.sampling.flow import DynamicShift, FlowSchedule
+from dnp.runtime.sampling.levels import spaced
+from dnp.runtime.sampling.schedule import BETA_SCHEDULES, NoiseSchedule, read_schedule
 
 # diffusers mixes numpy and torch in a way that numpy 2 warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dnp.engine.bundle.columns import SLOTS
-from dnp.runtime.sampling.schedule import FLOW_PREDICTION, Level, NoiseSchedule, Schedule
+from dnp.runtime.sampling.flow import FLOW_PREDICTION
+from dnp.runtime.sampling.levels import Level
+from dnp.runtime.sampling.schedule import NoiseSchedule, Schedule
 
 FEW_STEPS = 15
 """DPM-Solver and DEIS lower their order at the end of fewer steps only."""
