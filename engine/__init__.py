@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     )
     from dnp.engine.backends.session import Backend, BackendOptions, Buffer, Session
     from dnp.engine.bundle.bundle import Bundle, seal
-    from dnp.engine.bundle.contract import TensorSpec
     from dnp.engine.bundle.manifest import GraphSpec
+    from dnp.engine.bundle.tensors import TensorSpec
     from dnp.engine.plans.build import build_plans
 
 _HOMES = {

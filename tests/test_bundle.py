@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from dnp.engine.bundle.bundle import Bundle, file_record, seal
 from dnp.engine.bundle.columns import ROW
-from dnp.engine.bundle.contract import TensorSpec, signatures, symbols
+from dnp.engine.bundle.contract import signatures, symbols
 from dnp.engine.bundle.manifest import CaptionSpec, ConditioningSpec, GuidanceSpec, LatentSpec, TextSpec, TokenizerSpec
+from dnp.engine.bundle.tensors import TensorSpec
 from dnp.engine.errors import BundleError, SettingsError
 
 TEXT = TextSpec(length=5, tokenizers=(TokenizerSpec("tokenizers/prompt.json", bos=0, eos=1, pad=1),), empty="encoded")

@@ -13,8 +13,9 @@ from transformers import BlipForConditionalGeneration, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from dnp.engine.backends.registry import open_graph
-from dnp.engine.bundle.contract import TensorSpec, signatures
+from dnp.engine.bundle.contract import signatures
 from dnp.engine.bundle.manifest import CaptionSpec, GraphSpec, GuidanceSpec, LatentSpec, TextSpec, TokenizerSpec
+from dnp.engine.bundle.tensors import TensorSpec
 from dnp.engine.errors import ExportError, SettingsError
 from dnp.export.families.blip import GRAPHS, caption_manifest, caption_tokenizer, load_blip
 from dnp.export.families.blip_modules import resize_exactly

@@ -13,9 +13,9 @@ from diffusers import schedulers
 from test_samplers import Array, make_network, parameters_of, relative_error, walk_table
 
 from dnp.engine.errors import SettingsError
+from dnp.runtime.sampling.flow import FlowSchedule
 from dnp.runtime.sampling.noise import TorchNoise
 from dnp.runtime.sampling.samplers import SamplerTable, sampler_names, sampler_of, sampler_table
-from dnp.runtime.sampling.flow import FlowSchedule
 from dnp.runtime.sampling.settings import FLOW_SCHEDULE_KEYS, FLOW_SCHEDULERS, KEYS, Setting
 
 # diffusers mixes numpy and torch in a way that numpy 2 warns about.

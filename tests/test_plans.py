@@ -21,8 +21,9 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 from dnp.cli import run
 from dnp.engine.bundle.columns import ROW
-from dnp.engine.bundle.contract import TensorSpec, symbols
+from dnp.engine.bundle.contract import symbols
 from dnp.engine.bundle.manifest import GraphSpec
+from dnp.engine.bundle.tensors import TensorSpec
 from dnp.engine.errors import BackendError, BundleError, Cancelled, OutputError, SettingsError
 from dnp.engine.plans.build import build_plans, memory_needed, target_for
 from dnp.engine.plans.compiler import compile_plan

@@ -26,8 +26,8 @@ from dnp.engine.backends.host import HostBuffer
 from dnp.engine.backends.onnxruntime import cuda as ort_cuda
 from dnp.engine.backends.registry import backend_names, doctor, open_graph, open_session
 from dnp.engine.backends.session import BackendOptions, Buffer
-from dnp.engine.bundle.contract import TensorSpec
 from dnp.engine.bundle.manifest import GraphSpec
+from dnp.engine.bundle.tensors import TensorSpec
 from dnp.engine.errors import BackendError, BundleError, SettingsError
 from dnp.engine.system import imports, processor
 

@@ -14,7 +14,7 @@ from small import small_bundle, write_graph
 
 from dnp.engine.backends.registry import open_backend, open_graph
 from dnp.engine.backends.session import BackendOptions
-from dnp.engine.bundle.contract import TensorSpec
+from dnp.engine.bundle.tensors import TensorSpec
 from dnp.engine.errors import BackendError, SettingsError
 from dnp.engine.plans.build import build_plans
 from dnp.engine.plans.profile import Range

@@ -14,8 +14,8 @@ from dnp.cli.plans import plan_layers, plan_table, plans_of
 if TYPE_CHECKING:
     from dnp.engine.backends.registry import BackendReport
     from dnp.engine.bundle.bundle import Bundle
-    from dnp.engine.bundle.contract import TensorSpec
     from dnp.engine.bundle.manifest import PassDefaults, Ranges
+    from dnp.engine.bundle.tensors import TensorSpec
 
 
 @click.command()

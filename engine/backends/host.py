@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dnp.engine.backends.session import Array, Buffer, StoredBuffer, StoredSession, window_name
-from dnp.engine.bundle.contract import TensorSpec
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import REMEDY
+from dnp.engine.bundle.tensors import TensorSpec
 from dnp.engine.errors import BackendError, BundleError, SettingsError
 
 _ALIGNMENT: Final = 64  # bytes: a cache line, and the widest vector

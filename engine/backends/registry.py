@@ -13,9 +13,9 @@ import numpy as np
 
 from dnp.engine.backends.session import Backend, BackendOptions, Session
 from dnp.engine.bundle.bundle import Bundle
-from dnp.engine.bundle.contract import TensorSpec
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import nearest
+from dnp.engine.bundle.tensors import TensorSpec
 from dnp.engine.errors import BackendError, SettingsError
 from dnp.engine.system.imports import install_line, installed, place
 from dnp.engine.system.processor import core_count, processor_name

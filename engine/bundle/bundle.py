@@ -20,8 +20,8 @@ from dnp.engine.bundle.manifest import (
     FileRecord,
     GraphSpec,
     Manifest,
-    parse,
 )
+from dnp.engine.bundle.reading import parse
 from dnp.engine.bundle.schema import nearest
 from dnp.engine.errors import BundleError, SettingsError
 from dnp.engine.system.files import is_lfs_pointer, write_together

@@ -18,8 +18,8 @@ import onnx_ir as ir
 from dnp.engine.backends.onnxruntime.session import OrtSession
 from dnp.engine.backends.session import Backend, BackendOptions
 from dnp.engine.bundle.bundle import Bundle
-from dnp.engine.bundle.contract import TensorSpec
 from dnp.engine.bundle.manifest import FP16_LARGEST, GraphSpec, Ranges
+from dnp.engine.bundle.tensors import TensorSpec
 from dnp.engine.errors import DnpError, ExportError, SettingsError
 from dnp.export.fp16.float32 import half_values, keep_float32, widen
 from dnp.export.fp16.simulation import simulated_graph, write_reference

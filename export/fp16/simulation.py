@@ -16,8 +16,8 @@ import onnx_ir as ir
 from dnp.engine.backends.onnxruntime.session import OrtSession
 from dnp.engine.backends.session import Backend, BackendOptions
 from dnp.engine.bundle.bundle import Bundle
-from dnp.engine.bundle.contract import TensorSpec
 from dnp.engine.bundle.manifest import GraphSpec
+from dnp.engine.bundle.tensors import TensorSpec
 from dnp.export.fp16.float32 import HALF, SINGLE, half_values, widen
 from dnp.export.passes.attention import read_model
 from dnp.export.passes.onnx_file import write_model

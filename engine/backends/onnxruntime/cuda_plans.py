@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from dnp.engine.bundle.bundle import Bundle
-from dnp.engine.bundle.contract import TensorSpec, symbols
+from dnp.engine.bundle.contract import symbols
 from dnp.engine.bundle.manifest import GraphSpec
+from dnp.engine.bundle.tensors import TensorSpec
 from dnp.engine.errors import OutputError, SettingsError
 from dnp.engine.plans.plan import (
     FOLDER,
