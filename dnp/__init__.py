@@ -30,7 +30,8 @@ if TYPE_CHECKING:
         SettingsError,
     )
     from dnp.runtime.pipeline.pipeline import Pipeline
-    from dnp.runtime.request import Request, Result
+    from dnp.runtime.request import Request
+    from dnp.runtime.result import Result
 
 # What libraries tell their makers, switched off before any of them is loaded, and for this process alone: ONNX Runtime
 # keeps an identifier and events below ~/.cache and sends them. Some are loaded by others, diffusers among them.
@@ -39,7 +40,7 @@ os.environ.update(ORT_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_TELEMETRY="1")
 _HOMES = {
     "Pipeline": "dnp.runtime.pipeline.pipeline",
     "Request": "dnp.runtime.request",
-    "Result": "dnp.runtime.request",
+    "Result": "dnp.runtime.result",
     "DnpError": "dnp.engine.errors",
     "SettingsError": "dnp.engine.errors",
     "BundleError": "dnp.engine.errors",

@@ -22,7 +22,7 @@ from dnp.engine.errors import OutputError, SettingsError
 from dnp.engine.system.files import new_folder, refuse_folder, write_together
 from dnp.engine.system.interrupts import uninterrupted
 from dnp.runtime.lettering import Lettering
-from dnp.runtime.request import Request, Result
+from dnp.runtime.request import Request
 
 METADATA_KEY = "dnp"
 MAX_PIXELS = 64_000_000  # of an image that is read: a photograph of the largest cameras, 200 MB as RGB
@@ -206,21 +206,19 @@ def _stored(image: Image.Image) -> dict[str, Any] | None:
     return settings if all(isinstance(settings.get(key), str | None) for key in texts) else None
 
 
-def save(result: Result, files: Files, sheets: Mapping[str, Image.Image] | None = None) -> list[Path]:
-    """Write the pictures of ``result`` that ``files`` asks for, as ``outputs`` gave them, or none of them.
+def save(files: Files, images: Mapping[str, Sequence[Image.Image]], negatives: Sequence[str]) -> list[Path]:
+    """Write the pictures that ``files`` asks for, as ``outputs`` gave them, or none of them.
 
-    ``sheets`` are pictures of several, by their kinds. Each picture carries the settings that reproduce it. Returns the
-    paths. Raises OutputError.
+    ``images`` are by their kinds, one of a sheet; ``negatives`` are n* of each image. Each picture carries the settings
+    that reproduce it. Returns the paths. Raises OutputError.
     """
-    final = "dnp" if result.request.dnp else "plain"
-    images = {"plain": result.plain_images, "dns": result.dns_images, final: result.images}
     written = {}
     for path, settings in files.items():
         kind, index = settings["kind"], settings["index"]
         if index is None:
-            written[path] = png((sheets or {})[kind], settings)
+            written[path] = png(images[kind][0], settings)
         else:
-            written[path] = png(images[kind][index], {**settings, "negative": result.negatives[index]})
+            written[path] = png(images[kind][index], {**settings, "negative": negatives[index]})
     write_together(written)
     return list(written)
 

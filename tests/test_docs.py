@@ -18,7 +18,7 @@ import pytest
 from dnp.cli import run
 from dnp.engine import Bundle, open_session, seal
 from dnp.engine.backends import registry
-from dnp.runtime.sampling import samplers, settings, solvers
+from dnp.runtime.sampling import grids, samplers, settings, solvers
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = ["README.md", "models/README.md", *sorted(f"docs/{page.name}" for page in (REPOSITORY / "docs").glob("*.md"))]
@@ -211,7 +211,7 @@ def test_the_sampler_of_the_contributor_s_page_is_diffusers_own(monkeypatch):
     algorithm, honoured, named = blocks(section("docs/contributing.md", "Add a sampler"), "python")
     exec(algorithm, vars(solvers))
     monkeypatch.setitem(settings.SCHEDULERS, *entry(honoured, settings).popitem())
-    monkeypatch.setitem(samplers._SAMPLERS, *entry(named, samplers).popitem())
+    monkeypatch.setitem(grids.SAMPLERS, *entry(named, grids).popitem())
     monkeypatch.delattr(solvers, "dpm2")  # not left behind
     shape, mix = (4, 3, 3), np.random.default_rng(0).normal(0, 0.5, (4, 4)).astype(np.float32)
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dnp import Pipeline, Request
 from dnp.runtime.pipeline.pipeline import drive
-from dnp.runtime.request import to_images
+from dnp.runtime.result import to_images
 
 MOST_PROMPTS = 100_000  # seeds of the further images of a prompt are so far apart
 PLAIN, DNP = "plain (∅)", "DNP (n*)"

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dnp.runtime.pipeline.pipeline import Pipeline
-    from dnp.runtime.request import Request, Result
+    from dnp.runtime.request import Request
+    from dnp.runtime.result import Result
 
 
 @click.command()
@@ -92,7 +93,8 @@ def generate(
         with closing(Progress()) as progress:
             result = pipeline.run(job, progress)
         warn_if_truncated(pipeline, job, "negative prompt", *dict.fromkeys(result.negatives))
-        paths = save(result, files, {"compared": _side_by_side(result)} if job.compare else None)
+        compared = {"compared": [_side_by_side(result)]} if job.compare else {}
+        paths = save(files, {**result.by_kind, **compared}, result.negatives)
     say(_report(result, paths), as_json, _summary(result, paths))
 
 
@@ -125,7 +127,7 @@ def dns(
     with output_folder(out, files, overwrite=overwrite):
         with closing(Progress()) as progress:
             result = drive(pipeline.dns_steps(job), progress)
-        paths = save(result, files)
+        paths = save(files, result.by_kind, result.negatives)
     say(_report(result, paths), as_json, _summary(result, paths))
 
 
@@ -153,7 +155,8 @@ def explore(
     """
     from dnp.runtime.pictures import output_folder, outputs, save, sheet
     from dnp.runtime.pipeline.pipeline import drive
-    from dnp.runtime.request import Request, to_images
+    from dnp.runtime.request import Request
+    from dnp.runtime.result import to_images
 
     pipeline = options.open()
     job = pipeline.resolve(Request(prompt, compare=True, **settings))
@@ -180,7 +183,7 @@ def explore(
             headings=["p alone", "DNS image", "n* alone, as negative", "the pair (p, n*)"],
             titles=[f"seed {seed}" for seed in job.seeds],
         )
-        paths = save(result, files, {"explored": picture})
+        paths = save(files, {"explored": [picture]}, result.negatives)
     lines = [f"seed {seed}: n* = {negative}" for seed, negative in zip(job.seeds, result.negatives, strict=True)]
     say(_report(result, paths), as_json, "\n".join([*lines, *(f"wrote {path}" for path in paths), _time(result)]))
 

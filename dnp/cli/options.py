@@ -17,7 +17,7 @@ from dnp.cli.streams import swallow
 if TYPE_CHECKING:
     from dnp.runtime.job import Job
     from dnp.runtime.pipeline.pipeline import Pipeline
-    from dnp.runtime.request import Step
+    from dnp.runtime.result import Step
 
 F = TypeVar("F", bound=Callable[..., Any])
 MB: Final = 1_000_000  # bytes, as everywhere in what is printed

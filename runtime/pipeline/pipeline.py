@@ -22,7 +22,8 @@ from dnp.runtime.job import Job, resolve
 from dnp.runtime.pipeline.clock import Clock
 from dnp.runtime.pipeline.graphs import Graphs
 from dnp.runtime.pipeline.run import Run
-from dnp.runtime.request import Request, Result, Step
+from dnp.runtime.request import Request
+from dnp.runtime.result import Result, Step
 from dnp.runtime.sampling.samplers import check_defaults
 from dnp.runtime.sampling.schedule import Schedule, read_schedule
 from dnp.runtime.tokenizer import PromptTokenizer

@@ -12,7 +12,7 @@ from dnp.engine.errors import DnpError
 from dnp.runtime.job import Job
 from dnp.runtime.pipeline.clock import Clock
 from dnp.runtime.pipeline.graphs import Graphs
-from dnp.runtime.request import Step
+from dnp.runtime.result import Step
 from dnp.runtime.sampling.denoise import Sample, finite
 from dnp.runtime.sampling.samplers import SamplerTable
 
