@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dnp.engine.errors import SettingsError
-from dnp.runtime.sampling.noise import TorchNoise, starting_noise
+from dnp.runtime.sampling.noise import TorchNoise
 
 TOLERANCE = 1e-6
 SEEDS = st.integers(-(2**63), 2**64 - 1)
@@ -54,13 +54,6 @@ def test_shapes_equal_torch(shape: tuple[int, ...]) -> None:
 def test_a_million_values_stay_within_the_tolerance() -> None:
     """The tails too: the largest radius that 24 bits can give is 5.8."""
     assert_same_sequence(123, (2**20,))
-
-
-def test_starting_noise_has_one_generator_per_image() -> None:
-    noise = starting_noise([0, 7, 0], (4, 8, 8))
-    assert noise.shape == (3, 4, 8, 8)
-    np.testing.assert_array_equal(noise[0], noise[2])
-    np.testing.assert_allclose(noise[1:2], torch_randn(7, (1, 4, 8, 8))[0], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("seed", [True, False, np.bool_(True), 1.0, 1.5, math.nan, "1", None, 2**64, -(2**63) - 1])

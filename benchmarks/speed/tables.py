@@ -58,10 +58,10 @@ def works(report: Report) -> str:
 
 def agrees(report: Report, name: str) -> str:
     """How far a contender's picture is from the first one's, and whether its n* is the same; or why it has none."""
-    facts = report["contenders"][name]
-    if facts["reason"]:
-        return str(facts["reason"]).replace("|", "/")
-    found = facts["agreement"]
+    entry = report["contenders"][name]
+    if entry["reason"]:
+        return str(entry["reason"]).replace("|", "/")
+    found = entry["agreement"]
     if found is None:
         return NONE
     if found.get("shape"):

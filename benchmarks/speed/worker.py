@@ -29,8 +29,8 @@ Emit = Callable[..., None]
 def main() -> int:
     events = own_output()
 
-    def emit(event: str, **facts: Any) -> None:
-        print(json.dumps({"event": event, **facts}), file=events, flush=True)
+    def emit(event: str, **said: Any) -> None:
+        print(json.dumps({"event": event, **said}), file=events, flush=True)
 
     job = Job.from_json(sys.stdin.read())
     try:

@@ -25,7 +25,7 @@ from dnp.engine.system.files import write_together
 
 _log = logging.getLogger("dnp.engine")
 REVISION: Final = 1  # of what is told to the compiler without being asked for; a change makes other plans
-_FACTS: Final = {
+_STATISTICS: Final = {
     "activation_bytes": "Total Activation Memory:",
     "weights_bytes": "Total Weights Memory:",
     "scratch_bytes": "Max Scratch Memory:",
@@ -196,7 +196,7 @@ def _monitor_class(trt: Any) -> Any:
 def _facts(messages: Any) -> dict[str, int]:
     found = {}
     for message in messages:
-        for name, opening in _FACTS.items():
+        for name, opening in _STATISTICS.items():
             number = message.removeprefix(opening).split()
             if message.startswith(opening) and number and number[0].isdigit():
                 found[name] = int(number[0])

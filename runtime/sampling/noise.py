@@ -9,7 +9,7 @@ transform (1958), in the two layouts that ATen uses for large and for small tens
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import index
 from typing import Any
 
@@ -104,8 +104,3 @@ def check_seed(seed: Any) -> int:
     if not -(2**63) <= value < 2**64:
         raise SettingsError(f"the seed is {value}, which does not fit in 64 bits: {remedy}")
     return value
-
-
-def starting_noise(seeds: Iterable[int], shape: Sequence[int]) -> Floats:
-    """The noise each seed starts from: float32 [B, *shape], one generator per image."""
-    return np.stack([TorchNoise(seed).randn(shape) for seed in seeds])
