@@ -27,6 +27,7 @@ from dnp.runtime.request import Request
 METADATA_KEY = "dnp"
 MAX_PIXELS = 64_000_000  # of an image that is read: a photograph of the largest cameras, 200 MB as RGB
 SHEETS: Final = ("compared", "explored")  # the kinds that show all images of a request, in one file
+_PICTURES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp"})  # what nobody calls a folder
 _NAME_BYTES: Final = 80  # of the part of a file name that comes from the prompt
 
 Files = Mapping[Path, Mapping[str, Any]]
@@ -73,6 +74,10 @@ def output_folder(path: Path, files: Files | None = None, *, overwrite: bool = F
     replaced, or the disk has no room for them.
     """
     files = files or {}
+    if path.suffix.lower() in _PICTURES and not path.is_dir():
+        raise OutputError(
+            f"{str(path)!r} would be a folder with a picture's name; name the folder, files name themselves"
+        )
     with ExitStack() as stack:
         place = path
         try:

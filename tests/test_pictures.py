@@ -119,6 +119,16 @@ def test_what_is_not_ours_is_not_replaced_unasked(tmp_path, what):
         pass
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.JPG", "new/a.webp"])
+def test_a_folder_is_not_called_like_a_picture(tmp_path, name):
+    with pytest.raises(OutputError, match="name the folder"), output_folder(tmp_path / name):
+        pass
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "there.png").mkdir()
+    with output_folder(tmp_path / "there.png"):  # somebody does
+        pass
+
+
 @pytest.mark.parametrize(("length", "fits"), [(3900, True), (4000, False)])
 def test_a_path_that_is_too_long_for_the_names_is_known_before(tmp_path, length, fits):
     deep = tmp_path
