@@ -151,8 +151,10 @@ def _passes(full: Request) -> tuple[Pass, Pass]:
 
 
 def _check(full: Request, bundle: Bundle) -> None:
-    _check_words("prompt", full.prompt)
-    if full.negative is not None:
+    if full.negative is None:
+        _check_words("prompt", full.prompt)
+    else:
+        check_text(full.prompt, "prompt")  # an empty one is ∅: what n* alone does
         _check_words("negative prompt", full.negative)
         if not full.dnp:
             raise SettingsError("a negative prompt was given, but DNP is switched off; drop one of the two")

@@ -21,7 +21,7 @@ class Request:
     ``dns_seed`` says otherwise. Image ``i`` of several uses ``seed + i``, as a list of diffusers generators would.
 
     Attributes:
-        prompt: p, what the image should show.
+        prompt: p, what the image should show. Beside a negative prompt it may be empty: ∅, for n* alone.
         negative: n*, written by a person; skips DNS and captioning.
         dnp: False for plain classifier-free guidance against the empty prompt ∅.
         windows: how many windows of the text encoder (75 tokens, of Stable Diffusion) a prompt may fill.

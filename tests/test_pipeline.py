@@ -15,6 +15,7 @@ from PIL import Image
 import dnp
 from dnp.engine.errors import Cancelled, DnpError, SettingsError
 from dnp.runtime.pictures import png
+from dnp.runtime.pipeline.pipeline import drive
 from dnp.runtime.request import Request
 
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"
@@ -127,6 +128,13 @@ def test_opening_is_counted_once():
     first, second = fresh(PROMPT, **QUICK).seconds, fresh(PROMPT, **QUICK).seconds
     assert first["open"] > second["open"]
     assert first["total"] >= sum(v for k, v in first.items() if k != "total")
+
+
+def test_an_empty_prompt_is_n_alone_beside_a_negative_prompt(pipeline):
+    alone = pipeline("", negative="a small circle", seed=1, **QUICK)
+    request = Request(PROMPT, seed=1, **QUICK)
+    assert np.array_equal(alone.arrays, drive(pipeline.sample([""], ["a small circle"], request)))
+    assert not np.array_equal(alone.arrays, pipeline(PROMPT, negative="a small circle", seed=1, **QUICK).arrays)
 
 
 def test_an_empty_caption_is_no_negative_prompt(pipeline, monkeypatch):
