@@ -120,6 +120,9 @@ CASES = {
             "layer norm": nn.LayerNorm,
             "skip group norm": 2 + 2,  # the time in both blocks, and the residual behind each
             "skip layer norm": 2 * 2 + 1,  # after each attention, and between the blocks
+            "joined biases": 1,  # of the second block and its shortcut
+            "convolution and residual": 1,  # behind the attention, as the sum is not normalised alone
+            "products of places": 2,  # into the attention, and out of it
             "GEGLU": 2,
             "bias and residual": 1,  # at the end of the last block
             "QuickGelu": 2,  # SiLU of the time, before the blocks and inside

@@ -10,6 +10,7 @@ from onnx_ir.passes import common as passes
 
 from dnp.engine.backends.onnxruntime.passes.activations import fuse_bias_gelu, fuse_geglu, fuse_quick_gelu
 from dnp.engine.backends.onnxruntime.passes.attention import fuse_attention, separate_packed_heads
+from dnp.engine.backends.onnxruntime.passes.convolutions import convolutions_to_products, fuse_residual, join_biases
 from dnp.engine.backends.onnxruntime.passes.definitions import define, inlined
 from dnp.engine.backends.onnxruntime.passes.normalization import (
     fuse_group_norm,
@@ -24,7 +25,10 @@ PASSES: Final[dict[str, Callable[[ir.Model], int]]] = {
     "packed heads": separate_packed_heads,
     "attention": fuse_attention,
     "group norm": fuse_group_norm,
+    "joined biases": join_biases,
     "skip group norm": fuse_skip_group_norm,
+    "convolution and residual": fuse_residual,
+    "products of places": convolutions_to_products,
     "layer norm": narrow_layer_norm,
     "skip layer norm": fuse_skip_layer_norm,
     "GEGLU": fuse_geglu,
