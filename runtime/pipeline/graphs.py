@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from types import MappingProxyType
@@ -49,7 +49,7 @@ class Graphs:
         self._sessions: dict[str, Session] = {}  # by graph
         latents, scale = bundle.latents, bundle.latents.vae_scale_factor
         self._sizes = [(latents.height * scale, latents.width * scale)]  # those that are captured
-        self._captured: set[str] = set()
+        self._captured: set[tuple[str, int]] = set()  # sampling or captions, of so many images at once
 
     @cached_property
     def tokenizers(self) -> list[PromptTokenizer]:
@@ -107,8 +107,13 @@ class Graphs:
         getattr(self, _OPENERS[graph])
         return self._sessions[graph]
 
-    def warm_up(self, *, captioner: bool, sizes: Sequence[tuple[int, int]] = ()) -> None:
-        """Open the graphs and capture them for every batch size and image size; see ``Pipeline.warm_up``."""
+    def warm_up(
+        self, *, captioner: bool, sizes: Sequence[tuple[int, int]] = (), batches: Collection[int] | None = None
+    ) -> None:
+        """Open the graphs and capture them for every image size; see ``Pipeline.warm_up``.
+
+        ``batches`` are how many images will come at once; every number that there is when ``None``.
+        """
         self.require_open()
         self._sampling  # noqa: B018
         if captioner:
@@ -119,36 +124,47 @@ class Graphs:
             self.validate(resolve(request, self.bundle, read_schedule(self.bundle.schedule)))
         before = self._sizes, self._captured
         if new:
-            captioner = captioner or "captions" in self._captured
+            captioner = captioner or self._has_captions
             self._sizes, self._captured = [*self._sizes, *new], set()
         try:
-            self._capture(captioner=captioner)
+            self._capture(captioner=captioner, wanted=batches)
         except BaseException:
             self._sizes, self._captured = before  # a size that cannot be had is not tried again with each request
             raise
 
-    def _capture(self, *, captioner: bool) -> None:
-        todo = ({"sampling", "captions"} if captioner else {"sampling"}) - self._captured
-        if not todo:
-            return
+    @property
+    def _has_captions(self) -> bool:
+        return any(kind == "captions" for kind, _ in self._captured)
+
+    def _capture(self, *, captioner: bool, wanted: Collection[int] | None) -> None:
+        """Capture what is not captured yet. Buffers get room for the most images first, whatever is wanted: what moves
+        later would undo it.
+        """
         batches = [batch for batch in self.backend.batches if batch <= self.batch]
         batches = [
             batch for batch in batches if all(s.limits.nearest("batch", batch) == batch for s in self._sampling[::2])
         ]
-        if "sampling" in todo:
-            self._capture_sampling(batches)
-            self._captured.add("sampling")
-        if "captions" in todo:
-            self.captioner.capture([batch for batch in batches if self.captioner.takes(batch)], self._sizes)
-            self._captured.add("captions")
+        kinds = {"sampling": batches}
+        if captioner:
+            kinds["captions"] = [batch for batch in batches if self.captioner.takes(batch)]
+        for kind, possible in kinds.items():
+            new = [
+                batch
+                for batch in possible
+                if (wanted is None or batch in wanted) and (kind, batch) not in self._captured
+            ]
+            if new and kind == "sampling":
+                self._capture_sampling(new, possible[0])
+            elif new:
+                self.captioner.capture(new, self._sizes, possible[0])
+            self._captured |= {(kind, batch) for batch in new}
 
-    def _capture_sampling(self, batches: Sequence[int]) -> None:
+    def _capture_sampling(self, batches: Sequence[int], most: int) -> None:
         """Capture the three sessions for ``batches``, the largest first, and every size or the nearest that they have.
 
-        A step's sizes depend on the samplers only in whether they draw noise on the way.
+        There is room for ``most`` images. A step's sizes depend on the samplers only in whether they draw noise on the
+        way.
         """
-        if not batches:
-            return
         scale = self.bundle.latents.vae_scale_factor
         nearest = self.denoiser.session.limits.nearest
         shapes = [
@@ -156,16 +172,15 @@ class Graphs:
         ]
         roles = range(1, self.bundle.guidance.roles + 1)
         rows = {self.denoiser.session.limits.fit("rows", role * batch) for batch in batches for role in roles}
-        for noise_steps in (
-            2,
-            1,
-        ):  # the most memory first: what grows has grown before anything is captured, for it moves
-            for height, width in shapes:
-                self._open_places(batches[0], height, width, noise_steps)
-                self.decode.reshape(**self._decode_sizes(batches[0], height, width))
+        # The most memory first: what grows has grown before anything is captured, for it moves.
         for noise_steps in (2, 1):
             for height, width in shapes:
-                self._open_places(batches[0], height, width, noise_steps)
+                self._open_places(most, height, width, noise_steps)
+                self.decode.reshape(**self._decode_sizes(most, height, width))
+        self._open("encode_text").reshape(batch=most, tokens=self.bundle.text.length)
+        for noise_steps in (2, 1):
+            for height, width in shapes:
+                self._open_places(most, height, width, noise_steps)
                 for count in sorted(rows, reverse=True):
                     self.denoiser.capture(count)
         for height, width in shapes:
@@ -234,10 +249,10 @@ class Graphs:
             self.close()  # some graphs have the new weights and some the old ones
             raise
         self.bundle = other
-        captured = set(self._captured)
-        self._captured.clear()  # what was captured holds the old weights
+        captured, captioner = {batch for _, batch in self._captured}, self._has_captions
+        self._captured = set()  # what was captured holds the old weights
         if captured:
-            self.warm_up(captioner="captions" in captured)
+            self.warm_up(captioner=captioner, batches=captured)
 
     def require_open(self) -> None:
         """Raises DnpError when closed, BackendError in a forked child."""

@@ -18,6 +18,7 @@ from dnp.engine.backends.registry import open_backend
 from dnp.engine.backends.session import Backend, BackendOptions, Session
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.errors import BundleError, Cancelled, DnpError, SettingsError
+from dnp.runtime.captioning.captioner import part_sizes
 from dnp.runtime.job import Job, resolve
 from dnp.runtime.pipeline.clock import Clock
 from dnp.runtime.pipeline.graphs import Graphs
@@ -120,7 +121,7 @@ class Pipeline:
         clock, graphs = Clock(), self._graphs
         clock.add("open", graphs.opening)
         with clock.phase("open"):
-            graphs.warm_up(captioner=job.runs_dns)
+            graphs.warm_up(captioner=job.runs_dns, batches=part_sizes(job.images, graphs.batch))
         graphs.opening = 0.0  # told now
         graphs.validate(job)
         return Run(graphs, job, clock)
@@ -260,7 +261,7 @@ class Pipeline:
         job = request if isinstance(request, Job) else resolve(request, self.bundle, self._schedule)
         seeds = [job.seeds[0] + i for i in range(len(prompts))]
         with self._exclusive():
-            self._graphs.warm_up(captioner=False)
+            self._graphs.warm_up(captioner=False, batches=part_sizes(len(prompts), self._graphs.batch))
             run = Run(self._graphs, job, Clock())
             return (yield from run.sample("final", job.final, prompts, negatives, seeds))
 
