@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -275,7 +276,8 @@ class CudaBackend(DeviceBackend):
                 )
             raise missing_extra("onnxruntime-gpu", "gpu", "the backend 'cuda'")
         if hasattr(module, "preload_dlls"):
-            module.preload_dlls()  # CUDA and cuDNN from their own packages
+            with redirect_stdout(io.StringIO()):  # it prints what is missing; the session will say what it needs
+                module.preload_dlls()  # CUDA and cuDNN from their own packages
         return module
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> CudaSession:
