@@ -34,7 +34,7 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 WORK = REPOSITORY / "build" / "gpu-bench"
 PIXELS, STEPS, TOKENS = 512, 25, 20
 BATCHES = (1, 2, 4, 8)
-COMPILED_AT = (1, 8)  # batches of the compiled contender, which compiles for minutes at each
+FEWER = {"diffusers-compiled": (1, 8), "cuda-plain": (1,)}  # batches of those that compile for minutes, or take 40 GB
 MANY = 8  # images of the request for many
 PATIENCE = 420.0  # seconds for one answer; compiling is part of some
 
@@ -161,11 +161,10 @@ def measure(
         keep({"contenders": told, "measured": found})
 
     def tasks(name: str) -> list[dict[str, Any]]:
-        mine = [batch for batch in batches if name != "diffusers-compiled" or batch in COMPILED_AT]
-        many = {"do": "dnp", "images": max(batches)}
+        mine = [batch for batch in batches if batch in FEWER.get(name, batches)]
         steps = [{"do": "step", "batch": batch} for batch in mine]
         one = [{"do": kind, "images": 1} for kind in ("plain", "dnp")]
-        return [*one, *steps, *([many] if max(batches) > 1 else [])]
+        return [*one, *steps, *({"do": "dnp", "images": batch} for batch in mine if batch == max(batches) > 1)]
 
     def prepared(name: str) -> Any:
         def work(contender: Contender) -> None:
@@ -189,7 +188,9 @@ def measure(
                 told[name]["memory"][str(max(batches))] = held(before)
             if profile:
                 told[name]["kernels"] = {
-                    batch: contender.ask("profile", batch=batch)["kernels"] for batch in {1, max(batches)}
+                    batch: contender.ask("profile", batch=batch)["kernels"]
+                    for batch in (1, max(batches))
+                    if {"do": "step", "batch": batch} in tasks(name)
                 }
 
         return work

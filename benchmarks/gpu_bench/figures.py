@@ -48,8 +48,8 @@ def page(report: Report) -> str:
         f"{machine['gpu']}, driver {machine['driver']}, {machine['cores']} cores, Python {machine['python']}, "
         f"{machine['made']}: Stable Diffusion 1.5 and BLIP base, random weights, fp16, {settings['pixels']}×"
         f"{settings['pixels']}, {settings['steps']} DDIM steps a pass, captions of {settings['tokens']} tokens. "
-        f"Medians (smallest–largest) over {settings['rounds']} rounds in turns, each contender a process of its own; × is "
-        f"the ratio to {CONTENDERS[PEER][0]}. `{report['command']}`"
+        f"Medians (smallest–largest) over {settings['rounds']} rounds in turns, each contender a process of its own; "
+        f"× is the ratio to {CONTENDERS[PEER][0]}. `{report['command']}`"
     )
     heads = ["", *(head for name in names for head in (CONTENDERS[name][0], "×"))]
     lines = []

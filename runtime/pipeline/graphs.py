@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 from typing import Final
@@ -21,6 +22,7 @@ from dnp.runtime.job import Job, resolve
 from dnp.runtime.pipeline.conditioning import Conditioner
 from dnp.runtime.request import Request
 from dnp.runtime.sampling.denoise import Denoiser
+from dnp.runtime.sampling.samplers import SamplerTable
 from dnp.runtime.sampling.schedule import read_schedule
 from dnp.runtime.tokenizer import PromptTokenizer
 
@@ -31,6 +33,29 @@ _OPENERS: Final = {  # what opens a graph, with what it stands on
     "encode_image": "captioner",
     "caption_step": "captioner",
 }
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a request will run, and what has to be captured for it.
+
+    Attributes:
+        images: how many images come at once.
+        roles: rows of the network that each image has in a step.
+        noise_steps: 2 for samplers that draw noise on the way, 1 for the others.
+    """
+
+    images: frozenset[int]
+    roles: frozenset[int]
+    noise_steps: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tables: Iterable[SamplerTable], images: Collection[int]) -> Needs:
+        """Those of samples by these tables."""
+        tables = list(tables)
+        roles = frozenset(len(roles) for table in tables for roles in table.roles)
+        noise = {min(2, max(1, len(table.noise_rows))) for table in tables}
+        return cls(frozenset(images), roles, tuple(sorted(noise, reverse=True)))
 
 
 class Graphs:
@@ -49,7 +74,7 @@ class Graphs:
         self._sessions: dict[str, Session] = {}  # by graph
         latents, scale = bundle.latents, bundle.latents.vae_scale_factor
         self._sizes = [(latents.height * scale, latents.width * scale)]  # those that are captured
-        self._captured: set[tuple[str, int]] = set()  # sampling or captions, of so many images at once
+        self._captured: set[tuple[str, int, int]] = set()  # graph, images or rows, noise that a step draws
 
     @cached_property
     def tokenizers(self) -> list[PromptTokenizer]:
@@ -107,12 +132,10 @@ class Graphs:
         getattr(self, _OPENERS[graph])
         return self._sessions[graph]
 
-    def warm_up(
-        self, *, captioner: bool, sizes: Sequence[tuple[int, int]] = (), batches: Collection[int] | None = None
-    ) -> None:
+    def warm_up(self, *, captioner: bool, sizes: Sequence[tuple[int, int]] = (), needs: Needs | None = None) -> None:
         """Open the graphs and capture them for every image size; see ``Pipeline.warm_up``.
 
-        ``batches`` are how many images will come at once; every number that there is when ``None``.
+        ``needs`` is what will run; whatever may when ``None``.
         """
         self.require_open()
         self._sampling  # noqa: B018
@@ -127,16 +150,16 @@ class Graphs:
             captioner = captioner or self._has_captions
             self._sizes, self._captured = [*self._sizes, *new], set()
         try:
-            self._capture(captioner=captioner, wanted=batches)
+            self._capture(captioner, needs)
         except BaseException:
             self._sizes, self._captured = before  # a size that cannot be had is not tried again with each request
             raise
 
     @property
     def _has_captions(self) -> bool:
-        return any(kind == "captions" for kind, _ in self._captured)
+        return any(graph == "caption_step" for graph, _, _ in self._captured)
 
-    def _capture(self, *, captioner: bool, wanted: Collection[int] | None) -> None:
+    def _capture(self, captioner: bool, needs: Needs | None) -> None:
         """Capture what is not captured yet. Buffers get room for the most images first, whatever is wanted: what moves
         later would undo it.
         """
@@ -144,45 +167,47 @@ class Graphs:
         batches = [
             batch for batch in batches if all(s.limits.nearest("batch", batch) == batch for s in self._sampling[::2])
         ]
-        kinds = {"sampling": batches}
+        if not batches:
+            return
+        wanted = needs or Needs(frozenset(batches), frozenset(range(1, self.bundle.guidance.roles + 1)), (2, 1))
+        images = [batch for batch in batches if batch in wanted.images]
+        fit = self.denoiser.session.limits.fit
+        rows = sorted({fit("rows", roles * batch) for batch in images for roles in wanted.roles}, reverse=True)
+        steps = [(count, noise) for noise in wanted.noise_steps for count in rows]
+        todo = {("denoise", *step) for step in steps} | {("decode_latents", batch, 0) for batch in images}
+        if not todo <= self._captured:
+            self._capture_sampling(
+                [step for step in steps if ("denoise", *step) not in self._captured],
+                [batch for batch in images if ("decode_latents", batch, 0) not in self._captured],
+                batches[0],
+            )
+            self._captured |= todo
         if captioner:
-            kinds["captions"] = [batch for batch in batches if self.captioner.takes(batch)]
-        for kind, possible in kinds.items():
-            new = [
-                batch
-                for batch in possible
-                if (wanted is None or batch in wanted) and (kind, batch) not in self._captured
-            ]
-            if new and kind == "sampling":
-                self._capture_sampling(new, possible[0])
-            elif new:
+            possible = [batch for batch in batches if self.captioner.takes(batch)]
+            new = [batch for batch in possible if batch in images and ("caption_step", batch, 0) not in self._captured]
+            if new:
                 self.captioner.capture(new, self._sizes, possible[0])
-            self._captured |= {(kind, batch) for batch in new}
+                self._captured |= {("caption_step", batch, 0) for batch in new}
 
-    def _capture_sampling(self, batches: Sequence[int], most: int) -> None:
-        """Capture the three sessions for ``batches``, the largest first, and every size or the nearest that they have.
-
-        There is room for ``most`` images. A step's sizes depend on the samplers only in whether they draw noise on the
-        way.
+    def _capture_sampling(self, steps: Sequence[tuple[int, int]], batches: Sequence[int], most: int) -> None:
+        """Capture steps of so many rows that draw noise so often, and the other sessions for ``batches``, with room for
+        ``most`` images, at every size or the nearest that they have.
         """
         scale = self.bundle.latents.vae_scale_factor
         nearest = self.denoiser.session.limits.nearest
         shapes = [
             (nearest("height", height // scale), nearest("width", width // scale)) for height, width in self._sizes
         ]
-        roles = range(1, self.bundle.guidance.roles + 1)
-        rows = {self.denoiser.session.limits.fit("rows", role * batch) for batch in batches for role in roles}
         # The most memory first: what grows has grown before anything is captured, for it moves.
         for noise_steps in (2, 1):
             for height, width in shapes:
                 self._open_places(most, height, width, noise_steps)
                 self.decode.reshape(**self._decode_sizes(most, height, width))
         self._open("encode_text").reshape(batch=most, tokens=self.bundle.text.length)
-        for noise_steps in (2, 1):
+        for rows, noise_steps in steps:
             for height, width in shapes:
                 self._open_places(most, height, width, noise_steps)
-                for count in sorted(rows, reverse=True):
-                    self.denoiser.capture(count)
+                self.denoiser.capture(rows)
         for height, width in shapes:
             for batch in batches:
                 self.decode.capture(**self._decode_sizes(batch, height, width))
@@ -249,10 +274,10 @@ class Graphs:
             self.close()  # some graphs have the new weights and some the old ones
             raise
         self.bundle = other
-        captured, captioner = {batch for _, batch in self._captured}, self._has_captions
+        captured, captioner = self._captured, self._has_captions
         self._captured = set()  # what was captured holds the old weights
         if captured:
-            self.warm_up(captioner=captioner, batches=captured)
+            self.warm_up(captioner=captioner)
 
     def require_open(self) -> None:
         """Raises DnpError when closed, BackendError in a forked child."""

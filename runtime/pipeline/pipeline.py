@@ -21,7 +21,7 @@ from dnp.engine.errors import BundleError, Cancelled, DnpError, SettingsError
 from dnp.runtime.captioning.captioner import part_sizes
 from dnp.runtime.job import Job, resolve
 from dnp.runtime.pipeline.clock import Clock
-from dnp.runtime.pipeline.graphs import Graphs
+from dnp.runtime.pipeline.graphs import Graphs, Needs
 from dnp.runtime.pipeline.run import Run
 from dnp.runtime.request import Request
 from dnp.runtime.result import Result, Step
@@ -121,7 +121,8 @@ class Pipeline:
         clock, graphs = Clock(), self._graphs
         clock.add("open", graphs.opening)
         with clock.phase("open"):
-            graphs.warm_up(captioner=job.runs_dns, batches=part_sizes(job.images, graphs.batch))
+            needs = Needs.of(job.tables, part_sizes(job.images, graphs.batch))
+            graphs.warm_up(captioner=job.runs_dns, needs=needs)
         graphs.opening = 0.0  # told now
         graphs.validate(job)
         return Run(graphs, job, clock)
@@ -261,7 +262,8 @@ class Pipeline:
         job = request if isinstance(request, Job) else resolve(request, self.bundle, self._schedule)
         seeds = [job.seeds[0] + i for i in range(len(prompts))]
         with self._exclusive():
-            self._graphs.warm_up(captioner=False, batches=part_sizes(len(prompts), self._graphs.batch))
+            needs = Needs.of([job.final], part_sizes(len(prompts), self._graphs.batch))
+            self._graphs.warm_up(captioner=False, needs=needs)
             run = Run(self._graphs, job, Clock())
             return (yield from run.sample("final", job.final, prompts, negatives, seeds))
 

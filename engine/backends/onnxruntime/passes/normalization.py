@@ -229,6 +229,38 @@ def fuse_skip_layer_norm(model: ir.Model) -> int:
     return matches(model, "LayerNormalization", rewrite)
 
 
+def fuse_biased_layer_norm(model: ir.Model) -> int:
+    """Take the bias of a product before a layer normalisation into it, with a residual of zeros: there is no kernel
+    for the bias alone, and this one is faster besides.
+    """
+    zeros: dict[tuple[int, ...], ir.Value] = {}
+
+    def rewrite(norm: ir.Node) -> None:
+        require(len(norm.inputs) == 3 and is_last_axis(norm, 3) and len(norm.outputs) == 1)
+        total = maker(norm.inputs[0], "Add")
+        _, tokens, width = shape(total.outputs[0], 3)
+        product, bias = product_and_bias(total.outputs[0])
+        require(all(value is not None and value.dtype == HALF for value in norm.inputs))
+        require(isinstance(tokens, int) and all(size_of(value) == (width,) for value in norm.inputs[1:]))
+        write = Writer(total)
+        size = (1, int(tokens), int(width))
+        if size not in zeros:
+            zeros[size] = write.weight(np.zeros(size, np.float16), "zeros")
+        normal, _, _, summed = write(
+            "SkipLayerNormalization",
+            [product, zeros[size], norm.inputs[1], norm.inputs[2], bias],
+            *[total.outputs[0]] * 4,
+            domain=DOMAIN,
+            epsilon=norm.attributes.get_float("epsilon", 1e-5),
+        )
+        node = normal.producer()
+        node.outputs[1].name = node.outputs[2].name = ""
+        replace(norm.outputs[0], normal)
+        replace(total.outputs[0], summed)
+
+    return matches(model, "LayerNormalization", rewrite)
+
+
 def is_biased_product(value: ir.Value) -> bool:
     """Whether ``value`` is a product with a bias, and is taken once."""
     try:
