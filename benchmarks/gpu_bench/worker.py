@@ -86,8 +86,8 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def step_times(contender: Any, batch: int) -> dict[str, Any]:
-    """Milliseconds of a step of ``batch`` images, both branches of guidance, in each block; and what launching one takes
-    of the host, when the device has nothing to do.
+    """Milliseconds of a step of ``batch`` images, both branches of guidance, in each block; and the host's milliseconds
+    for launching one, when the device has nothing to do.
     """
     begin, step, wait = contender.step(batch)
     for _ in range(4):  # a CUDA graph is recorded in the first of them
