@@ -466,7 +466,8 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 def packages() -> dict[str, str]:
     found = {}
-    for name in ("dnp-engine", "tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13", "cuda-python", "onnxruntime", "numpy"):
+    names = ("dnp-engine", "tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13", "cuda-python", "onnxruntime", "numpy")
+    for name in (*names, "onnxruntime-gpu"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
