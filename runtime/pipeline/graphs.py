@@ -173,6 +173,7 @@ class Graphs:
                 self.decode.capture(**self._decode_sizes(batch, height, width))
         for batch in batches:
             self._open("encode_text").capture(batch=batch, tokens=self.bundle.text.length)
+        self.conditioner.forget()
 
     def _open_places(self, places: int, height: int, width: int, noise_steps: int) -> None:
         tokens = self.bundle.text.length
@@ -234,6 +235,8 @@ class Graphs:
             self.close()  # some graphs have the new weights and some the old ones
             raise
         self.bundle = other
+        if "encode_text" in self._sessions:
+            self.conditioner.forget()
         captured = set(self._captured)
         self._captured.clear()  # what was captured holds the old weights
         if captured:

@@ -99,9 +99,9 @@ class Run:
         )
         for place, seed in enumerate(seeds):
             denoiser.join(place, Sample(table, seed))
-        texts_of_roles = ([""] * len(seeds), prompts, negatives) if table.perp_neg else (negatives, prompts)
-        for role, texts in enumerate(texts_of_roles):
-            graphs.conditioner.write(denoiser.bank, role, texts, size=(job.height, job.width), windows=job.windows)
+        roles = ([""] * len(seeds), prompts, negatives) if table.perp_neg else (negatives, prompts)
+        texts = dict(enumerate(zip(*roles, strict=True)))
+        graphs.conditioner.write(denoiser.bank, texts, size=(job.height, job.width), windows=job.windows)
 
     def _steps(self) -> Generator[int, None, None]:
         call = 0
