@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Protocol
@@ -12,14 +12,16 @@ from typing import Any, Final, Protocol
 from PIL.Image import Image
 
 from dnp.engine.bundle.bundle import Bundle
-from dnp.runtime.batching import Batcher, BatchOptions, Event, Picture, Progress, Queued, Status, Ticket
-from dnp.runtime.job import MAX_WINDOWS
+from dnp.engine.errors import SettingsError
+from dnp.runtime.batching import Batcher, BatchOptions, Event, Picture, Progress, Status, Ticket
 from dnp.runtime.pipeline.pipeline import Pipeline
 from dnp.runtime.request import Request, Result
 from dnp.runtime.sampling.samplers import METHODS, sampler_names
 from dnp.serving.errors import ApiError
 
-_PASSING: Final = (Progress, Picture, Queued)  # what the next one makes stale
+Observe = Callable[[str, float], object]
+
+_PASSING: Final = (Progress, Picture)  # what the next one makes stale
 _WAITING: Final = 8  # of them wait for a slow reader; older ones are dropped
 _SHIPPED: Final = (
     "A tiny model that comes with dnp. It draws one or two shapes on a plain or striped background, and knows no other "
@@ -79,6 +81,9 @@ class Engine(Protocol):
     def ready(self) -> bool:
         """Whether it is warm."""
 
+    def listen(self, observe: Observe) -> None:
+        """Have ``observe`` told what the engine measures: names as of ``Batcher``, and values."""
+
     def resolve(self, request: Request) -> Request:
         """The request with every setting explicit. Raises SettingsError for what cannot be honoured."""
 
@@ -100,9 +105,13 @@ class LocalEngine:
 
     def __init__(self, name: str, pipeline: Pipeline, options: BatchOptions) -> None:
         self.name, self._pipeline = name, pipeline
-        self._batcher = Batcher(pipeline, options)
-        self._options = options
+        self._listener: Observe = lambda name, value: None
+        self._batcher = Batcher(pipeline, options, lambda name, value: self._listener(name, value))
         self.ready = False
+
+    def listen(self, observe: Observe) -> None:
+        """Have ``observe`` told what the engine measures, in the engine's thread."""
+        self._listener = observe
 
     def warm_up(self) -> None:
         """Do whatever is done once, before the first request; takes seconds to minutes."""
@@ -110,9 +119,8 @@ class LocalEngine:
         self.ready = True
 
     def close(self) -> None:
-        """Stop the thread and free the model; what is still running is cancelled."""
+        """Stop the thread; what is still running is cancelled. The pipeline stays open."""
         self._batcher.close()
-        self._pipeline.close()
 
     @property
     def status(self) -> Status:
@@ -122,7 +130,7 @@ class LocalEngine:
     @cached_property
     def card(self) -> Mapping[str, Any]:
         """What ``/v1/models`` tells of it: what it is, its defaults, and what it takes."""
-        pipeline, bundle = self._pipeline, self._pipeline.bundle
+        pipeline, bundle, status = self._pipeline, self._pipeline.bundle, self.status
         defaults = pipeline.resolve(Request("a prompt")).request.to_dict()
         del defaults["prompt"]
         shipped = bundle.fingerprint == Bundle.default().fingerprint
@@ -135,8 +143,8 @@ class LocalEngine:
             "defaults": defaults,
             "samplers": list(sampler_names()),
             "spacings": ["leading", "linspace", "trailing"],
-            "sizes": [[width, height] for height, width in self.status.sizes],
-            "limits": {"windows": MAX_WINDOWS, "steps": self._options.steps},
+            "sizes": [[width, height] for height, width in status.sizes],
+            "limits": {"windows": max(status.windows), "steps": status.steps},
             "methods": list(METHODS) if bundle.guidance.methods else [],
             "embedded_guidance": bundle.guidance.embedded,
         }
@@ -153,8 +161,8 @@ class LocalEngine:
         return {name: lost for name, lost in found.items() if lost}
 
     def tokens(self, request: Request) -> int:
-        """How many tokens the prompt has, as far as it is read."""
-        return self._pipeline.tokenizer.count(request.prompt)
+        """How many tokens the prompt has, as far as it is read; begin and end are none."""
+        return self._pipeline.tokenizer.count(request.prompt, request.windows)
 
     async def submit(self, request: Request, order: Order) -> Work:
         """Let the engine have a request. Raises SettingsError, Busy, Draining."""
@@ -233,6 +241,9 @@ class Engines:
 
     def __init__(self, engines: Sequence[Engine], aliases: Sequence[str] = ()) -> None:
         self._engines = {engine.name: engine for engine in engines}
+        if len(self._engines) < len(engines):
+            names = ", ".join(engine.name for engine in engines)
+            raise SettingsError(f"two models have the same name ({names}); name them apart, as NAME=PATH")
         self._aliases = [alias for alias in aliases if alias not in self._engines]
         self.default = engines[0]
 

@@ -15,7 +15,7 @@ from dnp.engine.errors import Busy, Cancelled, DeadlineExceeded, DnpError, Drain
 
 _TYPES: Final = {401: "authentication_error", 429: "rate_limit_error"}
 _NO_RETRY: Final = {"x-should-retry": "false"}  # the official clients repeat 408, 409, 429 and 5xx by themselves
-AGAIN: Final = 5  # seconds until a server that is starting or stopping may be asked again
+AGAIN: Final = 5.0  # seconds until a server that is starting or stopping may be asked again
 
 
 class ErrorBody(BaseModel):
@@ -63,10 +63,10 @@ def api_error(error: Exception, param: str | None = None) -> ApiError:
             return error
         case SettingsError():
             return ApiError(400, "invalid_value", str(error), param)
+        case Draining():
+            return ApiError(503, "draining", str(error), headers=_after(error.retry_after))
         case Busy():
             return ApiError(429, "queue_full", str(error), headers=_after(error.retry_after))
-        case Draining():
-            return ApiError(503, "draining", str(error), headers=_after(AGAIN))
         case DeadlineExceeded():
             return ApiError(408, "deadline_exceeded", str(error), headers=_NO_RETRY)
         case Cancelled():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
+from typing_extensions import Self
 
 from dnp.engine.errors import SettingsError
 from dnp.runtime.request import Request
@@ -20,7 +21,7 @@ Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Guidance = Number | Annotated[list[Number], Field(max_length=1000)]
 
-SEEDS: Final = 2**32  # a random seed is below it: JavaScript holds every one exactly
+_SEEDS: Final = 2**32  # a random seed is below it: JavaScript holds every one exactly
 _SIZE: Final = r"^(auto|[1-9][0-9]{0,5}x[1-9][0-9]{0,5})$"
 # Names of other programs for our settings. The first name is ours, and the one that is documented.
 SAME: Final = {
@@ -39,6 +40,19 @@ _IGNORED: Final = (
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+    _sent: frozenset[str] = frozenset()
+
+    @property
+    def sent(self) -> frozenset[str]:
+        """The names of the fields as they were sent."""
+        return self._sent
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember(cls, data: Any, make: ModelWrapValidatorHandler[Self]) -> Self:
+        body = make(data)
+        body._sent = frozenset(data) if isinstance(data, dict) else frozenset()
+        return body
 
     @model_validator(mode="before")
     @classmethod
@@ -121,7 +135,7 @@ class Settings(_Body):
                 400, "invalid_value", f"n is {self.n}, this server makes at most {most} images at once; send more "
                 "requests", "n"
             )  # fmt: skip
-        settings["seed"] = secrets.randbelow(SEEDS) if self.seed in (None, -1) else self.seed
+        settings["seed"] = random_seed() if self.seed in (None, -1) else self.seed
         if self.size not in (None, "auto"):
             width, height = map(int, str(self.size).split("x"))
             if (self.width or width, self.height or height) != (width, height):
@@ -280,7 +294,12 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-def param_of(error: SettingsError, sent: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
+def random_seed() -> int:
+    """A seed for whoever names none."""
+    return secrets.randbelow(_SEEDS)
+
+
+def param_of(error: SettingsError, sent: Collection[str], names: Mapping[str, str]) -> str | None:
     """The field that ``error`` is about, as it was sent: the first that its sentence names; None where none is.
 
     ``names`` are the names of ``Request``, by those of the body.

@@ -10,7 +10,7 @@ from fastapi import Request
 
 from dnp.engine.errors import Draining
 from dnp.serving.engines import Engine, Engines
-from dnp.serving.errors import ApiError, starting
+from dnp.serving.errors import AGAIN, ApiError, starting
 from dnp.serving.metrics import Metrics
 from dnp.serving.pictures import Encoder
 from dnp.serving.settings import ServerSettings
@@ -42,7 +42,7 @@ class Service:
         """The model of a name, for new work. Raises ApiError, or Draining when the server is stopping."""
         engine = self.engines.find(model)
         if self.draining:
-            raise Draining("the server is stopping and takes no new work; send it to another, or again in a while")
+            raise Draining("the server is stopping and takes no new work; send it to another, or again", AGAIN)
         if not engine.ready:
             raise starting()
         return engine

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from dnp.engine.errors import SettingsError
-from dnp.runtime.batching import Event, Negatives, Picture, Plain, Progress, Queued
+from dnp.runtime.batching import Event, Negatives, Picture, Plain, Progress
 from dnp.runtime.pictures import settings_inside
 from dnp.runtime.request import Request as Job
 from dnp.runtime.request import Result
@@ -80,7 +80,6 @@ class _Asked:
 def router(service: Service) -> APIRouter:
     """The paths below ``/v1``."""
     routes = APIRouter(prefix="/v1", route_class=JsonRoute)
-    encode = service.encoder.encode
 
     def asked(request: Request, body: Settings, what: str) -> _Asked:
         """Raises ApiError, or DnpError for what cannot be honoured or not now."""
@@ -107,7 +106,7 @@ def router(service: Service) -> APIRouter:
         it = asked(request, body, what)
         work = await it.engine.submit(it.job, it.order)
         if body.stream:
-            return _EventStream(_events(service, it, work), work)
+            return _EventStream(_events(service, request, it, work), work)
         try:
             return JSONResponse(await while_there(request, whole(it, work)))
         finally:
@@ -272,7 +271,7 @@ def _sse(kind: str, **fields: Any) -> str:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n"
 
 
-async def _events(service: Service, it: _Asked, work: Work) -> AsyncIterator[str]:
+async def _events(service: Service, request: Request, it: _Asked, work: Work) -> AsyncIterator[str]:
     """The stream: what is told as the work goes on, each image at its end, comments where there is nothing to tell."""
     writer = _Writer(service, it)
     coming: asyncio.Future[Event | Result] | None = None
@@ -288,9 +287,10 @@ async def _events(service: Service, it: _Asked, work: Work) -> AsyncIterator[str
                 return
     except Exception as error:
         answer = api_error(error)
+        yield f"event: error\ndata: {json.dumps(answer.body)}\n\n"
         if answer.status_code >= 500:
             raise
-        yield f"event: error\ndata: {json.dumps(answer.body)}\n\n"
+        request.state.log["cause"] = answer.code
     finally:
         if coming is not None:
             coming.cancel()
@@ -313,14 +313,9 @@ class _Writer:
                 async for line in self._completed(event):
                     yield line
             case Picture() if more or event.phase == "final" or self._it.kind == "dns":
-                async for line in self._partial(event):
-                    yield line
+                yield await self._partial(event)
             case Progress() if more:
-                yield _sse(
-                    "image_generation.progress", phase=event.phase, step=event.index, steps=event.total
-                )
-            case Queued() if more:
-                yield _sse("image_generation.queued", position=event.position)
+                yield _sse("image_generation.progress", phase=event.phase, step=event.index, steps=event.total)
             case Negatives() if more:
                 for index, (pixels, text) in enumerate(zip(event.images, event.texts, strict=True)):
                     picture = await self._encode(pixels, self._it.body.format, self._it.body.output_compression)
@@ -333,19 +328,17 @@ class _Writer:
                     picture = await self._encode(pixels, self._it.body.format, self._it.body.output_compression)
                     yield _sse("image_generation.plain", index=index, b64_json=picture)
 
-    async def _partial(self, event: Picture) -> AsyncIterator[str]:
-        for index, pixels in enumerate(event.images):
-            form = {**self._common, "output_format": "jpeg"}
-            number = self._partials[index]
-            self._partials[index] += 1
-            yield _sse(
-                "image_generation.partial_image",
-                b64_json=await self._encode(pixels, "jpeg", 90),
-                partial_image_index=number,
-                index=index,
-                phase=event.phase,
-                **form,
-            )
+    async def _partial(self, event: Picture) -> str:
+        number = self._partials[event.number]
+        self._partials[event.number] += 1
+        return _sse(
+            "image_generation.partial_image",
+            b64_json=await self._encode(event.image, "jpeg", 90),
+            partial_image_index=number,
+            index=event.number,
+            phase=event.phase,
+            **{**self._common, "output_format": "jpeg"},
+        )
 
     async def _completed(self, result: Result) -> AsyncIterator[str]:
         self._service.metrics.made(self._it.engine.name, result)
