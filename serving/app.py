@@ -11,11 +11,9 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
 
 from dnp.engine.errors import DnpError
 from dnp.serving import sdapi, v1
@@ -35,7 +33,7 @@ _PAGE_HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
-_ALLOWED: Final = "GET, POST, OPTIONS"
+_MEDIA: Final = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
 def create_app(engines: Sequence[Engine], settings: ServerSettings | None = None) -> FastAPI:
@@ -65,12 +63,7 @@ def create_app(engines: Sequence[Engine], settings: ServerSettings | None = None
     _add_health(app, service)
     _add_errors(app)
 
-    @app.options("/{path:path}", include_in_schema=False)
-    async def options(path: str) -> Response:
-        """What clients ask to see whether anybody is there."""
-        return Response(status_code=204, headers={"Allow": _ALLOWED})
-
-    app.mount("/", _Page(directory=_STATIC, html=True, check_dir=False))
+    _add_page(app)
     app.add_middleware(Gate, service=service)
     if settings.origins:
         app.add_middleware(
@@ -135,7 +128,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(request, invalid(error.errors()))
+        body = request.scope["route"].body_field.field_info.annotation
+        return answer(request, invalid(error.errors(), list(body.model_fields)))
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> JSONResponse:
@@ -150,18 +144,19 @@ def _not_here(request: Request, error: HTTPException) -> ApiError:
     if error.status_code == 404:
         return ApiError(404, "not_found", f"there is nothing at {path}; /openapi.json lists what there is")
     if error.status_code == 405:
-        headers = error.headers or {"Allow": _ALLOWED}
-        return ApiError(
-            405, "method_not_allowed", f"{path} does not take {request.method}; see /openapi.json", headers=headers
-        )
+        message = f"{path} does not take {request.method}; /openapi.json lists what it takes"
+        return ApiError(405, "method_not_allowed", message, headers=error.headers)
     return ApiError(error.status_code, "bad_request", str(error.detail), headers=error.headers)
 
 
-class _Page(StaticFiles):
-    """The page's files, with the headers that keep it to them."""
+def _add_page(app: FastAPI) -> None:
+    """The files of the page, all of them beside each other, with the headers that keep the page to them."""
+    files = {file.name: file for file in sorted(_STATIC.glob("*")) if file.is_file()}
 
-    async def get_response(self, path: str, scope: Scope) -> Response:
-        """As ``StaticFiles`` has it."""
-        response = await super().get_response(path, scope)
-        response.headers.update(_PAGE_HEADERS)
-        return response
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.api_route("/{name}", methods=["GET", "HEAD"], include_in_schema=False)
+    async def page(name: str = "index.html") -> FileResponse:
+        if name not in files:
+            raise HTTPException(404)
+        kind = _MEDIA.get(files[name].suffix)  # the system's own table may say anything
+        return FileResponse(files[name], media_type=kind, headers=_PAGE_HEADERS)

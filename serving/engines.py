@@ -15,7 +15,8 @@ from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.errors import SettingsError
 from dnp.runtime.batching import Batcher, BatchOptions, Event, Picture, Progress, Status, Ticket
 from dnp.runtime.pipeline.pipeline import Pipeline
-from dnp.runtime.request import Request, Result
+from dnp.runtime.request import Request
+from dnp.runtime.result import Result
 from dnp.runtime.sampling.samplers import METHODS, sampler_names
 from dnp.serving.errors import ApiError
 

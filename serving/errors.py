@@ -81,6 +81,7 @@ def _after(seconds: float) -> dict[str, str]:
 
 
 _NUMBERS: Final = {"greater_than_equal": "ge", "less_than_equal": "le", "greater_than": "gt", "less_than": "lt"}
+_LIMITS: Final = {*_NUMBERS, "too_long", "too_short", "string_too_long", "finite_number"}
 _SIDES: Final = {"ge": "at least", "le": "at most", "gt": "more than", "lt": "less than"}
 _KINDS: Final = {
     "int_type": "a whole number",
@@ -99,9 +100,9 @@ _KINDS: Final = {
 
 def invalid(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) -> ApiError:
     """The first of pydantic's ``errors`` as a sentence; ``known`` are the fields that there are."""
-    first = errors[0]
+    first = max(errors, key=lambda error: error["type"] in _LIMITS)  # of a union, the one of the kind that was meant
     kind, value = first["type"], first.get("input")
-    words = [part for part in first["loc"][1:] if isinstance(part, str) and part in known]
+    words = [part for part in first["loc"][1:] if part in known]
     if kind == "extra_forbidden":
         name = str(first["loc"][-1])
         near = get_close_matches(name, known, 1)
@@ -131,5 +132,5 @@ def invalid(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) -> ApiErr
         wanted = f"one of {context['expected']}"
     else:
         others = sorted({_KINDS.get(e["type"], "") for e in errors if tuple(e["loc"][:2]) == tuple(first["loc"][:2])})
-        wanted = " or ".join(filter(None, others)) or first["msg"]
+        wanted = " or ".join(filter(None, others)) or first["msg"].removeprefix("String should ")
     return ApiError(400, "invalid_value", f"{subject} must be {wanted}, not {shown(value)}", name)

@@ -16,7 +16,7 @@ import time
 import traceback
 from typing import Any, Final
 
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -59,8 +59,11 @@ class Gate:
         service.metrics.in_flight.inc()
         failure: Exception | None = None
         try:
-            state["caller"] = self._caller(scope, headers)
-            await self._app(scope, receive, answer)
+            if scope["method"] == "OPTIONS":  # of clients that ask whether anybody is there
+                await Response(status_code=204, headers={"Allow": "GET, POST, OPTIONS"})(scope, receive, answer)
+            else:
+                state["caller"] = self._caller(scope, headers)
+                await self._app(scope, receive, answer)
         except asyncio.CancelledError:
             state["log"].setdefault("cause", "client_closed_request")
             raise
@@ -80,7 +83,7 @@ class Gate:
     def _caller(self, scope: Scope, headers: Headers) -> str:
         """Who asks: by the key, or by the address where no keys are asked for. Raises ApiError without a right key."""
         host = scope["client"][0] if scope.get("client") else ""
-        if not self._keys or scope["method"] == "OPTIONS" or not scope["path"].startswith(_LOCKED):
+        if not self._keys or not scope["path"].startswith(_LOCKED):
             return f"host {host}"
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() == "basic":  # of which the password is the key

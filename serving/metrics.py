@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from dnp.runtime.batching import Status
-from dnp.runtime.request import Result
+from dnp.runtime.result import Result
 from dnp.serving.engines import Engines
 
 F = TypeVar("F", GaugeMetricFamily, CounterMetricFamily)

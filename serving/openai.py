@@ -300,15 +300,21 @@ def random_seed() -> int:
 
 
 def param_of(error: SettingsError, sent: Collection[str], names: Mapping[str, str]) -> str | None:
-    """The field that ``error`` is about, as it was sent: the first that its sentence names; None where none is.
+    """The field that ``error`` is about, as it was sent: of those that its sentence names the first, and one that was
+    sent rather than others; None where none is named.
 
-    ``names`` are the names of ``Request``, by those of the body.
+    ``names`` are the names that sentences use, by those of the body.
     """
-    for word in re.findall(r"[a-z_]+", str(error).replace("negative prompt", "negative")):
-        for field, ours in names.items():
-            if word == ours:
-                return next((name for name in (field, *SAME.get(field, ())) if name in sent), field)
-    return None
+    text = str(error).replace("negative prompt", "negative")
+    found = []
+    for field, ours in names.items():
+        word = "images must" if ours == "images" else ours  # a sentence may well be about images of some size
+        if at := re.search(rf"\b{word}\b", text):
+            if field in ("width", "height") and field not in sent and "size" in sent:
+                field = "size"
+            said = [name for name in (field, *SAME.get(field, ())) if name in sent]
+            found.append((not said, at.start(), said[0] if said else field))
+    return min(found)[2] if found else None
 
 
 def _unsupported(param: str, message: str) -> ApiError:

@@ -21,7 +21,7 @@ from dnp.engine.errors import SettingsError
 from dnp.runtime.batching import Progress
 from dnp.runtime.pictures import settings_inside
 from dnp.runtime.request import Request as Job
-from dnp.runtime.request import Result
+from dnp.runtime.result import Result
 from dnp.serving.bodies import JsonRoute
 from dnp.serving.engines import Engine, Order, Work
 from dnp.serving.errors import ApiError, api_error
@@ -105,15 +105,15 @@ def router(service: Service) -> APIRouter:
         if not isinstance(named, str | None):
             raise ApiError(400, "invalid_value", "sd_model_checkpoint must be text", "override_settings")
         engine = service.admit(model_of(caller, named).name)
+        if service.settings.log_prompts:
+            request.state.log["prompt"] = body.prompt
         try:
             job = engine.resolve(_job(body, service.settings.most_images))
+            work = await engine.submit(job, Order(request.state.id, deadline=service.deadline(request, None)))
         except SettingsError as error:
             names = {name: _NAMES.get(name, name) for name in Txt2Img.model_fields}
             raise api_error(error, param_of(error, body.model_fields_set, names)) from error
-        if service.settings.log_prompts:
-            request.state.log["prompt"] = job.prompt
         request.state.log |= {"model": engine.name, "images": job.images}
-        work = await engine.submit(job, Order(request.state.id, deadline=service.deadline(request, None)))
         mine = _Running(work, job.images)
         running.setdefault(caller, []).append(mine)
         try:

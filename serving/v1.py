@@ -19,7 +19,7 @@ from dnp.engine.errors import SettingsError
 from dnp.runtime.batching import Event, Negatives, Picture, Plain, Progress
 from dnp.runtime.pictures import settings_inside
 from dnp.runtime.request import Request as Job
-from dnp.runtime.request import Result
+from dnp.runtime.result import Result
 from dnp.serving.bodies import JsonRoute, read
 from dnp.serving.engines import Engine, Order, Work
 from dnp.serving.errors import ApiError, ErrorAnswer, api_error
@@ -85,11 +85,7 @@ def router(service: Service) -> APIRouter:
         """Raises ApiError, or DnpError for what cannot be honoured or not now."""
         form = body.format  # which refuses some
         engine = service.admit(body.model)
-        names = {name: _NAMES.get(name, name) for name in type(body).model_fields}
-        try:
-            job = engine.resolve(body.request(service.settings.most_images))
-        except SettingsError as error:
-            raise api_error(error, param_of(error, body.sent, names)) from error
+        job = engine.resolve(body.request(service.settings.most_images))
         if service.settings.log_prompts:
             request.state.log["prompt"] = job.prompt
         request.state.log |= {"model": engine.name, "images": job.images, "format": form}
@@ -103,8 +99,12 @@ def router(service: Service) -> APIRouter:
         return _Asked(body, engine, job, order, "dns" if what == "negatives" else "dnp" if job.dnp else "plain")
 
     async def answer(request: Request, body: Settings, what: str) -> Response:
-        it = asked(request, body, what)
-        work = await it.engine.submit(it.job, it.order)
+        try:
+            it = asked(request, body, what)
+            work = await it.engine.submit(it.job, it.order)
+        except SettingsError as error:
+            names = {name: _NAMES.get(name, name) for name in type(body).model_fields}
+            raise api_error(error, param_of(error, body.sent, names)) from error
         if body.stream:
             return _EventStream(_events(service, request, it, work), work)
         try:
