@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -109,19 +110,23 @@ def test_the_official_client_hears_of_a_failure_in_a_stream(client):
 
 def test_the_official_client_comes_again_when_the_queue_is_full(alone):
     """It is told when, waits, and is answered."""
-    long = {**SLOW, "n": 2, "stream": True}
-    with serving(batching=BatchOptions(samples=1, queue=1)) as served:
-        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=5) as client:
-            with httpx.stream("POST", f"{served.url}/v1/images/generations", json=long) as first:
-                served.until(lambda: served.engine.status.requests == 1)
-                with httpx.stream("POST", f"{served.url}/v1/images/generations", json=long):
-                    served.until(lambda: served.engine.status.queued == 1)
-                    full = served.post("/v1/images/generations", QUICK)
-                    assert full.status_code == 429 and full.json()["error"]["code"] == "queue_full"
-                    assert 1 <= int(full.headers["retry-after"]) <= 120
-                    answer = client.images.generate(prompt=PROMPT, extra_body={"seed": 3, "steps": 2, "dns_steps": 2})
-                    first.read()
-        assert served.engine.status.failures["Busy"] >= 2
+    path, long = "/v1/images/generations", {**SLOW, "steps": 120, "n": 4, "stream": True}
+    with (
+        serving(batching=BatchOptions(samples=1, queue=1)) as served,
+        httpx.Client(base_url=served.url) as http,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=5) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        with http.stream("POST", path, json=long):
+            served.until(lambda: served.engine.status.requests == 1)
+            with http.stream("POST", path, json=long):
+                full = http.post(path, json=QUICK)
+                assert full.status_code == 429 and full.json()["error"]["code"] == "queue_full"
+                assert 1 <= int(full.headers["retry-after"]) <= 120
+                settings = {"seed": 3, "steps": 2, "dns_steps": 2}
+                coming = pool.submit(client.images.generate, prompt=PROMPT, extra_body=settings)
+                served.until(lambda: served.engine.status.failures["Busy"] >= 2)
+        answer = coming.result()
     np.testing.assert_array_equal(
         pixels(answer.data[0].b64_json), alone(PROMPT, seed=3, steps=2, dns_steps=2).arrays[0]
     )
