@@ -2,7 +2,13 @@
 
 from setuptools import find_packages, setup
 
-ROOMS = {"dnp": "dnp", "dnp.engine": "engine", "dnp.runtime": "runtime", "dnp.export": "export", "dnp.serving": "serving"}
+ROOMS = {
+    "dnp": "dnp",
+    "dnp.engine": "engine",
+    "dnp.runtime": "runtime",
+    "dnp.export": "export",
+    "dnp.serving": "serving",
+}
 
 setup(
     packages=[

@@ -66,7 +66,9 @@ async def read(request: Request) -> bytes:
         if int(request.headers.get("content-length", 0)) > settings.body_limit:
             raise too_large
     except ValueError:
-        raise ApiError(400, "invalid_header", "the header Content-Length is no number; leave it to the client") from None
+        raise ApiError(
+            400, "invalid_header", "the header Content-Length is no number; leave it to the client"
+        ) from None
     parts, size = [], 0
     try:
         with anyio.fail_after(settings.body_seconds):

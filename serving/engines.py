@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Protocol
@@ -217,10 +218,8 @@ class _Mailbox:
 
     def hear(self, event: Event | Ticket) -> None:
         """Called in any thread; never waits."""
-        try:
+        with suppress(RuntimeError):  # the loop is closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._put, event)
-        except RuntimeError:  # the loop is closed: nobody reads any more
-            pass
 
     def _put(self, event: Event | Ticket) -> None:
         passing = [place for place, other in enumerate(self._events) if isinstance(other, _PASSING)]

@@ -108,29 +108,27 @@ def invalid(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) -> ApiErr
         near = get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]!r}?" if near else "leave it out; /openapi.json lists the fields"
         return ApiError(400, "unknown_field", f"there is no field {shown(name)}; {hint}", name[:64])
-    name = words[0] if words else None
-    subject = name or "the body"
+    param = words[0] if words else None
+    subject = param or "the body"
     if kind == "missing":
-        if name is None:
-            missing = str(first["loc"][-1])
-            return ApiError(400, "missing_field", f"{missing} is missing; say it", missing)
-        return ApiError(400, "missing_field", f"{name} is missing; say it", name)
+        missing = str(first["loc"][-1])
+        return ApiError(400, "missing_field", f"{missing} is missing; say it", missing)
     context = first.get("ctx", {})
     if kind == "value_error":
-        return ApiError(400, "invalid_value", str(context["error"]), name)
+        return ApiError(400, "invalid_value", str(context["error"]), param)
     if kind in _NUMBERS:
         side = _NUMBERS[kind]
         wanted = f"{_SIDES[side]} {context[side]}"
     elif kind in ("string_too_long", "too_long"):
         what = "characters" if kind == "string_too_long" else "entries"
         return ApiError(
-            400, "invalid_value", f"{subject} has more than {context['max_length']} {what}; shorten it", name
+            400, "invalid_value", f"{subject} has more than {context['max_length']} {what}; shorten it", param
         )
     elif kind in ("string_too_short", "too_short"):
-        return ApiError(400, "invalid_value", f"{subject} is empty; say something, or leave it out", name)
+        return ApiError(400, "invalid_value", f"{subject} is empty; say something, or leave it out", param)
     elif kind == "literal_error":
         wanted = f"one of {context['expected']}"
     else:
         others = sorted({_KINDS.get(e["type"], "") for e in errors if tuple(e["loc"][:2]) == tuple(first["loc"][:2])})
         wanted = " or ".join(filter(None, others)) or first["msg"].removeprefix("String should ")
-    return ApiError(400, "invalid_value", f"{subject} must be {wanted}, not {shown(value)}", name)
+    return ApiError(400, "invalid_value", f"{subject} must be {wanted}, not {shown(value)}", param)

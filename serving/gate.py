@@ -20,7 +20,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dnp.serving.errors import ApiError, api_error
+from dnp.engine.errors import Draining
+from dnp.serving.errors import AGAIN, ApiError, api_error
 from dnp.serving.logs import say
 from dnp.serving.service import Service
 
@@ -36,6 +37,7 @@ class Gate:
         self._keys = [key.encode() for key in service.settings.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection of the application's."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -64,8 +66,11 @@ class Gate:
             else:
                 state["caller"] = self._caller(scope, headers)
                 await self._app(scope, receive, answer)
-        except asyncio.CancelledError:
-            state["log"].setdefault("cause", "client_closed_request")
+        except asyncio.CancelledError:  # the client is gone, or the server ends
+            state["log"].setdefault("cause", "stopped" if service.draining else "client_closed_request")
+            if service.draining and not status:
+                stopped = api_error(Draining("the server was stopped before this was done; ask another one", AGAIN))
+                await JSONResponse(stopped.body, stopped.status_code, stopped.headers)(scope, receive, answer)
             raise
         except Exception as error:
             answered = api_error(error)

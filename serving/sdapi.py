@@ -35,7 +35,12 @@ SAMPLERS: Final = {
     "PLMS": "pndm", "UniPC": "unipc",
 }  # fmt: skip
 _SCHEDULES: Final = ("automatic", "karras")
-_NAMES: Final = {"negative_prompt": "negative", "cfg_scale": "guidance", "sampler_name": "sampler", "batch_size": "images"}
+_NAMES: Final = {
+    "negative_prompt": "negative",
+    "cfg_scale": "guidance",
+    "sampler_name": "sampler",
+    "batch_size": "images",
+}
 _CALLERS: Final = 1024  # whose choice of a model is remembered
 
 

@@ -28,12 +28,13 @@ class Served:
         self.service = server.config.app.state.service
         self.url = f"http://127.0.0.1:{port}"
         self.port = port
+        self.http = httpx.Client(base_url=self.url, timeout=120)  # making one takes longer than most requests
 
     def post(self, path, body=None, **options):
-        return httpx.post(f"{self.url}{path}", json=body, timeout=120, **options)
+        return self.http.post(path, json=body, **options)
 
     def get(self, path, **options):
-        return httpx.get(f"{self.url}{path}", timeout=30, **options)
+        return self.http.get(path, **options)
 
     def until(self, true, seconds=30.0):
         """Wait for something to become true."""
@@ -54,13 +55,14 @@ def serving(settings=None, batching=None, *, warm=True):
         server = Server(create_app([engine], settings))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
+        served = Served(server, engine, listener.getsockname()[1])
         try:
             if warm:
                 engine.warm_up()
-            served = Served(server, engine, listener.getsockname()[1])
             served.until(lambda: server.started)
             yield served
         finally:
+            served.http.close()
             server.should_exit = True
             thread.join()
             engine.close()
