@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -340,3 +342,11 @@ def test_other_origins_are_let_in_only_where_it_is_said(served):
         other = http.options(path, headers={**asks, "Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
         assert http.options(path).status_code == 204
+
+
+def test_the_program_of_the_page_about_serving(served, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert "http://127.0.0.1:8000" in program
+    exec(compile(program.replace("http://127.0.0.1:8000", served.url), "docs/serving.md", "exec"), {})
+    assert capsys.readouterr().out.count("image_generation.") == 3

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 
-from dnp.cli.options import PATH, PipelineOptions, backend_options
+from dnp.cli.options import PATH, PipelineOptions, backend_options, json_option, say
 from dnp.cli.streams import complain
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def serve(
         from dnp.serving.server import serve as run
         from dnp.serving.settings import ALIASES, ServerSettings, read_keys
     except ModuleNotFoundError as error:
-        raise _missing(error) from error
+        raise _missing(error, "cpu,serve", "serving") from error
 
     settings = ServerSettings(
         keys=read_keys(api_keys),
@@ -154,10 +155,69 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _missing(error: ModuleNotFoundError) -> BackendError:
+def _missing(error: ModuleNotFoundError, extra: str, purpose: str) -> BackendError:
     """What to install. Raises ``error`` itself when it is a module of ours."""
     from dnp.engine.system.imports import missing_extra
 
     if not error.name or error.name.startswith("dnp"):
         raise error
-    return missing_extra(error.name, "cpu,serve", "serving")
+    return missing_extra(error.name, extra, purpose)
+
+
+@click.command("bench-serve")
+@click.argument("url")
+@click.option("--clients", "clients", multiple=True, type=click.IntRange(1), help="Clients that each wait; repeatable.")
+@click.option("--rate", "rates", multiple=True, type=float, help="Requests a second, waiting for nobody; repeatable.")
+@click.option("--requests", type=click.IntRange(1), default=50, show_default=True, help="How many for each load.")
+@click.option("--mix", type=PATH, help="JSON file with lists that each field of the body is drawn from.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
+@click.option("--deadline", type=float, help="Seconds by which an answer is of use: what comes later is no goodput.")
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that a client waits.")
+@click.option("--plot", "picture", type=PATH, help="Draw throughput and latency into this file.")
+@json_option
+def bench_serve(
+    url: str,
+    clients: tuple[int, ...],
+    rates: tuple[float, ...],
+    requests: int,
+    mix: Path | None,
+    seed: int,
+    deadline: float | None,
+    timeout: float,
+    picture: Path | None,
+    as_json: bool,
+) -> int:
+    """Measure the server at URL, ours or any that speaks OpenAI's /v1/images/generations.
+
+    1 to 16 clients when no load is named. The key is read from DNP_API_KEY in the environment.
+    """
+    import asyncio
+
+    from tqdm import tqdm
+
+    try:
+        from dnp.serving import load
+    except ModuleNotFoundError as error:
+        raise _missing(error, "bench", "measuring a server") from error
+
+    if any(rate <= 0 for rate in rates):
+        raise click.BadParameter("a rate must be more than 0 requests a second", param_hint="--rate")
+    drawn = load.read_mix(mix)
+    loads = [*(load.Load(clients=n) for n in clients), *(load.Load(rate=rate) for rate in rates)]
+    loads = loads or [load.Load(clients=n) for n in (1, 2, 4, 8, 16)]
+    found = []
+    with tqdm(total=requests * len(loads), unit="request", disable=None) as bar:
+        for one in loads:
+            bar.set_description(str(one))
+            work = load.drive(
+                url, one, load.bodies(drawn, seed), requests, key=os.environ.get("DNP_API_KEY"), deadline=deadline,
+                timeout=timeout, tell=bar.update,
+            )  # fmt: skip
+            found.append(asyncio.run(work))
+    if picture is not None:
+        try:
+            load.plot({"": found}, picture)
+        except ModuleNotFoundError as error:
+            raise _missing(error, "bench", "drawing") from error
+    say(load.report(url, found, drawn, seed), as_json, load.table(found))
+    return 0 if any(one.answered for one in found) else 1
