@@ -229,7 +229,8 @@ def plot(series: Mapping[str, Sequence[Measured]], file: Path) -> None:
         for share, style in (("p50", "o-"), ("p95", "o--")):
             values = [one.latency.get(share, float("nan")) for one in found]
             right.plot(over, values, style, color=colour, label=f"{name}, {share}")
-    unit = "requests per second" if any(one.rate for found in series.values() for one in found) else "clients"
+    rates = {one.rate is not None for found in series.values() for one in found}
+    unit = " or ".join(name for rate, name in ((False, "clients"), (True, "requests per second")) if rate in rates)
     left.set(xlabel=unit, ylabel="images per second", ylim=(0, None))
     right.set(xlabel=unit, ylabel="seconds", ylim=(0, None))
     for axes in (left, right):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -350,3 +351,38 @@ def test_the_program_of_the_page_about_serving(served, capsys):
     assert "http://127.0.0.1:8000" in program
     exec(compile(program.replace("http://127.0.0.1:8000", served.url), "docs/serving.md", "exec"), {})
     assert capsys.readouterr().out.count("image_generation.") == 3
+
+
+def test_a_slow_reader_loses_what_is_stale_and_nothing_else():
+    """What waits for it is bounded, and what it asked for is kept."""
+    from dnp.runtime.batching import Negatives, Picture, Plain, Progress, Ticket
+    from dnp.serving.engines import _WAITING, _Mailbox
+
+    kept = [Negatives(np.zeros((1, 2, 2, 3), np.uint8), ["n*"]), Plain(np.zeros((1, 2, 2, 3), np.uint8)), Ticket()]
+
+    async def scenario():
+        box = _Mailbox(asyncio.get_running_loop())
+        for event in kept:
+            for index in range(50):
+                box.hear(Progress("final", index, 50))
+                box.hear(Picture("final", index, 0, np.zeros((2, 2, 3), np.uint8)))
+            box.hear(event)
+        await asyncio.sleep(0)
+        return [await box.next() for _ in range(_WAITING + len(kept))]
+
+    seen = asyncio.run(asyncio.wait_for(scenario(), 10))
+    assert [event for event in seen if isinstance(event, Negatives | Plain | Ticket)] == kept
+    assert isinstance(seen[-2], Picture) and seen[-2].index == 49  # the newest ones stay
+
+
+def test_the_log_is_one_line_for_each_request_whatever_a_client_sends():
+    """No prompt, no second line, nothing that a terminal would obey."""
+    import logging
+
+    from dnp.serving import logs
+
+    for formatter in (logs._Json(), logs._Text()):
+        record = logging.LogRecord("dnp.serving", logging.INFO, "", 0, "request", (), None)
+        record.fields = {"path": "/v1\n\x1b[31m/x", "seconds": 0.5, "status": 404}
+        line = formatter.format(record)
+        assert "\n" not in line and "\x1b" not in line and "404" in line

@@ -216,7 +216,11 @@ def bench_serve(
             found.append(asyncio.run(work))
     if picture is not None:
         try:
-            load.plot({"": found}, picture)
+            kinds = {
+                "clients": [one for one in found if one.clients],
+                "requests a second": [one for one in found if one.rate],
+            }
+            load.plot({f"over {kind}": some for kind, some in kinds.items() if some}, picture)
         except ModuleNotFoundError as error:
             raise _missing(error, "bench", "drawing") from error
     say(load.report(url, found, drawn, seed), as_json, load.table(found))
