@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from PIL.Image import Image
 
@@ -22,6 +22,7 @@ from dnp.runtime.sampling.samplers import METHODS, sampler_names
 from dnp.serving.errors import ApiError
 
 Observe = Callable[[str, float], object]
+What = Literal["images", "negatives"]
 
 _PASSING: Final = (Progress, Picture)  # what the next one makes stale
 _WAITING: Final = 8  # of them wait for a slow reader; older ones are dropped
@@ -49,7 +50,7 @@ class Order:
     """
 
     id: str
-    what: str = "images"
+    what: What = "images"
     priority: int = 0
     deadline: float | None = None
     previews: int = 0
@@ -64,6 +65,15 @@ class Work(Protocol):
 
     async def aclose(self) -> None:
         """Cancel it, unless it is done."""
+
+
+async def result_of(work: Work, hear: Callable[[Event], object] = lambda event: None) -> Result:
+    """What the work ends with; ``hear`` is told what comes before. Raises what the engine raises."""
+    async for event in work:
+        if isinstance(event, Result):
+            return event
+        hear(event)
+    raise AssertionError("the last thing that an engine tells is the result")
 
 
 class Engine(Protocol):
@@ -177,7 +187,7 @@ class LocalEngine:
             previews=order.previews,
             listener=box.hear,
         )
-        ticket.add_done_callback(box.hear)
+        ticket.add_done_callback(lambda _: box.hear(ticket))
         return _LocalWork(ticket, box)
 
     async def caption(self, images: Sequence[Image], order: Order, **settings: Any) -> list[str]:
@@ -192,7 +202,7 @@ class LocalEngine:
 class _LocalWork:
     """``Work`` of a thread of this process."""
 
-    def __init__(self, ticket: Ticket, box: _Mailbox) -> None:
+    def __init__(self, ticket: Ticket[Result], box: _Mailbox) -> None:
         self._ticket, self._box = ticket, box
 
     def __aiter__(self) -> _LocalWork:
@@ -213,22 +223,22 @@ class _Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._events: deque[Event | Ticket] = deque()
+        self._events: deque[Event | Ticket[Result]] = deque()
         self._came = asyncio.Event()
 
-    def hear(self, event: Event | Ticket) -> None:
+    def hear(self, event: Event | Ticket[Result]) -> None:
         """Called in any thread; never waits."""
         with suppress(RuntimeError):  # the loop is closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._put, event)
 
-    def _put(self, event: Event | Ticket) -> None:
+    def _put(self, event: Event | Ticket[Result]) -> None:
         passing = [place for place, other in enumerate(self._events) if isinstance(other, _PASSING)]
         if isinstance(event, _PASSING) and len(passing) >= _WAITING:
             del self._events[passing[0]]
         self._events.append(event)
         self._came.set()
 
-    async def next(self) -> Event | Ticket:
+    async def next(self) -> Event | Ticket[Result]:
         """The next event; the ticket itself when it is done."""
         while not self._events:
             self._came.clear()

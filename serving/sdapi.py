@@ -18,16 +18,16 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from dnp.engine.errors import SettingsError
-from dnp.runtime.batching import Progress
+from dnp.runtime.batching import Event, Progress
 from dnp.runtime.pictures import settings_inside
 from dnp.runtime.request import Request as Job
 from dnp.runtime.result import Result
 from dnp.serving.bodies import JsonRoute
-from dnp.serving.engines import Engine, Order, Work
+from dnp.serving.engines import Engine, Order, Work, result_of
 from dnp.serving.errors import ApiError, api_error
 from dnp.serving.openai import Flag, Number, Text, Whole, param_of, random_seed
 from dnp.serving.service import Service, while_there
-from dnp.serving.v1 import ERRORS
+from dnp.serving.v1 import ERRORS, REFUSED
 
 SAMPLERS: Final = {
     "DDIM": "ddim", "DDPM": "ddpm", "DEIS": "deis", "DPM++ 2M": "dpmpp_2m", "DPM++ 2M Karras": "dpmpp_2m_karras",
@@ -130,23 +130,23 @@ def router(service: Service) -> APIRouter:
             await work.aclose()
 
     async def answer(body: Txt2Img, engine: Engine, mine: _Running) -> dict[str, Any]:
-        async for event in mine.work:
+        def hear(event: Event) -> None:
             if isinstance(event, Progress):
                 mine.phase, mine.step, mine.steps = event.phase, event.index, event.total
-            if isinstance(event, Result):
-                break
-        service.metrics.made(engine.name, event)
-        kind = "dnp" if event.request.dnp else "plain"
+
+        result = await result_of(mine.work, hear)
+        service.metrics.made(engine.name, result)
+        kind = "dnp" if result.request.dnp else "plain"
         inside = [
-            settings_inside(event.request, event.made_with, kind, index, negative)
-            for index, negative in enumerate(event.negatives)
+            settings_inside(result.request, result.made_with, kind, index, negative)
+            for index, negative in enumerate(result.negatives)
         ]
         encode = service.encoder.encode
-        images = await asyncio.gather(*map(lambda array, own: encode(array, "png", None, own), event.arrays, inside))
+        images = await asyncio.gather(*map(lambda array, own: encode(array, "png", None, own), result.arrays, inside))
         return {
             "images": images,
             "parameters": body.model_dump(exclude_unset=True),
-            "info": json.dumps(_info(event, engine.name)),
+            "info": json.dumps(_info(result, engine.name)),
         }
 
     @routes.get("/options")
@@ -154,7 +154,7 @@ def router(service: Service) -> APIRouter:
         """The caller's model."""
         return {"sd_model_checkpoint": model_of(request.state.caller).name, "samples_format": "png"}
 
-    @routes.post("/options", responses={status: ERRORS[status] for status in (400, 404, 408, 413, 415)})
+    @routes.post("/options", responses={status: ERRORS[status] for status in (400, 404)} | REFUSED)
     async def choose(request: Request, body: Options) -> dict[str, Any]:
         """Choose a model, for this caller alone."""
         if body.sd_model_checkpoint is not None:

@@ -21,7 +21,7 @@ from dnp.runtime.pictures import settings_inside
 from dnp.runtime.request import Request as Job
 from dnp.runtime.result import Result
 from dnp.serving.bodies import JsonRoute, read
-from dnp.serving.engines import Engine, Order, Work
+from dnp.serving.engines import Engine, Order, What, Work, result_of
 from dnp.serving.errors import ApiError, ErrorAnswer, api_error
 from dnp.serving.openai import (
     CaptionsAnswer,
@@ -54,6 +54,8 @@ _SENTENCES: Final = {
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in _SENTENCES.items()
 }
+# Where FastAPI would describe a 422 of its own, which is never sent.
+REFUSED: Final[dict[int | str, dict[str, Any]]] = {"4XX": {"model": ErrorAnswer, "description": "It is refused."}}
 _EVENTS: Final = {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`: events."}}}
 
 
@@ -81,7 +83,7 @@ def router(service: Service) -> APIRouter:
     """The paths below ``/v1``."""
     routes = APIRouter(prefix="/v1", route_class=JsonRoute)
 
-    def asked(request: Request, body: Settings, what: str) -> _Asked:
+    def asked(request: Request, body: Settings, what: What) -> _Asked:
         """Raises ApiError, or DnpError for what cannot be honoured or not now."""
         form = body.format  # which refuses some
         engine = service.admit(body.model)
@@ -98,7 +100,7 @@ def router(service: Service) -> APIRouter:
         )
         return _Asked(body, engine, job, order, "dns" if what == "negatives" else "dnp" if job.dnp else "plain")
 
-    async def answer(request: Request, body: Settings, what: str) -> Response:
+    async def answer(request: Request, body: Settings, what: What) -> Response:
         try:
             it = asked(request, body, what)
             work = await it.engine.submit(it.job, it.order)
@@ -113,15 +115,10 @@ def router(service: Service) -> APIRouter:
             await work.aclose()
 
     async def whole(it: _Asked, work: Work) -> dict[str, Any]:
-        async for event in work:
-            if isinstance(event, Result):
-                break
-        service.metrics.made(it.engine.name, event)
-        data = await asyncio.gather(*(image(it, event, index) for index in range(len(event.arrays))))
-        return {"created": int(time.time()), "data": data, **_form(it), **_made(it, event)}
-
-    async def image(it: _Asked, result: Result, index: int) -> dict[str, Any]:
-        return await _image(service, it, result, index)
+        result = await result_of(work)
+        service.metrics.made(it.engine.name, result)
+        images = [_image(service, it, result, index) for index in range(len(result.arrays))]
+        return {"created": int(time.time()), "data": await asyncio.gather(*images), **_form(it), **_made(it, result)}
 
     @routes.post(
         "/images/generations",
@@ -145,7 +142,7 @@ def router(service: Service) -> APIRouter:
         texts = [text for text in [body.image, *(body.images or [])] if text is not None]
         if not texts:
             raise ApiError(400, "missing_field", "there is no image; send one as image, or several as images", "image")
-        order = Order(request.state.id, "captions", body.priority or 0, service.deadline(request, body.deadline))
+        order = Order(request.state.id, priority=body.priority or 0, deadline=service.deadline(request, body.deadline))
         settings = body.model_dump(include={"beams", "prefix", "min_length", "max_length"}, exclude_none=True)
 
         async def described() -> list[str]:
@@ -166,7 +163,7 @@ def router(service: Service) -> APIRouter:
     @routes.get(
         "/models/{name}",
         response_model=Model,
-        responses={status: ERRORS[status] for status in (401, 404)},
+        responses={status: ERRORS[status] for status in (401, 404)} | REFUSED,
         response_model_exclude_unset=True,
     )
     async def one_model(name: str) -> dict[str, Any]:
@@ -277,7 +274,7 @@ async def _events(service: Service, request: Request, it: _Asked, work: Work) ->
     coming: asyncio.Future[Event | Result] | None = None
     try:
         while True:
-            coming = asyncio.ensure_future(anext(work))  # type: ignore[arg-type]
+            coming = asyncio.ensure_future(anext(work))
             while not (await asyncio.wait({coming}, timeout=service.settings.keep_alive))[0]:
                 yield ": still here\n\n"
             event = coming.result()
@@ -318,15 +315,21 @@ class _Writer:
                 yield _sse("image_generation.progress", phase=event.phase, step=event.index, steps=event.total)
             case Negatives() if more:
                 for index, (pixels, text) in enumerate(zip(event.images, event.texts, strict=True)):
-                    picture = await self._encode(pixels, self._it.body.format, self._it.body.output_compression)
+                    picture = await self._picture(pixels, "dns", index, text)
                     seed = (self._it.job.dns_seed or 0) + index
                     yield _sse(
                         "image_generation.negative", index=index, negative_prompt=text, seed=seed, b64_json=picture
                     )
             case Plain() if more:
                 for index, pixels in enumerate(event.images):
-                    picture = await self._encode(pixels, self._it.body.format, self._it.body.output_compression)
+                    picture = await self._picture(pixels, "plain", index)
                     yield _sse("image_generation.plain", index=index, b64_json=picture)
+
+    async def _picture(self, pixels: npt.NDArray[np.uint8], kind: str, index: int, negative: str | None = None) -> str:
+        card, body = self._it.engine.card, self._it.body
+        made = {name: card[name] for name in ("bundle", "backend", "precision", "runs_on")}
+        inside = settings_inside(self._it.job, made, kind, index, negative)
+        return await self._encode(pixels, body.format, body.output_compression, inside)
 
     async def _partial(self, event: Picture) -> str:
         number = self._partials[event.number]

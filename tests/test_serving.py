@@ -386,3 +386,17 @@ def test_the_log_is_one_line_for_each_request_whatever_a_client_sends():
         record.fields = {"path": "/v1\n\x1b[31m/x", "seconds": 0.5, "status": 404}
         line = formatter.format(record)
         assert "\n" not in line and "\x1b" not in line and "404" in line
+
+
+def test_the_page_is_served_and_kept_to_itself(served):
+    """Every file that it names is there, with a type that a browser takes; it may load nothing from elsewhere."""
+    page = served.get("/")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    names = set(re.findall(r'(?:src|href)="\./([\w-]+\.(?:js|css|svg))"', page.text))
+    assert names
+    for name in names:
+        answer = served.get(f"/{name}")
+        assert answer.status_code == 200, name
+        assert answer.headers["content-type"].split(";")[0] in ("text/javascript", "text/css", "image/svg+xml")
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert served.get("/__init__.py").status_code == served.get("/docs").status_code == 404
