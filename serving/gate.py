@@ -62,7 +62,7 @@ class Gate:
         failure: Exception | None = None
         try:
             if scope["method"] == "OPTIONS":  # of clients that ask whether anybody is there
-                await Response(status_code=204, headers={"Allow": "GET, POST, OPTIONS"})(scope, receive, answer)
+                await Response(status_code=204)(scope, receive, answer)
             else:
                 state["caller"] = self._caller(scope, headers)
                 await self._app(scope, receive, answer)
