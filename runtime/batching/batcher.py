@@ -185,8 +185,6 @@ class Batcher:
             Draining: nothing more is taken.
         """
         job = request if isinstance(request, Job) else self.pipeline.resolve(request)
-        if what == "negatives" and not job.runs_dns:
-            raise SettingsError("DNS finds n*; it takes no negative prompt of your own and cannot be switched off")
         self._check(job)
         ticket: Ticket[Result] = Ticket(listener, self._call)
         do = make_images(job, ticket.tell) if what == "images" else find_negatives(job, ticket.tell)
@@ -251,7 +249,7 @@ class Batcher:
                 alive=self._thread is not None and self._thread.is_alive(),
                 queued=self._queued,
                 queue=self.options.queue,
-                requests=sum(task.begun for task in tasks),
+                requests=sum(task.begun is not None for task in tasks),
                 running=dict(self._core.running),
                 cap=dict(self._cap),
                 sizes=self.sizes,
@@ -317,7 +315,8 @@ class Batcher:
             self._ended = now
             if error is None:
                 self._finished += 1
-                ticket.set_result(result(made, {**task.seconds, "total": now - arrived}))
+                waited = (now if task.begun is None else task.begun) - arrived
+                ticket.set_result(result(made, {"queue": waited, **task.seconds, "total": now - arrived}))
             else:
                 self._failures[type(error).__name__] += 1
                 ticket.set_exception(error)
@@ -353,7 +352,7 @@ class Batcher:
         core = self._core
         while True:
             with self._wake:
-                self._queued = len(self._inbox) + sum(not task.begun for task in core.tasks)
+                self._queued = len(self._inbox) + sum(task.begun is None for task in core.tasks)
                 if self._state == "closed":
                     break
                 if not self._inbox and not core.tasks:

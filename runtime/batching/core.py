@@ -53,7 +53,8 @@ class Task:
         stopped: asked before each step; true when the request is to be cancelled.
         alone: whether it is captioned by itself, since doing so with others failed.
         arrived: when it came, on the scheduler's clock.
-        seconds: spent on it so far, by phase; ``queue`` is the time before anything was done.
+        begun: when the first was done about it, if anything was.
+        seconds: spent on it so far, by phase.
     """
 
     _numbers = itertools.count()
@@ -73,7 +74,8 @@ class Task:
         self.work, self.finish, self.tell = work, finish, tell
         self.priority, self.deadline, self.previews, self.stopped = priority, deadline, previews, stopped
         self.number, self.arrived = next(Task._numbers), arrived
-        self.begun = self.alone = False
+        self.begun: float | None = None
+        self.alone = False
         self.seconds: dict[str, float] = {}
         self.want: Want | None = None
         self.room: Room | None = None
@@ -185,7 +187,7 @@ class Core:
             if task.stopped():
                 self._end(task, None, Cancelled("the request was cancelled"))
             elif now >= task.deadline:
-                where = "" if task.begun else ", it was still in the queue"
+                where = "" if task.begun is not None else ", it was still in the queue"
                 self._end(
                     task, None, DeadlineExceeded(f"the deadline of the request has passed{where}; allow more time")
                 )
@@ -253,9 +255,8 @@ class Core:
 
     def _begin(self, task: Task, now: float) -> None:
         """The task waits no longer."""
-        if not task.begun:
-            task.begun = True
-            task.spent("queue", now - task.arrived)
+        if task.begun is None:
+            task.begun = now
             self._observe("queue", now - task.arrived)
 
     # Step
@@ -330,13 +331,13 @@ class Core:
     def _look(self, places: Sequence[int]) -> Pixels:
         """The images that some places are expected to give, as of the last step."""
         with self.lock:
+            free = [slot for slot in range(self._slots) if slot not in {kept.slot for kept in self._kept}]
             images = []
-            for place in places:
-                slot = self._free_slot()
-                if slot is None:
-                    raise DnpError("every slot of the decoder is taken; look again after the next step")
-                self._stages.keep(place, slot, clean=True)
-                images.append(self._stages.decode([slot]))
+            for start in range(0, len(places), len(free)):
+                part = list(zip(places[start:], free, strict=False))
+                for place, slot in part:
+                    self._stages.keep(place, slot, clean=True)
+                images.append(self._stages.decode([slot for _, slot in part]))
             return np.concatenate(images)
 
     # Decode and describe

@@ -110,8 +110,4 @@ class Ticket(Future[T], Generic[T]):
             self._listener(event)
         except Exception:
             _log.exception("the listener of request %s raised, and is told nothing more", self.request_id)
-            self._listener = _nobody
-
-
-def _nobody(event: Event) -> None:
-    """Listens to nothing."""
+            self._listener = lambda _: None

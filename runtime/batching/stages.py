@@ -46,7 +46,7 @@ class Stages:
         self._graphs = graphs
         self._scale = graphs.bundle.latents.vae_scale_factor
         self._room = Room(0, 0, 0, 0, 0, 0)
-        self._slots = 0
+        self._decode_sizes: dict[str, int] = {}
         self._shown: Pixels | None = None  # what lies in the decoder's output
 
     def open(self, room: Room) -> int:
@@ -62,10 +62,11 @@ class Stages:
             width=width,
             tokens=room.windows * graphs.bundle.text.length,
         )
-        self._slots = graphs.decode.limits.fit("places", room.places)
-        self._decode_sizes = {"places": self._slots, "height": height, "width": width}
+        slots = graphs.decode.limits.fit("places", room.places)
+        self._decode_sizes = {"places": slots, "height": height, "width": width}
+        graphs.decode.reshape(batch=1, **self._decode_sizes)
         self._room = room
-        return self._slots
+        return slots
 
     def join(self, samples: Mapping[int, tuple[Sampling, int]]) -> None:
         """Put samples into free places, each the image with that number of what is wanted.
@@ -103,8 +104,8 @@ class Stages:
         Returns whether they are numbers; a clean copy, which nothing depends on, is not looked at.
         """
         graphs = self._graphs
+        graphs.require_open()
         source = (graphs.denoiser.clean_latents if clean else graphs.denoiser.latents).at(place)
-        graphs.decode.reshape(batch=1, **self._decode_sizes)
         graphs.decode.inputs["latents"].at(slot).copy(source)
         return clean or finite(source.read())
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dnp.engine.errors import DnpError
+from dnp.engine.errors import DnpError, SettingsError
 from dnp.runtime.batching.events import Event, Negatives, Plain
 from dnp.runtime.captioning.captioner import CaptionSettings
 from dnp.runtime.job import Job
@@ -57,6 +57,10 @@ Work = Generator[Want, Any, T]
 Tell = Callable[[Event], object]
 
 
+def nobody(event: Event) -> None:
+    """Is told, and does nothing."""
+
+
 @dataclass(frozen=True)
 class Made:
     """What a request gave: the fields of ``Result`` that are its own."""
@@ -67,7 +71,7 @@ class Made:
     negatives: list[str]
 
 
-def make_images(job: Job, tell: Tell) -> Work[Made]:
+def make_images(job: Job, tell: Tell = nobody) -> Work[Made]:
     """The whole request: DNS and captions where n* is not written, the plain images where asked for, the final ones."""
     dns = plain = None
     prompts, negatives = [job.prompt] * job.images, [job.negative] * job.images
@@ -80,8 +84,10 @@ def make_images(job: Job, tell: Tell) -> Work[Made]:
     return Made(arrays, dns, plain, negatives)
 
 
-def find_negatives(job: Job, tell: Tell) -> Work[Made]:
-    """The first half: the DNS images, and n* of each."""
+def find_negatives(job: Job, tell: Tell = nobody) -> Work[Made]:
+    """The first half: the DNS images, and n* of each. Raises SettingsError for a job that runs no DNS."""
+    if not job.runs_dns:
+        raise SettingsError("DNS finds n*; it takes no negative prompt of your own and cannot be switched off")
     arrays, texts = yield from _negatives(job, tell)
     return Made(arrays, arrays, None, texts)
 
@@ -92,6 +98,12 @@ def describe(pictures: Sequence[Pixels], settings: CaptionSettings) -> Work[list
     for picture in pictures:
         found += yield Captioning(picture[None], settings)
     return found
+
+
+def alone(want: Sampling) -> Work[Pixels]:
+    """Nothing but the images of some pairs."""
+    images: Pixels = yield want
+    return images
 
 
 def sampling(phase: str, job: Job, prompts: Sequence[str], negatives: Sequence[str]) -> Sampling:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from types import MappingProxyType
-from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
-from dnp.engine.backends.session import Backend, Buffer, Session
+from dnp.engine.backends.session import Backend, Session
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.bundle.contract import BATCH
 from dnp.engine.errors import DnpError
@@ -23,14 +19,6 @@ from dnp.runtime.request import Request
 from dnp.runtime.sampling.denoise import Denoiser
 from dnp.runtime.sampling.schedule import read_schedule
 from dnp.runtime.tokenizer import PromptTokenizer
-
-_OPENERS: Final = {  # what opens a graph, with what it stands on
-    "encode_text": "conditioner",
-    "denoise": "denoiser",
-    "decode_latents": "decode",
-    "encode_image": "captioner",
-    "caption_step": "captioner",
-}
 
 
 class Graphs:
@@ -89,8 +77,8 @@ class Graphs:
         return min(limits.nearest(symbol, BATCH) for limits, symbol in sizes)
 
     @property
-    def _sampling(self) -> tuple[Session, Session, Session]:
-        return self._open("encode_text"), self._open("denoise"), self._open("decode_latents")
+    def _sampling(self) -> list[Session]:
+        return self.open("encode_text", "denoise", "decode_latents")
 
     def _session(self, graph: str) -> Session:
         self.require_open()
@@ -102,17 +90,23 @@ class Graphs:
         self.opening += time.perf_counter() - started
         return session
 
-    def _open(self, graph: str) -> Session:
-        """The session of a graph, opened if it is not."""
-        getattr(self, _OPENERS[graph])
-        return self._sessions[graph]
+    def open(self, *graphs: str) -> list[Session]:
+        """The sessions of these graphs, opened if they are not, with what stands on them."""
+        standing: dict[str, Callable[[], object]] = {
+            "encode_text": lambda: self.conditioner,
+            "denoise": lambda: self.denoiser,
+            "decode_latents": lambda: self.decode,
+            "encode_image": lambda: self.captioner,
+            "caption_step": lambda: self.captioner,
+        }
+        for graph in graphs:
+            standing[graph]()
+        return [self._sessions[graph] for graph in graphs]
 
     def warm_up(self, *, captioner: bool, sizes: Sequence[tuple[int, int]] = ()) -> None:
         """Open the graphs and capture them for every batch size and image size; see ``Pipeline.warm_up``."""
         self.require_open()
-        self._sampling  # noqa: B018
-        if captioner:
-            self.captioner  # noqa: B018
+        self.open("encode_text", "denoise", "decode_latents", *(["encode_image", "caption_step"] if captioner else []))
         new = [size for size in dict.fromkeys(sizes) if size not in self._sizes]
         for height, width in new:
             request = Request("a size", height=height, width=width, dnp=captioner)
@@ -172,7 +166,7 @@ class Graphs:
             for batch in batches:
                 self.decode.capture(**self._decode_sizes(batch, height, width))
         for batch in batches:
-            self._open("encode_text").capture(batch=batch, tokens=self.bundle.text.length)
+            self._sampling[0].capture(batch=batch, tokens=self.bundle.text.length)
         self.conditioner.forget()
 
     def _open_places(self, places: int, height: int, width: int, noise_steps: int) -> None:
@@ -182,16 +176,6 @@ class Graphs:
     def _decode_sizes(self, batch: int, height: int, width: int) -> dict[str, int]:
         """The decoder has places of its own, of which it decodes the first."""
         return {"places": self.decode.limits.fit("places", batch), "batch": batch, "height": height, "width": width}
-
-    def decoded(self, latents: Buffer, places: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """The latents of some places, of a buffer of the denoiser's, as images uint8 ``[B, H, W, 3]``."""
-        self.require_open()
-        self.decode.reshape(**self._decode_sizes(len(places), *latents.shape[2:]))
-        for number, place in enumerate(places):
-            self.decode.inputs["latents"].at(number).copy(latents.at(place))
-        self.decode.inputs["decoded"].write(np.arange(len(places)))
-        self.decode.run()
-        return self.decode.outputs["image"].read().astype(np.uint8, copy=False)
 
     def validate(self, job: Job) -> None:
         """Raises SettingsError when the graphs are compiled for other sizes than the job's."""
@@ -205,7 +189,7 @@ class Graphs:
                     places=batch,
                     rows=batch * max(map(len, table.roles)),
                     steps=len(table.rows),
-                    noise_steps=max(1, len(table.noise_rows)),
+                    noise_steps=max(1, len(table.noise_steps)),
                     height=height,
                     width=width,
                     tokens=job.windows * self.bundle.text.length,
@@ -225,7 +209,7 @@ class Graphs:
         unlike = self.bundle.unlike(other)
         for session in [self._sessions[graph] for graph in unlike if graph in self._sessions]:
             session.check_refit()  # before others are opened, which may take long
-        changed = [self._open(graph) for graph in unlike]
+        changed = self.open(*unlike)
         for session in changed:
             session.check_refit()
         try:

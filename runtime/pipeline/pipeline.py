@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,11 +20,12 @@ from dnp.engine.backends.session import Backend, BackendOptions, Session
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.errors import BundleError, Cancelled, DnpError, SettingsError
 from dnp.runtime.batching.batcher import Batcher
+from dnp.runtime.batching.core import Core, Task
 from dnp.runtime.batching.events import Listener, Ticket
+from dnp.runtime.batching.stages import Room, Stages
+from dnp.runtime.batching.work import Made, Sampling, Work, alone, find_negatives, make_images, sampling
 from dnp.runtime.job import Job, resolve
-from dnp.runtime.pipeline.clock import Clock
 from dnp.runtime.pipeline.graphs import Graphs
-from dnp.runtime.pipeline.run import Run
 from dnp.runtime.request import Request
 from dnp.runtime.result import Result, Step
 from dnp.runtime.sampling.samplers import check_defaults
@@ -50,6 +52,7 @@ class Pipeline:
         backend = backend if isinstance(backend, Backend) else open_backend(backend, options)
         self.graphs = Graphs(bundle, backend)
         self._schedule = _schedule_of(bundle)
+        self._core = Core(Stages(self.graphs), self._room)
         self._busy = threading.Lock()
         self._batcher: Batcher | None = None
         self._starting = threading.Lock()  # held while it is made
@@ -78,7 +81,7 @@ class Pipeline:
         pipeline = cls(opened, backend, options)
         pipeline.graphs.opening = time.perf_counter() - started
         try:
-            pipeline.graphs.conditioner  # noqa: B018  opened now, so that a backend that cannot run says so here
+            pipeline.graphs.open("encode_text")  # now, so that a backend that cannot run says so here
         except BaseException:
             pipeline.close()
             raise
@@ -92,8 +95,8 @@ class Pipeline:
     @property
     def runs_on(self) -> str:
         """What really runs the graphs, as the library itself says."""
-        self.graphs.conditioner  # noqa: B018  any of them tells
-        return self.sessions["encode_text"].backend
+        (session,) = self.graphs.open("encode_text")  # any of them tells
+        return session.backend
 
     @property
     def sessions(self) -> Mapping[str, Session]:
@@ -115,19 +118,6 @@ class Pipeline:
     def tokenizer(self) -> PromptTokenizer:
         """The prompt tokenizer of the bundle; the first one, where there are several."""
         return self.graphs.tokenizers[0]
-
-    def _begin(self, job: Job) -> Run:
-        """A run of ``job``, which has to open what is not open yet and tells of all that was opened for it.
-
-        Raises SettingsError when the graphs are compiled for sizes that the job does not have.
-        """
-        clock, graphs = Clock(), self.graphs
-        clock.add("open", graphs.opening)
-        with clock.phase("open"):
-            graphs.warm_up(captioner=job.runs_dns)
-        graphs.opening = 0.0  # told now
-        graphs.validate(job)
-        return Run(graphs, job, clock)
 
     def warm_up(self, *, captioner: bool = True, sizes: Sequence[tuple[int, int]] = ()) -> None:
         """Do now, rather than with the first request that needs it, what is done once: open the graphs, capture runs.
@@ -266,16 +256,7 @@ class Pipeline:
         Dropping the generator cancels the request within the step it is in. Raises SettingsError as ``resolve`` does.
         """
         job = request if isinstance(request, Job) else self.resolve(request)
-        with self.exclusive():
-            run = self._begin(job)
-            dns = plain = None
-            prompts, negatives = [job.prompt] * job.images, [job.negative] * job.images
-            if job.runs_dns:
-                dns, negatives = yield from run.find_negatives()
-            if job.compare:
-                plain = yield from run.sample("plain", job.final, prompts, [""] * job.images, job.seeds)
-            arrays = yield from run.sample("final", job.final, prompts, negatives, job.seeds)
-        return self._result(run, job, arrays, negatives, dns, plain)
+        return (yield from self._result(job, make_images(job)))
 
     def sample(
         self, prompts: Sequence[str], negatives: Sequence[str], request: Request | Job
@@ -287,39 +268,57 @@ class Pipeline:
         if len(prompts) != len(negatives) or not prompts:
             raise SettingsError(f"{len(prompts)} prompts and {len(negatives)} negatives do not pair up")
         job = request if isinstance(request, Job) else resolve(request, self.bundle, self._schedule)
-        seeds = [job.seeds[0] + i for i in range(len(prompts))]
         with self.exclusive():
             self.graphs.warm_up(captioner=False)
-            run = Run(self.graphs, job, Clock())
-            return (yield from run.sample("final", job.final, prompts, negatives, seeds))
+            pixels, _ = yield from self._work(alone(sampling("final", job, prompts, negatives)))
+        return pixels
 
     def dns_steps(self, request: Request | Job) -> Generator[Step, None, Result]:
         """``dns`` as a generator. Raises SettingsError for a request that runs no DNS."""
         job = request if isinstance(request, Job) else self.resolve(request)
-        if not job.runs_dns:
-            raise SettingsError("DNS finds n*; it takes no negative prompt of your own and cannot be switched off")
-        with self.exclusive():
-            run = self._begin(job)
-            arrays, negatives = yield from run.find_negatives()
-        return self._result(run, job, arrays, negatives, arrays, None)
+        return (yield from self._result(job, find_negatives(job)))
 
-    def _result(
-        self,
-        run: Run,
-        job: Job,
-        arrays: Pixels,
-        negatives: list[str],
-        dns: Pixels | None,
-        plain: Pixels | None,
-    ) -> Result:
-        return Result(
-            arrays=arrays,
-            dns_arrays=dns,
-            plain_arrays=plain,
-            negatives=negatives,
-            request=job.request,
-            seconds=run.clock.total(),
-            **self.made_with,
+    def _result(self, job: Job, work: Work[Made]) -> Generator[Step, None, Result]:
+        """Open what the job needs and is not open yet, and work it off.
+
+        Raises SettingsError when the graphs are compiled for sizes that the job does not have.
+        """
+        with self.exclusive():
+            started, graphs = time.perf_counter(), self.graphs
+            before = graphs.opening  # told by the first request, which it was for
+            graphs.warm_up(captioner=job.runs_dns)
+            opened = time.perf_counter()
+            graphs.opening = 0.0
+            graphs.validate(job)
+            made, seconds = yield from self._work(work)
+        ended = time.perf_counter()
+        seconds = {"open": before + opened - started, **seconds, "total": before + ended - started}
+        return Result(**vars(made), request=job.request, seconds=seconds, **self.made_with)
+
+    def _work(self, work: Work[T]) -> Generator[Step, None, tuple[T, dict[str, float]]]:
+        """Drive the scheduler with one piece of work in it; returns its outcome, and the seconds of each phase."""
+        told: deque[Any] = deque()
+        ended: list[tuple[Any, BaseException | None]] = []
+        task = Task(work, lambda made, error: ended.append((made, error)), told.append)
+        self._core.reset()
+        try:
+            self._core.add(task)
+            while not ended:
+                self._core.tick()
+                while told:
+                    yield told.popleft()
+        finally:
+            self._core.drop(task, Cancelled("the generator of steps was closed"))
+        ((made, error),) = ended
+        if error is not None:
+            raise error
+        return made, task.seconds
+
+    def _room(self, want: Sampling) -> Room:
+        """As many places as there are images, as long as the pass's own table."""
+        places = min(len(want.seeds), self.graphs.batch)
+        return Room(
+            places, len(want.table.rows), max(1, len(want.table.noise_steps)), want.height, want.width, want.windows
         )
 
     @contextmanager

@@ -79,7 +79,7 @@ class Denoiser:
         inputs, table, generator = self.session.inputs, sample.table, TorchNoise(sample.seed)
         if self._samples[place] is not None:
             raise DnpError(f"place {place} has a sample that has not left; choose a free one")
-        for name, size in (("steps", len(table.rows)), ("noise_steps", len(table.noise_rows))):
+        for name, size in (("steps", len(table.rows)), ("noise_steps", len(table.noise_steps))):
             if size > self._dims[name]:
                 raise SettingsError(
                     f"the sampler needs {name} {size}, there is room for {self._dims[name]}; ask for fewer steps"
@@ -87,7 +87,7 @@ class Denoiser:
         state = np.zeros(inputs["state"].shape[1:], np.float32)  # [N, C, h, w]
         noise = np.zeros(inputs["noise"].shape[1:], np.float32)  # [draws, C, h, w]
         state[0] = generator.randn((1, *state.shape[1:]))[0] * np.float32(table.init_noise_sigma)
-        for draw in range(len(table.noise_rows)):
+        for draw in range(len(table.noise_steps)):
             noise[draw] = generator.randn((1, *state.shape[1:]))[0]
         rows = np.tile(identity_row(), (self._dims["steps"], 1))
         rows[: len(table.rows)] = table.rows
@@ -97,8 +97,10 @@ class Denoiser:
 
     def leave(self, place: int) -> None:
         """Free a place, whether its sample is finished or not; its latents stay until another sample joins there."""
+        finished = not self.left(place)  # and stands still by itself
         self._samples[place] = None
-        self.session.inputs["table"].at(place).write(np.tile(identity_row(), (self._dims["steps"], 1)))
+        if not finished:
+            self.session.inputs["table"].at(place).write(np.tile(identity_row(), (self._dims["steps"], 1)))
 
     def left(self, place: int) -> int:
         """Calls of the network that the sample in a place still needs."""
