@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
@@ -21,7 +21,8 @@ from dnp.runtime.batching.core import NEVER, Core, Task
 from dnp.runtime.batching.events import Event, Listener, Picture, Progress, Ticket
 from dnp.runtime.batching.negatives import NegativeCache
 from dnp.runtime.batching.stages import Room, Stages
-from dnp.runtime.batching.work import Made, Sampling, Work, describe, find_negatives, make_images
+from dnp.runtime.batching.warmup import measure_cap, measure_company, rehearse
+from dnp.runtime.batching.work import Made, Sampling, Work, describe, find_negatives, make_images, sampling
 from dnp.runtime.captioning.captioner import CaptionSettings
 from dnp.runtime.job import Job
 from dnp.runtime.pipeline.graphs import Graphs
@@ -65,6 +66,8 @@ class Status:
         requests: those that are begun.
         running: images, by phase; ``caption`` among them.
         cap: the most images that share a step, by (height, width).
+        company: the most grey levels by which an image differs between being made alone and with others, as measured
+            at warm-up over 8 steps; 0 is bit for bit.
         sizes, windows, steps: what is served.
         counts: since the start: ``steps``, ``samples`` in them, ``finished``.
         failures: requests that ended otherwise, by the name of their error's class.
@@ -80,6 +83,7 @@ class Status:
     requests: int
     running: Mapping[str, int]
     cap: Mapping[tuple[int, int], int]
+    company: int
     sizes: tuple[tuple[int, int], ...]
     windows: tuple[int, ...]
     steps: int
@@ -132,9 +136,10 @@ class Batcher:
         latents = pipeline.bundle.latents
         scale = latents.vae_scale_factor
         self.sizes = self.options.sizes or ((latents.height * scale, latents.width * scale),)
-        self._stages = Stages(pipeline.graphs)
+        self._stages = Stages(pipeline.graphs, waits=True)
         self._core = Core(self._stages, self._room, observe=observe)
         self._cap: dict[tuple[int, int], int] = {}
+        self._company = 0
         self._holds = ExitStack()  # the pipeline, from the warm-up on
         self._wake = threading.Condition()
         self._inbox: list[Task] = []
@@ -153,12 +158,35 @@ class Batcher:
             return
         self._holds.enter_context(self.pipeline.exclusive())
         graphs = self.pipeline.graphs
+        graphs.open("encode_text", "denoise", "decode_latents", "encode_image", "caption_step")
+        most = graphs.batch if self.options.samples is None else min(self.options.samples, graphs.batch)
+        rooms = [
+            self._room_of(most, size, windows)
+            for size in sorted(self.sizes, key=lambda size: -size[0] * size[1])
+            for windows in sorted(self.options.windows, reverse=True)
+        ]
+        for room in rooms:  # what grows has grown before anything is captured, for it moves
+            self._stages.open(room)
         graphs.warm_up(captioner=True, sizes=self.sizes)
-        self._cap = dict.fromkeys(self.sizes, min(self.options.samples or graphs.batch, graphs.batch))
+        for room in rooms:
+            self._warm(room)
         self._made_with = self.pipeline.made_with
         self._state = "serving"
         self._thread = threading.Thread(target=self._serve, name="dnp-batcher", daemon=True)
         self._thread.start()
+
+    def _warm(self, room: Room) -> None:
+        """Find out how many samples should share a step, and run everything once with so many."""
+        stages, size = self._stages, (room.height, room.width)
+        if self.options.samples is None and size not in self._cap:
+            stages.open(room)
+            self._cap[size] = measure_cap(lambda count: stages.rehearse(2 * count), room.places)
+        room = replace(room, places=self._cap.setdefault(size, room.places))
+        job = self.pipeline.resolve(Request("a picture", dnp=False, steps=8, height=room.height, width=room.width))
+        settings = self.pipeline.graphs.captioner.settings()
+        rehearse(stages, room, self.pipeline.bundle.guidance.roles, settings)
+        wanted = sampling("final", job, ["a picture"] * room.places, [""] * room.places)
+        self._company = max(self._company, measure_company(stages, room, wanted))
 
     def submit(
         self,
@@ -252,6 +280,7 @@ class Batcher:
                 requests=sum(task.begun is not None for task in tasks),
                 running=dict(self._core.running),
                 cap=dict(self._cap),
+                company=self._company,
                 sizes=self.sizes,
                 windows=self.options.windows,
                 steps=self.options.steps,
@@ -264,8 +293,11 @@ class Batcher:
 
     def _room(self, want: Sampling) -> Room:
         size = want.height, want.width
+        return self._room_of(self._cap[size], size, want.windows)
+
+    def _room_of(self, places: int, size: tuple[int, int], windows: int) -> Room:
         steps = self.options.steps + 1
-        return Room(self._cap[size], steps, steps, *size, want.windows)
+        return Room(places, steps, steps, *size, windows)
 
     def _check(self, job: Job) -> None:
         """Raises SettingsError for what would have to be allocated or captured while others are served."""

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +31,6 @@ _log = logging.getLogger("dnp.runtime")
 AGEING: Final = 30.0  # seconds of waiting that weigh as much as one of priority
 TURN: Final = 32  # steps that samples of one room may go on joining while one of another room is first
 NEVER: Final = math.inf
-
-T = TypeVar("T")
-M = TypeVar("M", bound="_Member")
-
-
-class _Member(Protocol):
-    task: Task
 
 
 class Task:
@@ -161,16 +154,18 @@ class Core:
         self._advance(task, None)
 
     def tick(self) -> bool:
-        """Schedule, one step of all that are in, commit; then a piece of decoding and one of captioning.
+        """Schedule; a piece of decoding and one of captioning; one step of all that are in; commit.
 
-        Returns whether anything is left to do.
+        The step comes last, so that a device computes it while the caller does something else. Returns whether anything
+        is left to do.
         """
         with self.lock:
             self._retire()
+            self._keep_finished()
             self._admit()
-            self._step()
             self._decode()
             self._describe()
+            self._step()
         return bool(self.tasks)
 
     def drop(self, task: Task, error: BaseException) -> None:
@@ -240,18 +235,18 @@ class Core:
         return next((place for place in places if place not in self._seats), None)
 
     def _join(self, joining: dict[int, _Seat], now: float) -> None:
-        for seat in joining.values():
+        """Write samples into the places that they were given; whose sample cannot join, that task ends."""
+        for place, seat in joining.items():
+            if self._seats.get(place) is not seat:
+                continue  # another image of its task has ended it
             self._begin(seat.task, now)
-        places = {id(seat): place for place, seat in joining.items()}
-
-        def write(seats: list[_Seat]) -> None:
-            self._stages.join({places[id(seat)]: (seat.want, seat.number) for seat in seats})
-
-        started = self._clock()
-        self._together(list(joining.values()), write)
-        spent = self._clock() - started
-        for seat in joining.values():
-            seat.task.spent(seat.want.phase, spent / len(joining))
+            started = self._clock()
+            try:
+                self._stages.join(place, seat.want, seat.number)
+            except Exception as error:
+                del self._seats[place]
+                self._end(seat.task, None, error)
+            seat.task.spent(seat.want.phase, self._clock() - started)
 
     def _begin(self, task: Task, now: float) -> None:
         """The task waits no longer."""
@@ -262,21 +257,23 @@ class Core:
     # Step
 
     def _step(self) -> None:
-        """One step of the network for all; those whose last it was are kept for the decoder."""
-        running = {place: seat for place, seat in self._seats.items() if self._stages.left(place)}
-        if running:
-            started = self._clock()
-            try:
-                self._stages.step()
-            except Exception as error:  # nobody can tell whose fault it was
-                for task in dict.fromkeys(seat.task for seat in running.values()):
-                    self._end(task, None, error)
-                return
-            self._pace = self._clock() - started
-            self._commit(running)
-        for place, seat in list(self._seats.items()):
-            if not self._stages.left(place):
-                self._keep(place, seat)
+        """One step of the network for all."""
+        running = self._running()
+        if not running:
+            return
+        started = self._clock()
+        try:
+            self._stages.step()
+        except Exception as error:  # nobody can tell whose fault it was
+            for task in dict.fromkeys(seat.task for seat in running.values()):
+                self._end(task, None, error)
+            return
+        self._pace = self._clock() - started
+        self._commit(running)
+
+    def _running(self) -> dict[int, _Seat]:
+        """The samples that take steps, by place."""
+        return {place: seat for place, seat in self._seats.items() if self._stages.left(place)}
 
     def _commit(self, running: dict[int, _Seat]) -> None:
         """Everyone who was in that step is one further."""
@@ -307,10 +304,15 @@ class Core:
             self._stages.keep(place, slot, clean=True)
             self._kept.append(_Kept(seat.task, seat.number, seat.want, slot, index))
 
-    def _keep(self, place: int, seat: _Seat) -> None:
+    def _keep_finished(self) -> None:
+        """Hand what is finished to the decoder; where that has no room, it stays in its place until there is."""
+        running = self._running()
+        for place, seat in list(self._seats.items()):
+            if place not in running and place in self._seats and (slot := self._free_slot()) is not None:
+                self._keep(place, seat, slot)
+
+    def _keep(self, place: int, seat: _Seat, slot: int) -> None:
         """Hand the latents of a finished sample to the decoder; its place is free."""
-        if (slot := self._free_slot()) is None:
-            return  # it stays where it is until there is room
         try:
             if not self._stages.keep(place, slot, clean=False):
                 raise DnpError(
@@ -331,67 +333,60 @@ class Core:
     def _look(self, places: Sequence[int]) -> Pixels:
         """The images that some places are expected to give, as of the last step."""
         with self.lock:
-            free = [slot for slot in range(self._slots) if slot not in {kept.slot for kept in self._kept}]
+            slot = self._free_slot()
+            if slot is None:
+                raise DnpError("every slot of the decoder is taken; look again after the next step")
             images = []
-            for start in range(0, len(places), len(free)):
-                part = list(zip(places[start:], free, strict=False))
-                for place, slot in part:
-                    self._stages.keep(place, slot, clean=True)
-                images.append(self._stages.decode([slot for _, slot in part]))
+            for place in places:
+                self._stages.keep(place, slot, clean=True)
+                images.append(self._stages.decode(slot))
             return np.concatenate(images)
 
     # Decode and describe
 
     def _decode(self) -> None:
-        """Decode what waits: all of it where nobody else does, else a piece."""
-        if not self._kept:
-            return
-        count = 1 + len(self._kept) // 4 if self._seats else len(self._kept)
-        self._kept.sort(key=lambda kept: kept.preview is not None)  # what is finished goes first
-        part, self._kept = self._kept[:count], self._kept[count:]
+        """Decode what waits, image by image: all of it where nobody takes steps meanwhile, else a piece.
 
-        def decode(part: list[_Kept]) -> Pixels:
+        What is finished goes before pictures on the way.
+        """
+        self._kept.sort(key=lambda kept: kept.preview is not None)
+        for _ in range(1 + len(self._kept) // 4 if self._running() else len(self._kept)):
+            if not self._kept:  # whoever wanted the rest has ended
+                return
+            kept = self._kept.pop(0)
             started = self._clock()
-            images = self._stages.decode([kept.slot for kept in part])
+            try:
+                image = self._stages.decode(kept.slot)
+            except Exception as error:
+                self._end(kept.task, None, error)
+                continue
             spent = self._clock() - started
+            kept.task.spent("decode", spent)
             self._observe("decode", spent)
-            for task in dict.fromkeys(kept.task for kept in part):
-                task.spent("decode", spent)
-            return images
-
-        for done, images in self._together(part, decode):
-            self._decoded(done, images)
-
-    def _decoded(self, part: list[_Kept], images: Pixels) -> None:
-        for kept, image in zip(part, images, strict=True):
             if kept.preview is not None:
-                kept.task.tell(Picture(kept.want.phase, kept.preview, kept.number, image))
-                continue
-            if image.min() == image.max():
-                seed = kept.want.seeds[kept.number]
-                self._end(
-                    kept.task,
-                    None,
-                    DnpError(
-                        f"the {kept.want.phase} image of seed {seed} is one flat colour, as when a decoder overflows "
-                        "in fp16; use a bundle of higher precision, or export it with --check-ranges"
-                    ),
-                )
-                continue
-            kept.task.made[kept.number] = image
-        for task in dict.fromkeys(kept.task for kept in part if kept.preview is None):
-            if task in self.tasks and all(image is not None for image in task.made):
-                whole = [(kept.task, kept.number, kept.preview) for kept in part] == [
-                    (task, number, None) for number in range(len(task.made))
-                ]
-                self._advance(task, images if whole else np.stack(task.made))
+                kept.task.tell(Picture(kept.want.phase, kept.preview, kept.number, image[0]))
+            else:
+                self._decoded(kept, image)
+
+    def _decoded(self, kept: _Kept, image: Pixels) -> None:
+        task = kept.task
+        if image.min() == image.max():
+            error = DnpError(
+                f"the {kept.want.phase} image of seed {kept.want.seeds[kept.number]} is one flat colour, as when a "
+                "decoder overflows in fp16; use a bundle of higher precision, or export it with --check-ranges"
+            )
+            self._end(task, None, error)
+            return
+        task.made[kept.number] = image
+        if all(made is not None for made in task.made):
+            self._advance(task, image if len(task.made) == 1 else np.concatenate(task.made))
 
     def _describe(self) -> None:
         """Caption images that want it, of the first task and others with the same settings: a token or more.
 
         While others take steps, it is as many as fit in the time of one.
         """
-        started = self._clock()
+        started, running = self._clock(), self._running()
         if self._tokens is None:
             self._see()
         while self._tokens is not None:
@@ -409,7 +404,7 @@ class Core:
                 task.spent("caption", spent)
                 assert isinstance(task.want, Captioning)
                 task.tell(Step("caption", length, task.want.settings.max_length, task.want.images.copy))
-            if not self._seats or self._clock() - started >= self._pace:
+            if self._clock() - started >= self._pace or not running:
                 return
 
     def _see(self) -> None:
@@ -470,21 +465,6 @@ class Core:
         else:
             task.want, task.calls = want, 0
             task.waiting, task.made = list(range(count)), [None] * count
-
-    def _together(self, members: list[M], call: Callable[[list[M]], T]) -> list[tuple[list[M], T]]:
-        """Do what several tasks want in one call; what fails so is done for each alone, and ends the bad one alone."""
-        try:
-            return [(members, call(members))]
-        except Exception as error:
-            tasks = list(dict.fromkeys(member.task for member in members))
-            if len(tasks) == 1:
-                self.drop(tasks[0], error)
-                return []
-            return [
-                done
-                for task in tasks
-                for done in self._together([member for member in members if member.task is task], call)
-            ]
 
     def _end(self, task: Task, result: Any, error: BaseException | None) -> None:
         """Free what a task holds, and tell it the outcome."""

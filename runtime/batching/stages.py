@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import time
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +43,9 @@ class Stages:
     soon as its sample is finished.
     """
 
-    def __init__(self, graphs: Graphs) -> None:
-        self._graphs = graphs
+    def __init__(self, graphs: Graphs, *, waits: bool = False) -> None:
+        """``waits``: a step is over when it is computed, also where a device does it, so that nobody runs ahead."""
+        self._graphs, self._waits = graphs, waits
         self._scale = graphs.bundle.latents.vae_scale_factor
         self._room = Room(0, 0, 0, 0, 0, 0)
         self._decode_sizes: dict[str, int] = {}
@@ -68,23 +70,15 @@ class Stages:
         self._room = room
         return slots
 
-    def join(self, samples: Mapping[int, tuple[Sampling, int]]) -> None:
-        """Put samples into free places, each the image with that number of what is wanted.
+    def join(self, place: int, wanted: Sampling, number: int) -> None:
+        """Put a sample into a free place: the image with that number of what is wanted.
 
-        Raises what ``Denoiser.join`` and the text encoder raise; then none has joined.
+        Raises what ``Denoiser.join`` and the text encoder raise; the place is then free.
         """
         denoiser, room = self._graphs.denoiser, self._room
-        texts = {place: wanted.texts(number) for place, (wanted, number) in samples.items()}
+        texts = {place: wanted.texts(number)}
         self._graphs.conditioner.write(denoiser.bank, texts, size=(room.height, room.width), windows=room.windows)
-        joined: list[int] = []
-        try:
-            for place, (wanted, number) in samples.items():
-                denoiser.join(place, Sample(wanted.table, wanted.seeds[number]))
-                joined.append(place)
-        except BaseException:
-            for place in joined:
-                denoiser.leave(place)
-            raise
+        denoiser.join(place, Sample(wanted.table, wanted.seeds[number]))
 
     def leave(self, place: int) -> None:
         """Free a place, whether its sample is finished or not."""
@@ -97,6 +91,23 @@ class Stages:
     def step(self) -> None:
         """One step of every sample that is not finished."""
         self._graphs.denoiser.step()
+        self._wait()
+
+    def rehearse(self, rows: int) -> float:
+        """The seconds of a step of so many rows of the network, which are then no more the first of their size.
+
+        It goes over whatever is in the places: open them anew afterwards.
+        """
+        started = time.perf_counter()
+        self._graphs.denoiser.rehearse(rows)
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        """Wait for a device, where nobody is to run ahead of it."""
+        session = self._graphs.denoiser.session
+        if self._waits and session.asynchronous:
+            session.inputs["index"].read()
 
     def keep(self, place: int, slot: int, *, clean: bool) -> bool:
         """Copy the latents of a place to a slot: as they are, or ``clean``, as they are expected to be at the end.
@@ -109,11 +120,14 @@ class Stages:
         graphs.decode.inputs["latents"].at(slot).copy(source)
         return clean or finite(source.read())
 
-    def decode(self, slots: Sequence[int]) -> Pixels:
-        """What waits in these slots, as images uint8 ``[slots, height, width, 3]``."""
+    def decode(self, slot: int) -> Pixels:
+        """What waits in a slot, as an image uint8 ``[1, height, width, 3]``.
+
+        One at a time: on no processor do several take less for each, and an image's bits depend on no other.
+        """
         session = self._graphs.decode
-        session.reshape(batch=len(slots), **self._decode_sizes)
-        session.inputs["decoded"].write(np.array(slots, np.int64))
+        session.reshape(batch=1, **self._decode_sizes)
+        session.inputs["decoded"].write(np.array([slot], np.int64))
         session.run()
         self._shown = session.outputs["image"].read().astype(np.uint8, copy=False)
         return self._shown
