@@ -53,6 +53,12 @@ class BatchOptions:
     steps: int = STEPS - 1
     negatives: NegativeCache | None = None
 
+    def __post_init__(self) -> None:
+        for name, value, least in (("samples", self.samples, 1), ("queue", self.queue, 1), ("steps", self.steps, 8)):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= least):
+                raise SettingsError(f"{name} must be a whole number from {least}, not {value!r}")
+
 
 @dataclass(frozen=True)
 class Status:
@@ -67,7 +73,7 @@ class Status:
         running: images, by phase; ``caption`` among them.
         cap: the most images that share a step, by (height, width).
         company: the most grey levels by which an image differs between being made alone and with others, as measured
-            at warm-up over 8 steps; 0 is bit for bit.
+            at warm-up over 4 steps; 0 is bit for bit.
         sizes, windows, steps: what is served.
         counts: since the start: ``steps``, ``samples`` in them, ``finished``.
         failures: requests that ended otherwise, by the name of their error's class.
@@ -156,7 +162,16 @@ class Batcher:
         """Open, capture and allocate everything, measure how many samples should share a step, and start to serve."""
         if self._state != "cold":
             return
-        self._holds.enter_context(self.pipeline.exclusive())
+        with ExitStack() as failing:  # whatever goes wrong, the pipeline is its owner's again
+            failing.enter_context(self.pipeline.exclusive())
+            self._prepare()
+            self._holds = failing.pop_all()
+        self._made_with = self.pipeline.made_with
+        self._state = "serving"
+        self._thread = threading.Thread(target=self._serve, name="dnp-batcher", daemon=True)
+        self._thread.start()
+
+    def _prepare(self) -> None:
         graphs = self.pipeline.graphs
         graphs.open("encode_text", "denoise", "decode_latents", "encode_image", "caption_step")
         most = graphs.batch if self.options.samples is None else min(self.options.samples, graphs.batch)
@@ -170,10 +185,6 @@ class Batcher:
         graphs.warm_up(captioner=True, sizes=self.sizes)
         for room in rooms:
             self._warm(room)
-        self._made_with = self.pipeline.made_with
-        self._state = "serving"
-        self._thread = threading.Thread(target=self._serve, name="dnp-batcher", daemon=True)
-        self._thread.start()
 
     def _warm(self, room: Room) -> None:
         """Find out how many samples should share a step, and run everything once with so many."""
@@ -182,7 +193,7 @@ class Batcher:
             stages.open(room)
             self._cap[size] = measure_cap(lambda count: stages.rehearse(2 * count), room.places)
         room = replace(room, places=self._cap.setdefault(size, room.places))
-        job = self.pipeline.resolve(Request("a picture", dnp=False, steps=8, height=room.height, width=room.width))
+        job = self.pipeline.resolve(Request("a picture", dnp=False, steps=4, height=room.height, width=room.width))
         settings = self.pipeline.graphs.captioner.settings()
         rehearse(stages, room, self.pipeline.bundle.guidance.roles, settings)
         wanted = sampling("final", job, ["a picture"] * room.places, [""] * room.places)
@@ -215,7 +226,9 @@ class Batcher:
         job = request if isinstance(request, Job) else self.pipeline.resolve(request)
         self._check(job)
         ticket: Ticket[Result] = Ticket(listener, self._call)
-        do = make_images(job, ticket.tell) if what == "images" else find_negatives(job, ticket.tell)
+        cache = self.options.negatives
+        kept = None if cache is None else cache.of(job, self._made_with)
+        do = (make_images if what == "images" else find_negatives)(job, ticket.tell, kept)
 
         def result(made: Made, seconds: dict[str, float]) -> Result:
             return Result(**vars(made), request=job.request, seconds=seconds, **self._made_with)
@@ -238,6 +251,11 @@ class Batcher:
         settings: CaptionSettings = self.pipeline.graphs.captioner.settings(
             beams=beams, prefix=prefix, min_length=min_length, max_length=max_length
         )
+        for image in images:
+            if not isinstance(image, Image):
+                raise SettingsError(
+                    f"caption takes PIL images, not {type(image).__name__}; make one with PIL.Image.fromarray"
+                )
         pixels = [np.asarray(image.convert("RGB")) for image in images]
         ticket: Ticket[list[str]] = Ticket(listener, self._call)
         return self._queue(ticket, describe(pixels, settings), lambda texts, seconds: texts, priority, deadline, 0)

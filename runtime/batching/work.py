@@ -6,7 +6,7 @@ Nothing here knows what else runs. Whoever drives a coroutine may do what severa
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from dnp.engine.errors import DnpError, SettingsError
 from dnp.runtime.batching.events import Event, Negatives, Plain
+from dnp.runtime.batching.negatives import Found, Kept
 from dnp.runtime.captioning.captioner import CaptionSettings
 from dnp.runtime.job import Job
 from dnp.runtime.sampling.samplers import SamplerTable
@@ -71,12 +72,12 @@ class Made:
     negatives: list[str]
 
 
-def make_images(job: Job, tell: Tell = nobody) -> Work[Made]:
+def make_images(job: Job, tell: Tell = nobody, kept: Kept | None = None) -> Work[Made]:
     """The whole request: DNS and captions where n* is not written, the plain images where asked for, the final ones."""
     dns = plain = None
     prompts, negatives = [job.prompt] * job.images, [job.negative] * job.images
     if job.runs_dns:
-        dns, negatives = yield from _negatives(job, tell)
+        dns, negatives = yield from _negatives(job, tell, kept)
     if job.compare:
         plain = yield sampling("plain", job, prompts, [""] * job.images)
         tell(Plain(plain))
@@ -84,11 +85,11 @@ def make_images(job: Job, tell: Tell = nobody) -> Work[Made]:
     return Made(arrays, dns, plain, negatives)
 
 
-def find_negatives(job: Job, tell: Tell = nobody) -> Work[Made]:
+def find_negatives(job: Job, tell: Tell = nobody, kept: Kept | None = None) -> Work[Made]:
     """The first half: the DNS images, and n* of each. Raises SettingsError for a job that runs no DNS."""
     if not job.runs_dns:
         raise SettingsError("DNS finds n*; it takes no negative prompt of your own and cannot be switched off")
-    arrays, texts = yield from _negatives(job, tell)
+    arrays, texts = yield from _negatives(job, tell, kept)
     return Made(arrays, arrays, None, texts)
 
 
@@ -113,14 +114,24 @@ def sampling(phase: str, job: Job, prompts: Sequence[str], negatives: Sequence[s
     return Sampling(phase, table, prompts, negatives, seeds, job.height, job.width, job.windows)
 
 
-def _negatives(job: Job, tell: Tell) -> Work[tuple[Pixels, list[str]]]:
-    arrays = yield sampling("dns", job, [job.prompt] * job.images, [""] * job.images)
-    texts = yield Captioning(arrays, job.caption)
-    for number, text in enumerate(texts):
-        if not text.strip():
-            raise DnpError(
-                f"the captioner has no words for the DNS image of seed {job.dns_seeds[number]}, and an empty n* "
-                "would be plain guidance; raise min_length, take another seed, or write n* yourself (negative)"
-            )
-    tell(Negatives(arrays, texts))
-    return arrays, texts
+def _negatives(job: Job, tell: Tell, kept: Kept | None) -> Work[tuple[Pixels, list[str]]]:
+    """Find n* of each image, but for those that were found before."""
+    found = {} if kept is None else kept.found()
+    missing = [number for number in range(job.images) if number not in found]
+    if missing:
+        wanted = sampling("dns", job, [job.prompt] * len(missing), [""] * len(missing))
+        arrays = yield replace(wanted, seeds=[job.dns_seeds[number] for number in missing])
+        texts = yield Captioning(arrays, job.caption)
+        for number, image, text in zip(missing, arrays, texts, strict=True):
+            if not text.strip():
+                raise DnpError(
+                    f"the captioner has no words for the DNS image of seed {job.dns_seeds[number]}, and an empty n* "
+                    "would be plain guidance; raise min_length, take another seed, or write n* yourself (negative)"
+                )
+            found[number] = Found(image.copy(), text)
+            if kept is not None:
+                kept.put(number, found[number])
+    images = arrays if len(missing) == job.images else np.stack([found[n].image for n in range(job.images)])
+    texts = [found[number].text for number in range(job.images)]
+    tell(Negatives(images, texts))
+    return images, texts
