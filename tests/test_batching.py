@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_a_pipeline_gives_futures(pipeline):
 
 @pytest.fixture(scope="module", params=["cpu", "openvino"])
 def either(request):
-    with dnp.Pipeline.open(backend=request.param) as opened:
+    with dnp.Pipeline.open(backend=request.param, threads=1) as opened:
         yield opened
 
 
@@ -155,7 +156,7 @@ def by_itself(either):
     return made
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.integers(1, 4), st.lists(st.integers(0, 30), min_size=2, max_size=5, unique=True), st.integers(0, 2**32))
 def test_whatever_the_company_the_bits_are_the_same(either, by_itself, places, numbers, seed):
     rng, expected = random.Random(seed), {number: by_itself(number) for number in numbers}
@@ -319,5 +320,9 @@ def test_a_mix_of_everything_is_answered_and_nothing_is_left(batcher, pipeline):
                 key = repr(requests[number])
                 alone[key] = alone.get(key) or pipeline.run(requests[number])
                 same(result, alone[key])
-    status = batcher.status
-    assert (status.queued, status.requests, status.running) == (0, 0, {})
+    for _ in range(100):  # the thread counts anew at its next turn
+        status = batcher.status
+        if not status.requests:
+            break
+        time.sleep(0.05)
+    assert (status.queued, status.requests, dict(status.running), status.company) == (0, 0, {}, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -137,7 +138,9 @@ class Batcher:
         options: BatchOptions | None = None,
         observe: Callable[[str, float], object] = lambda name, value: None,
     ) -> None:
-        """``observe`` is told seconds of a ``step``, ``decode`` and ``queue``, and how many samples are a ``batch``."""
+        """``observe`` is told seconds of a ``step``, a ``decode``, a token of a ``caption`` and of waiting in the
+        ``queue``, and how many samples were in the ``batch`` of a step; in the batcher's thread.
+        """
         self.pipeline, self.options = pipeline, options or BatchOptions()
         latents = pipeline.bundle.latents
         scale = latents.vae_scale_factor
@@ -152,7 +155,8 @@ class Batcher:
         self._state: Literal["cold", "serving", "draining", "closed"] = "cold"
         self._thread: threading.Thread | None = None
         self._ticked = time.perf_counter()
-        self._queued = 0
+        self._queued = self._requests = 0
+        self._running: Mapping[str, int] = {}
         self._finished = 0
         self._failures: Counter[str] = Counter()
         self._pace = 1.0  # seconds between requests that end, lately
@@ -170,6 +174,7 @@ class Batcher:
         self._state = "serving"
         self._thread = threading.Thread(target=self._serve, name="dnp-batcher", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a library's threads do not survive the end of a process that runs it
 
     def _prepare(self) -> None:
         graphs = self.pipeline.graphs
@@ -196,8 +201,9 @@ class Batcher:
         job = self.pipeline.resolve(Request("a picture", dnp=False, steps=4, height=room.height, width=room.width))
         settings = self.pipeline.graphs.captioner.settings()
         rehearse(stages, room, self.pipeline.bundle.guidance.roles, settings)
-        wanted = sampling("final", job, ["a picture"] * room.places, [""] * room.places)
-        self._company = max(self._company, measure_company(stages, room, wanted))
+        if room.places > 1:
+            wanted = sampling("final", job, ["a picture"] * room.places, [""] * room.places)
+            self._company = max(self._company, measure_company(stages, room, wanted))
 
     def submit(
         self,
@@ -269,6 +275,9 @@ class Batcher:
 
     def close(self) -> None:
         """Cancel what is not done, and end the thread; the pipeline is its owner's again."""
+        if self.pipeline.graphs.backend.forked:
+            return
+        atexit.unregister(self.close)
         with self._wake:
             self._state = "closed"
             self._wake.notify_all()
@@ -287,7 +296,6 @@ class Batcher:
     def status(self) -> Status:
         """How it is, for whoever watches."""
         with self._wake:
-            tasks = [*self._core.tasks]
             cache = self.options.negatives
             return Status(
                 state=self._state,
@@ -295,8 +303,8 @@ class Batcher:
                 alive=self._thread is not None and self._thread.is_alive(),
                 queued=self._queued,
                 queue=self.options.queue,
-                requests=sum(task.begun is not None for task in tasks),
-                running=dict(self._core.running),
+                requests=self._requests,
+                running=dict(self._running),
                 cap=dict(self._cap),
                 company=self._company,
                 sizes=self.sizes,
@@ -320,6 +328,7 @@ class Batcher:
     def _check(self, job: Job) -> None:
         """Raises SettingsError for what would have to be allocated or captured while others are served."""
         self._require_serving()
+        self.pipeline.graphs.require_open()
         if (job.height, job.width) not in self.sizes:
             served = ", ".join(f"{height}x{width}" for height, width in self.sizes)
             raise SettingsError(
@@ -402,7 +411,9 @@ class Batcher:
         core = self._core
         while True:
             with self._wake:
-                self._queued = len(self._inbox) + sum(task.begun is None for task in core.tasks)
+                waiting = sum(task.begun is None for task in core.tasks)
+                self._queued, self._requests = len(self._inbox) + waiting, len(core.tasks) - waiting
+                self._running = core.running
                 if self._state == "closed":
                     break
                 if not self._inbox and not core.tasks:

@@ -400,6 +400,7 @@ class Core:
                 self._not_described(error)
                 return
             spent = self._clock() - before
+            self._observe("caption", spent)
             for task in dict.fromkeys(seen.task for seen in self._seen):
                 task.spent("caption", spent)
                 assert isinstance(task.want, Captioning)

@@ -18,14 +18,15 @@ Entry = tuple[str, tuple[int, int], int]  # text, (height, width), windows
 class Conditioner:
     """The ``encode_text`` session of a bundle, with its tokenizers.
 
-    It remembers what it wrote into a bank: a text that lies in one place of it is copied to another, not encoded again.
+    It remembers what it wrote into a bank, by its identity: a text that lies in one place of it is copied to another,
+    not encoded again.
     """
 
     def __init__(self, bundle: Bundle, session: Session, tokenizers: Sequence[PromptTokenizer]) -> None:
         self._bundle, self._session = bundle, session
         self._tokenizers = dict(zip(text_inputs(bundle), tokenizers, strict=True))
         self._written: dict[tuple[int, int], Entry] = {}  # by (place, role)
-        self._layout: tuple[object, ...] = ()  # of the bank that they were written into
+        self._bank: Bank = {}  # that they were written into
 
     def write(
         self, bank: Bank, places: Mapping[int, Sequence[str]], *, size: tuple[int, int], windows: int = 1
@@ -35,10 +36,9 @@ class Conditioner:
         The empty text is ∅. ``size`` is (height, width) of the images, in pixels. Each text is encoded once; what is
         encoded stays on the device.
         """
-        layout = tuple((id(buffer), buffer.shape) for buffer in bank.values())
-        if layout != self._layout:  # a buffer keeps its contents as long as it keeps its shape
+        if bank is not self._bank:
             self.forget()
-            self._layout = layout
+            self._bank = bank
         wanted = {
             (place, role): (text, size, windows) for place, texts in places.items() for role, text in enumerate(texts)
         }

@@ -32,7 +32,8 @@ class Denoiser:
 
     Attributes:
         session: what computes.
-        bank: what the network is conditioned on, by name: buffers ``[P, roles, ...]``.
+        bank: what the network is conditioned on, by name: buffers ``[P, roles, ...]``. Another mapping, of the same
+            buffers, as soon as they have other shapes, and so no more what was written into them.
     """
 
     def __init__(self, session: Session) -> None:
@@ -58,7 +59,10 @@ class Denoiser:
         wanted = {"places": places, "rows": 1, "steps": steps, "noise_steps": max(1, noise_steps), **sizes}
         fit = self.session.limits.fit
         self._dims = {name: fit(name, size) for name, size in wanted.items()}
+        shapes = [buffer.shape for buffer in self.bank.values()]
         self.session.reshape(**self._dims)
+        if shapes != [buffer.shape for buffer in self.bank.values()]:
+            self.bank = dict(self.bank)
         places = self._dims["places"]
         inputs = self.session.inputs
         idle = np.tile(identity_row(), (places, self._dims["steps"], 1))
