@@ -10,7 +10,7 @@ BUNDLE ?= build/fp16
 EXPLORED := a large blue cross on a plain red background
 # Two at a time, each file's tests in one process, of one thread: as fast as two cores are.
 PYTEST := OMP_NUM_THREADS=1 .venv-test/bin/pytest --numprocesses 2 --dist loadfile
-SOURCES := $(shell find dnp engine runtime export -type f -not -path '*/__pycache__/*')
+SOURCES := $(shell find dnp engine runtime export serving -type f -not -path '*/__pycache__/*')
 
 # What cannot be is said before anything is installed; that there is no GPU, before the bundle is exported.
 ifneq ($(filter gpu-check,$(MAKECMDGOALS)),)

@@ -2,7 +2,13 @@
 
 from setuptools import find_packages, setup
 
-ROOMS = {"dnp": "dnp", "dnp.engine": "engine", "dnp.runtime": "runtime", "dnp.export": "export"}
+ROOMS = {
+    "dnp": "dnp",
+    "dnp.engine": "engine",
+    "dnp.runtime": "runtime",
+    "dnp.export": "export",
+    "dnp.serving": "serving",
+}
 
 setup(
     packages=[
@@ -11,5 +17,5 @@ setup(
         for package in (name, *(f"{name}.{inner}" for inner in find_packages(folder)))
     ],
     package_dir=ROOMS,
-    package_data={"dnp": ["py.typed", "default/*", "default/*/*"]},
+    package_data={"dnp": ["py.typed", "default/*", "default/*/*"], "dnp.serving": ["static/*"]},
 )

@@ -6,6 +6,9 @@
     ├── BackendError         4   a backend that cannot run here
     ├── ExportError          5   a model that cannot be exported, or whose export is not faithful
     ├── OutputError          6   a file or folder that cannot be written
+    ├── Busy                 1   a queue that is full
+    │   └── Draining         1   a queue that takes nothing more
+    ├── DeadlineExceeded     1   a request that was not done in its time
     └── Cancelled          130   the user (Ctrl-C) or a callback stopped the work
 
 The number is the exit code of the ``dnp`` command.
@@ -48,6 +51,26 @@ class OutputError(DnpError, OSError):
     """A place that results cannot be written to."""
 
     exit_code = 6
+
+
+class Busy(DnpError):  # noqa: N818  an outcome, not a fault
+    """The queue is full; what was asked for was not begun.
+
+    Attributes:
+        retry_after: seconds after which there is likely to be room.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Draining(Busy):
+    """Nothing more is taken, since the engine is about to end; what was taken before is finished."""
+
+
+class DeadlineExceeded(DnpError):  # noqa: N818  an outcome, not a fault
+    """A request was not finished by its deadline; it was ended there."""
 
 
 class Cancelled(DnpError):  # noqa: N818  an outcome, not a fault

@@ -43,14 +43,16 @@ def outputs(folder: Path, request: Request, made_with: Mapping[str, Any], kinds:
     for kind in kinds:
         for index in [None] if kind in SHEETS else range(request.images):
             path = folder / f"{file_name(request.prompt)}-{request.seed + (index or 0)}-{kind}.png"
-            files[path] = {
-                "request": request.to_dict(),
-                "kind": kind,
-                "index": index,
-                **made_with,
-                "version": version("dnp-engine"),
-            }
+            files[path] = settings_inside(request, made_with, kind, index)
     return files
+
+
+def settings_inside(
+    request: Request, made_with: Mapping[str, Any], kind: str, index: int | None, negative: str | None = None
+) -> dict[str, Any]:
+    """What a picture of a resolved request carries; ``negative`` is its n*, once that is known."""
+    found = {"request": request.to_dict(), "kind": kind, "index": index, **made_with, "version": version("dnp-engine")}
+    return found if negative is None else {**found, "negative": negative}
 
 
 def kinds_of(request: Request) -> list[str]:

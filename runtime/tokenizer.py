@@ -85,6 +85,11 @@ class PromptTokenizer:
             return None
         return prompt[encoding.offsets[room + 1][0] :]
 
+    def count(self, prompt: str, windows: int = 1) -> int:
+        """How many tokens of ``prompt`` the model reads, begin and end left out."""
+        (encoding,) = self._encode([prompt])
+        return min(len(encoding.ids) - 2, windows * (self._length - 2))
+
     def _encode(self, prompts: Sequence[str]) -> list[Encoding]:
         return list(self._tokenizer.encode_batch([check_text(prompt) for prompt in prompts]))
 

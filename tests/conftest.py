@@ -142,3 +142,14 @@ def open_pipeline(gpu, tmp_path, default_bundle, monkeypatch):
     yield open_one
     for pipeline in opened:
         pipeline.close()
+
+
+@pytest.fixture(scope="session")
+def served():
+    """A server of the shipped model, with AUTOMATIC1111's paths, that many tests share."""
+    from served import serving
+
+    from dnp.serving.settings import ServerSettings
+
+    with serving(ServerSettings(sdapi=True, most_images=4)) as running:
+        yield running

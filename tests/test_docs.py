@@ -34,6 +34,8 @@ NOT_RUN = {
     f"dnp build {BUNDLE} --backend tensorrt-rtx": "its compiler and minutes: tests/test_plans.py",
     f"dnp build {BUNDLE} --backend cuda": "a bundle of 512 pixels: tests/test_cuda_plans.py",
     f'dnp generate "an astronaut riding a horse" --bundle {BUNDLE} --backend tensorrt-rtx': "a GPU",
+    "dnp serve": "a process that stays: tests/test_serve_command.py",
+    "dnp bench-serve": "a server: tests/test_load.py",
     "python benchmarks/quality/quality.py": "a CLIP model: tests/test_quality.py runs it with one of random weights",
 }
 
@@ -106,7 +108,12 @@ def test_every_command_that_is_not_run_is_there():
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page != "docs/contributing.md" and blocks(read(page), "python")]
+    "page",
+    [  # those of the other two stand in something else: tests of their own run them
+        page
+        for page in PAGES
+        if page not in ("docs/contributing.md", "docs/serving.md") and blocks(read(page), "python")
+    ],
 )
 def test_the_programs_run(page, work, capsys):
     for number, program in enumerate(blocks(read(page), "python")):
@@ -125,7 +132,7 @@ def test_the_extras_that_are_named_are_there():
     declared = read("pyproject.toml").split("\n[project.optional-dependencies]\n")[1].split("\n[")[0]
     extras = set(re.findall(r"^([\w-]+) = \[", declared, re.MULTILINE))
     table = re.findall(r"^\| `([\w-]+)` \|", section("README.md", "Install"), re.MULTILINE)
-    assert extras == {*table, "serve"}
+    assert extras == set(table)
     for page in PAGES:
         named = {name for group in re.findall(r"\.\[([\w,-]+)\]", read(page)) for name in group.split(",")}
         assert named <= extras, page
@@ -153,7 +160,9 @@ def test_every_file_that_a_page_names_is_there(page):
         assert file.exists(), target
         if heading:
             assert heading in anchors(file.read_text(encoding="utf-8")), target
-    for target in re.findall(r"`((?:tests|benchmarks|engine|runtime|export|dnp|docs|models)/[\w./-]+\.\w+)`", text):
+    for target in re.findall(
+        r"`((?:tests|benchmarks|engine|runtime|export|serving|deploy|dnp|docs|models)/[\w./-]+\.\w+)`", text
+    ):
         assert (REPOSITORY / target).exists() or target == "engine/backends/reference.py", target
 
 

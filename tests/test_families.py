@@ -80,7 +80,7 @@ def our_latents(bundle, sampler, prompts, negatives, w, height, width, **setting
     with open_session(bundle, "encode_text") as encode, open_session(bundle, "denoise") as session:
         denoiser = Denoiser(session)
         sizes = {"height": height // scale, "width": width // scale, "tokens": bundle.text.length}
-        denoiser.open(len(SEEDS), steps=len(table.rows), noise_steps=len(table.noise_rows), **sizes)
+        denoiser.open(len(SEEDS), steps=len(table.rows), noise_steps=len(table.noise_steps), **sizes)
         for place, seed in enumerate(SEEDS):
             denoiser.join(place, Sample(table, seed))
         tokenizers = [PromptTokenizer(bundle, number) for number in range(len(bundle.text.tokenizers))]

@@ -257,7 +257,7 @@ class TestClosing:
         monkeypatch.setattr(fake_gpu.FakeCuda, "activate", failing("the driver is gone"))
         with suppress(BackendError):
             pipeline.close()
-        assert pipeline._graphs.closed
+        assert pipeline.graphs.closed
         assert not gpu.device
         pipeline.close()
 

@@ -124,8 +124,9 @@ def test_a_request_records_nothing_and_allocates_nothing_on_the_device(open_pipe
     pipeline = open_pipeline(largest=3)
     pipeline.warm_up()
     before = gpu.counted()
-    # four sessions at three batches; denoise at 1, 2, 3, 4 and 6 rows, with and without noise on the way
-    assert before["begin_capture"] == before["end_capture"] == 4 * 3 + 2 * 5
+    # the captioner's two at three batches, the text encoder and the decoder at one; denoise at 1, 2, 3, 4 and 6 rows,
+    # with and without noise on the way
+    assert before["begin_capture"] == before["end_capture"] == 2 * 3 + 2 + 2 * 5
     variations = (
         {"sampler": "ddim", "steps": 3},
         {"sampler": "euler_a", "steps": 7, "guidance": -2.5},
@@ -151,9 +152,9 @@ def test_every_step_of_every_sampler_is_a_launch(open_pipeline, gpu):
 
 def test_a_plan_s_facts_tell_what_its_session_takes(open_pipeline, tmp_path):
     pipeline = open_pipeline()
-    pipeline._graphs.conditioner  # noqa: B018
+    pipeline.graphs.open("encode_text")
     statistics = PlanStore(tmp_path / "plans").newest("encode_text", "tensorrt-rtx")[0].statistics
-    assert pipeline._graphs.backend.gpu.allocated == statistics["weights_bytes"] + statistics["buffer_bytes"]
+    assert pipeline.graphs.backend.gpu.allocated == statistics["weights_bytes"] + statistics["buffer_bytes"]
 
 
 def test_activations_share_one_piece_of_memory(open_pipeline, gpu):
@@ -204,8 +205,9 @@ def test_more_images_than_the_plan_takes_are_sampled_in_turns(open_pipeline, gpu
     pipeline = open_pipeline(largest=2)
     result = pipeline(PROMPT, images=3, **QUICK)
     assert len(result.images) == 3
-    # What runs, and no more: four graphs for 1 and 2 images, and their steps of 2 and 4 rows, which draw no noise.
-    assert gpu.counted()["begin_capture"] == 4 * 2 + 2
+    # What runs, and no more: captions of 1 and 2 images, texts and pictures one by one, steps of 2 and 4 rows, which
+    # draw no noise.
+    assert gpu.counted()["begin_capture"] == 2 * 2 + 2 + 2
     with pytest.raises(SettingsError, match="beams must be a whole number from 1 to 8, not 9"):
         pipeline(PROMPT, beams=9)
     assert len(pipeline(PROMPT, images=2, beams=8, **QUICK).negatives) == 2
@@ -223,8 +225,8 @@ def test_a_memory_limit_counts_weights(open_pipeline, gpu):
     pipeline = open_pipeline(memory_limit=1999)  # the fake's plans have 2000 bytes of them
     told = r"no memory on cuda:0 for the weights of 'encode_text': .* MB are wanted, .* MB of the memory limit is left"
     with pytest.raises(BackendError, match=told + ".*--weight-streaming$"):
-        pipeline._graphs.conditioner  # noqa: B018
-    assert pipeline._graphs.backend.gpu.allocated == 0
+        pipeline.graphs.open("encode_text")
+    assert pipeline.graphs.backend.gpu.allocated == 0
 
 
 def test_onnxruntime_keeps_to_the_memory_limit_too(open_pipeline, gpu, default_bundle):
@@ -234,7 +236,7 @@ def test_onnxruntime_keeps_to_the_memory_limit_too(open_pipeline, gpu, default_b
     limits = [int(settings["gpu_mem_limit"]) for settings in gpu.ort.settings]
     assert limits[0] == 1 << 30
     assert limits == sorted(limits, reverse=True)
-    assert pipeline._graphs.backend.gpu.allocated == weights + sum(block.nbytes for block in gpu.device.values())
+    assert pipeline.graphs.backend.gpu.allocated == weights + sum(block.nbytes for block in gpu.device.values())
     pipeline.close()
     told = r"no memory on cuda:0 for .* MB of the memory limit is left; (raise --memory-limit|ask for fewer images)"
     for limit in (1_000_000, weights + 10_000):
@@ -253,12 +255,12 @@ def test_weights_that_may_be_streamed_share_what_the_limit_leaves(open_pipeline,
     whole = streaming_pipeline(open_pipeline, default_bundle, tmp_path)
     expected = whole(PROMPT, **settings)
     assert [engine.budget for engine in gpu.trt.engines] == [2000] * 5  # there is room for all of them
-    needed = whole._graphs.backend.gpu.allocated
+    needed = whole.graphs.backend.gpu.allocated
     gpu.trt.engines.clear()
     half = streaming_pipeline(open_pipeline, default_bundle, tmp_path, memory_limit=needed - 5000)
     assert np.array_equal(half(PROMPT, **settings).arrays, expected.arrays)
     assert [engine.budget for engine in gpu.trt.engines] == [1000] * 5
-    assert half._graphs.backend.gpu.left == 0
+    assert half.graphs.backend.gpu.left == 0
     half.close()
     gpu.trt.engines.clear()
     none = streaming_pipeline(open_pipeline, default_bundle, tmp_path, memory_limit=needed - 10_000)
@@ -406,7 +408,7 @@ def test_latents_that_are_no_numbers_and_flat_images_are_errors(open_pipeline, m
     pipeline = open_pipeline()
     with pytest.raises(DnpError, match="no longer finite numbers"):
         pipeline(PROMPT, negative="n*", guidance=1e38, steps=2)
-    buffer = pipeline._graphs.decode.outputs["image"]
+    buffer = pipeline.graphs.decode.outputs["image"]
     monkeypatch.setattr(type(buffer), "read", lambda self: np.zeros(self.shape, self.dtype))
     with pytest.raises(DnpError, match=r"one flat colour.*--check-ranges"):
         pipeline(PROMPT, negative="n*", **QUICK)
@@ -639,7 +641,7 @@ def test_more_sizes_can_be_recorded_at_warm_up(open_pipeline, gpu, default_bundl
         request = pipeline.resolve(dnp.Request(prompt=PROMPT, height=height, width=width, **QUICK))
         phases = [step.phase for step in pipeline.steps(request)]
         replayed = gpu.counted(since)["launch"] if backend != "cuda" else len(gpu.ort.recorded) - runs
-        runs = len(phases) + 4 + 2 + 1  # the texts, the decoder twice, the image encoder
+        runs = len(phases) + 3 + 2 + 1  # the texts, the decoder twice, the image encoder
         assert replayed == runs, (height, width)
     assert set(gpu.ort.recorded) == numbers
     for call in ("begin_capture", "malloc"):
@@ -676,10 +678,10 @@ def test_a_timing_cache_that_is_damaged_is_begun_anew(open_pipeline, gpu, tmp_pa
 def test_a_failed_open_gives_back_what_it_took(open_pipeline, gpu):
     pipeline = open_pipeline(memory_limit=1_000_000)
     for _ in range(2):
-        before = pipeline._graphs.backend.gpu.allocated
+        before = pipeline.graphs.backend.gpu.allocated
         with pytest.raises(BackendError, match="no memory on"):
-            pipeline._graphs.denoiser  # noqa: B018
-        assert pipeline._graphs.backend.gpu.allocated == before
+            pipeline.graphs.open("denoise")
+        assert pipeline.graphs.backend.gpu.allocated == before
 
 
 def test_after_an_error_that_lasts_closing_still_frees(open_pipeline, gpu):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 from small import small_bundle
@@ -11,9 +10,8 @@ from small import small_bundle
 from dnp.cli import main
 from dnp.engine.bundle.manifest import GuidanceSpec
 from dnp.engine.errors import SettingsError
+from dnp.runtime.batching.work import sampling
 from dnp.runtime.job import resolve
-from dnp.runtime.pipeline.clock import Clock
-from dnp.runtime.pipeline.run import Run
 from dnp.runtime.request import Request
 from dnp.runtime.sampling.schedule import NoiseSchedule
 
@@ -52,26 +50,22 @@ def test_what_a_request_cannot_have_is_refused(bundles, kind, settings, message)
         job_of(bundles[kind], **settings)
 
 
-def joined(bundle, job):
-    """The texts of each role, as a run writes them into the bank, and the largest role of a row."""
-    texts = {}
-    denoiser = SimpleNamespace(open=lambda *_, **__: None, join=lambda *_: None, bank={})
-    conditioner = SimpleNamespace(write=lambda bank, role, words, **_: texts.update({role: list(words)}))
-    graphs = SimpleNamespace(bundle=bundle, denoiser=denoiser, conditioner=conditioner)
-    Run(graphs, job, Clock())._join(job.final, ["a star"], ["a cross"], [0])
+def joined(job):
+    """The texts of each role, and the largest role of a row."""
+    texts = sampling("final", job, ["a star"], ["a cross"]).texts(0)
     return texts, max(max(roles) for roles in job.final.roles)
 
 
 def test_perp_neg_leaves_the_first_branch_to_the_empty_prompt(bundles):
     job = job_of(bundles[3, True], methods={"perp_neg": 1.5})
-    assert joined(bundles[3, True], job) == ({0: [""], 1: ["a star"], 2: ["a cross"]}, 2)
+    assert joined(job) == (("", "a star", "a cross"), 2)
     assert not job.dns.perp_neg  # the DNS pass has no negative prompt to weigh
 
 
 @pytest.mark.parametrize("methods", [{}, {"rescale": 0.7}])
 def test_without_it_the_negative_prompt_is_the_first_branch(bundles, methods):
     job = job_of(bundles[3, True], methods=methods)
-    assert joined(bundles[3, True], job) == ({0: ["a cross"], 1: ["a star"]}, 1)
+    assert joined(job) == (("a cross", "a star"), 1)
 
 
 def test_the_command_line_takes_it_and_passes_the_refusal_on(tmp_path, capsys):

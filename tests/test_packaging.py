@@ -15,7 +15,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"
-ROOMS = ["dnp", "engine", "runtime", "export", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
+ROOMS = ["dnp", "engine", "runtime", "export", "serving", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
 
 
 def run(*command, cwd, code=0):
@@ -43,6 +43,7 @@ def test_every_extra_exists_and_none_brings_both_onnxruntimes():
         "openvino",
         "export",
         "serve",
+        "bench",
         "build",
         "gpu",
         "tensorrt",

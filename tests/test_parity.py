@@ -76,7 +76,7 @@ def our_latents(bundle, graphs, samples, pairs):
     denoiser.open(
         len(samples),
         steps=max(len(sample.table.rows) for sample in samples),
-        noise_steps=max(len(sample.table.noise_rows) for sample in samples),
+        noise_steps=max(len(sample.table.noise_steps) for sample in samples),
         height=latents.height,
         width=latents.width,
         tokens=bundle.text.length,

@@ -142,7 +142,7 @@ def test_an_empty_caption_is_no_negative_prompt(pipeline, monkeypatch):
         return [""]
         yield
 
-    monkeypatch.setattr(pipeline._graphs.captioner, "steps", silent)
+    monkeypatch.setattr(pipeline.graphs.captioner, "steps", silent)
     with pytest.raises(DnpError, match="min_length"):
         pipeline(PROMPT, **QUICK)
 

@@ -58,8 +58,7 @@ def request_of(schedule, number):
 def join(denoiser, conditioner, place, request):
     sample, prompt, negative = request
     denoiser.join(place, sample)
-    for role, text in enumerate((negative, prompt)):
-        conditioner.write(denoiser.bank, role, [text], size=(32, 32), first=place)
+    conditioner.write(denoiser.bank, {place: (negative, prompt)}, size=(32, 32))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ ORDER = (  # a room is imported by those after it alone
     "dnp.runtime.captioning",
     "dnp.runtime.pipeline",
     "dnp.export",
+    "dnp.serving",
     "dnp.cli",
 )
 
@@ -24,7 +25,7 @@ ORDER = (  # a room is imported by those after it alone
 def imports() -> dict[str, set[str]]:
     """Every module of the package with those that it imports: at once, when something is called, or for types alone."""
     files = {}
-    for folder in ("dnp", "engine", "runtime", "export"):
+    for folder in ("dnp", "engine", "runtime", "export", "serving"):
         for path in (ROOT / folder).rglob("*.py"):
             parts = path.relative_to(ROOT).with_suffix("").parts
             files[".".join(part for part in ("dnp", *parts[folder == "dnp" :]) if part != "__init__")] = path

@@ -104,7 +104,7 @@ def walk_table(
     generator = TorchNoise(seed)
     state = np.zeros((SLOTS, *SHAPE), np.float32)
     state[0] = generator.randn(SHAPE) * np.float32(table.init_noise_sigma)
-    noise = [generator.randn(SHAPE) for _ in table.noise_rows] or [np.zeros(SHAPE, np.float32)]
+    noise = [generator.randn(SHAPE) for _ in table.noise_steps] or [np.zeros(SHAPE, np.float32)]
     index = 0
     for number in range(table.calls + 3):
         row = table.rows[index]
@@ -427,7 +427,7 @@ def responses_of_table(table: SamplerTable) -> Iterator[tuple[Array, Array]]:
         x = row[E] @ state
         state = row[A].reshape(SLOTS, SLOTS) @ state
         state[:, 1 + number] += row[B]
-        drawn = table.noise_rows[int(row[DRAW])] if table.noise_rows else 0
+        drawn = table.noise_steps[int(row[DRAW])] if table.noise_steps else 0
         state[:, 1 + rows + drawn] += row[C]
         yield x, state[0]
 
@@ -512,7 +512,7 @@ def test_every_row_is_finite_or_the_settings_are_refused(
     assert np.isfinite(table.rows).all()
     assert math.isfinite(table.init_noise_sigma)
     assert sorted(set(table.step_of_row)) == list(range(steps))
-    undrawn = np.delete(np.arange(len(table.rows)), table.noise_rows)
+    undrawn = np.delete(np.arange(len(table.rows)), table.noise_steps)
     assert not table.rows[undrawn, C].any()
 
 
@@ -537,7 +537,7 @@ def test_a_guidance_schedule_belongs_to_steps(sampler: str) -> None:
 
 def test_which_rows_draw_noise() -> None:
     def draws(sampler: str, **options: Any) -> tuple[int, ...]:
-        return sampler_table(NoiseSchedule(), sampler, 4, 7.5, **options).noise_rows
+        return sampler_table(NoiseSchedule(), sampler, 4, 7.5, **options).noise_steps
 
     assert draws("euler_a") == draws("dpmpp_2m_sde") == draws("ddim", eta=0.5) == (0, 1, 2, 3)
     assert draws("ddpm") == (0, 1, 2, 3)
@@ -566,7 +566,7 @@ def test_noise_is_drawn_where_and_in_the_order_that_torch_draws(sampler: str, sp
             calls.append(t)
             latents = scheduler.scale_model_input(torch.zeros(1, *SHAPE), t)
             scheduler.step(torch.zeros(1, *SHAPE), t, latents, **extra)
-    assert table.noise_rows == tuple(drawn)
+    assert table.noise_steps == tuple(drawn)
     assert table.rows[drawn, DRAW].tolist() == list(range(len(drawn)))
 
 

@@ -76,6 +76,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     from dnp.cli.bundles import doctor, export, inspect
     from dnp.cli.images import caption, dns, explore, generate
     from dnp.cli.plans import build
+    from dnp.cli.serve import bench_serve, serve
     from dnp.cli.streams import complain, swallow
     from dnp.engine.errors import DnpError
 
@@ -85,7 +86,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         """Diffusion-negative prompting: find the image a model thinks least like the prompt, put it into words,
         and generate with the pair (p, n*)."""
 
-    for command in (generate, dns, explore, caption, export, build, inspect, doctor):
+    for command in (generate, dns, explore, caption, export, build, inspect, doctor, serve, bench_serve):
         dnp.add_command(command)
     try:
         returned = dnp.main(arguments, prog_name="dnp", standalone_mode=False)

@@ -72,16 +72,15 @@ class PipelineOptions:
         return click.get_current_context().with_resource(pipeline)
 
 
-def pipeline_options(function: F) -> F:
-    """The options behind ``PipelineOptions``, which the command gets as ``options``."""
+def backend_options(function: F) -> F:
+    """The options behind ``PipelineOptions``, which the command gets as ``options``; a bundle where it has one."""
 
     @wraps(function)
     def packed(*arguments: Any, **settings: Any) -> Any:
-        options = PipelineOptions(**{field.name: settings.pop(field.name) for field in fields(PipelineOptions)})
-        return function(*arguments, options=options, **settings)
+        values = {field.name: settings.pop(field.name, None) for field in fields(PipelineOptions)}
+        return function(*arguments, options=PipelineOptions(**values), **settings)
 
     return _stacked(
-        click.option("--bundle", type=PATH, help="A bundle folder; the shipped default when left out."),
         click.option("--backend", help="What runs the graphs, cpu when left out; `dnp doctor` lists them."),
         click.option("--precision", help="Arithmetic of the openvino backend: f32 (its default) or bf16."),
         click.option("--threads", type=int, help="Threads of the backend; all cores when left out."),
@@ -90,6 +89,12 @@ def pipeline_options(function: F) -> F:
         click.option("--memory-limit", type=int, metavar="MB", help="Most GPU memory to use."),
         click.option("--plans", type=PATH, help="Folder of compiled plans, see `dnp build`."),
     )(packed)  # type: ignore[return-value]
+
+
+def pipeline_options(function: F) -> F:
+    """``backend_options`` and the bundle."""
+    bundle = click.option("--bundle", type=PATH, help="A bundle folder; the shipped default when left out.")
+    return bundle(backend_options(function))
 
 
 def json_option(function: F) -> F:

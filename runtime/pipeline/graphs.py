@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
-from dnp.engine.backends.session import Backend, Buffer, Session
+from dnp.engine.backends.session import Backend, Session
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.bundle.contract import BATCH
 from dnp.engine.errors import DnpError
@@ -25,14 +21,6 @@ from dnp.runtime.sampling.denoise import Denoiser
 from dnp.runtime.sampling.samplers import SamplerTable
 from dnp.runtime.sampling.schedule import read_schedule
 from dnp.runtime.tokenizer import PromptTokenizer
-
-_OPENERS: Final = {  # what opens a graph, with what it stands on
-    "encode_text": "conditioner",
-    "denoise": "denoiser",
-    "decode_latents": "decode",
-    "encode_image": "captioner",
-    "caption_step": "captioner",
-}
 
 
 @dataclass(frozen=True)
@@ -54,7 +42,7 @@ class Needs:
         """Those of samples by these tables."""
         tables = list(tables)
         roles = frozenset(len(roles) for table in tables for roles in table.roles)
-        noise = {min(2, max(1, len(table.noise_rows))) for table in tables}
+        noise = {min(2, max(1, len(table.noise_steps))) for table in tables}
         return cls(frozenset(images), roles, tuple(sorted(noise, reverse=True)))
 
 
@@ -114,8 +102,8 @@ class Graphs:
         return min(limits.nearest(symbol, BATCH) for limits, symbol in sizes)
 
     @property
-    def _sampling(self) -> tuple[Session, Session, Session]:
-        return self._open("encode_text"), self._open("denoise"), self._open("decode_latents")
+    def _sampling(self) -> list[Session]:
+        return self.open("encode_text", "denoise", "decode_latents")
 
     def _session(self, graph: str) -> Session:
         self.require_open()
@@ -127,10 +115,18 @@ class Graphs:
         self.opening += time.perf_counter() - started
         return session
 
-    def _open(self, graph: str) -> Session:
-        """The session of a graph, opened if it is not."""
-        getattr(self, _OPENERS[graph])
-        return self._sessions[graph]
+    def open(self, *graphs: str) -> list[Session]:
+        """The sessions of these graphs, opened if they are not, with what stands on them."""
+        standing: dict[str, Callable[[], object]] = {
+            "encode_text": lambda: self.conditioner,
+            "denoise": lambda: self.denoiser,
+            "decode_latents": lambda: self.decode,
+            "encode_image": lambda: self.captioner,
+            "caption_step": lambda: self.captioner,
+        }
+        for graph in graphs:
+            standing[graph]()
+        return [self._sessions[graph] for graph in graphs]
 
     def warm_up(self, *, captioner: bool, sizes: Sequence[tuple[int, int]] = (), needs: Needs | None = None) -> None:
         """Open the graphs and capture them for every image size; see ``Pipeline.warm_up``.
@@ -138,9 +134,7 @@ class Graphs:
         ``needs`` is what will run; whatever may when ``None``.
         """
         self.require_open()
-        self._sampling  # noqa: B018
-        if captioner:
-            self.captioner  # noqa: B018
+        self.open("encode_text", "denoise", "decode_latents", *(["encode_image", "caption_step"] if captioner else []))
         new = [size for size in dict.fromkeys(sizes) if size not in self._sizes]
         for height, width in new:
             request = Request("a size", height=height, width=width, dnp=captioner)
@@ -174,14 +168,10 @@ class Graphs:
         fit = self.denoiser.session.limits.fit
         rows = sorted({fit("rows", roles * batch) for batch in images for roles in wanted.roles}, reverse=True)
         steps = [(count, noise) for noise in wanted.noise_steps for count in rows]
-        todo = {("denoise", *step) for step in steps} | {("decode_latents", batch, 0) for batch in images}
-        if not todo <= self._captured:
-            self._capture_sampling(
-                [step for step in steps if ("denoise", *step) not in self._captured],
-                [batch for batch in images if ("decode_latents", batch, 0) not in self._captured],
-                batches[0],
-            )
-            self._captured |= todo
+        todo = [step for step in steps if ("denoise", *step) not in self._captured]
+        if todo:
+            self._capture_sampling(todo, batches[0], batches[-1])
+            self._captured |= {("denoise", *step) for step in todo}
         if captioner:
             possible = [batch for batch in batches if self.captioner.takes(batch)]
             new = [batch for batch in possible if batch in images and ("caption_step", batch, 0) not in self._captured]
@@ -189,9 +179,9 @@ class Graphs:
                 self.captioner.capture(new, self._sizes, possible[0])
                 self._captured |= {("caption_step", batch, 0) for batch in new}
 
-    def _capture_sampling(self, steps: Sequence[tuple[int, int]], batches: Sequence[int], most: int) -> None:
-        """Capture steps of so many rows that draw noise so often, and the other sessions for ``batches``, with room for
-        ``most`` images, at every size or the nearest that they have.
+    def _capture_sampling(self, steps: Sequence[tuple[int, int]], most: int, least: int) -> None:
+        """Capture steps of so many rows that draw noise so often, with room for ``most`` images, and the other sessions
+        for ``least``, as they run one at a time; at every size, or the nearest that they have.
         """
         scale = self.bundle.latents.vae_scale_factor
         nearest = self.denoiser.session.limits.nearest
@@ -203,16 +193,14 @@ class Graphs:
             for height, width in shapes:
                 self._open_places(most, height, width, noise_steps)
                 self.decode.reshape(**self._decode_sizes(most, height, width))
-        self._open("encode_text").reshape(batch=most, tokens=self.bundle.text.length)
         for rows, noise_steps in steps:
             for height, width in shapes:
                 self._open_places(most, height, width, noise_steps)
                 self.denoiser.capture(rows)
         for height, width in shapes:
-            for batch in batches:
-                self.decode.capture(**self._decode_sizes(batch, height, width))
-        for batch in batches:
-            self._open("encode_text").capture(batch=batch, tokens=self.bundle.text.length)
+            self.decode.capture(**{**self._decode_sizes(most, height, width), "batch": least})
+        self._sampling[0].capture(batch=least, tokens=self.bundle.text.length)
+        self.conditioner.forget()
 
     def _open_places(self, places: int, height: int, width: int, noise_steps: int) -> None:
         tokens = self.bundle.text.length
@@ -221,16 +209,6 @@ class Graphs:
     def _decode_sizes(self, batch: int, height: int, width: int) -> dict[str, int]:
         """The decoder has places of its own, of which it decodes the first."""
         return {"places": self.decode.limits.fit("places", batch), "batch": batch, "height": height, "width": width}
-
-    def decoded(self, latents: Buffer, places: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """The latents of some places, of a buffer of the denoiser's, as images uint8 ``[B, H, W, 3]``."""
-        self.require_open()
-        self.decode.reshape(**self._decode_sizes(len(places), *latents.shape[2:]))
-        for number, place in enumerate(places):
-            self.decode.inputs["latents"].at(number).copy(latents.at(place))
-        self.decode.inputs["decoded"].write(np.arange(len(places)))
-        self.decode.run()
-        return self.decode.outputs["image"].read().astype(np.uint8, copy=False)
 
     def validate(self, job: Job) -> None:
         """Raises SettingsError when the graphs are compiled for other sizes than the job's."""
@@ -244,7 +222,7 @@ class Graphs:
                     places=batch,
                     rows=batch * max(map(len, table.roles)),
                     steps=len(table.rows),
-                    noise_steps=max(1, len(table.noise_rows)),
+                    noise_steps=max(1, len(table.noise_steps)),
                     height=height,
                     width=width,
                     tokens=job.windows * self.bundle.text.length,
@@ -264,7 +242,7 @@ class Graphs:
         unlike = self.bundle.unlike(other)
         for session in [self._sessions[graph] for graph in unlike if graph in self._sessions]:
             session.check_refit()  # before others are opened, which may take long
-        changed = [self._open(graph) for graph in unlike]
+        changed = self.open(*unlike)
         for session in changed:
             session.check_refit()
         try:
@@ -274,6 +252,8 @@ class Graphs:
             self.close()  # some graphs have the new weights and some the old ones
             raise
         self.bundle = other
+        if "encode_text" in self._sessions:
+            self.conditioner.forget()
         captured, captioner = self._captured, self._has_captions
         self._captured = set()  # what was captured holds the old weights
         if captured:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,14 @@ from dnp.engine.backends.registry import open_backend
 from dnp.engine.backends.session import Backend, BackendOptions, Session
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.errors import BundleError, Cancelled, DnpError, SettingsError
+from dnp.runtime.batching.batcher import Batcher
+from dnp.runtime.batching.core import Core, Task
+from dnp.runtime.batching.events import Listener, Ticket
+from dnp.runtime.batching.stages import Room, Stages
+from dnp.runtime.batching.work import Made, Sampling, Work, alone, find_negatives, make_images, sampling
 from dnp.runtime.captioning.captioner import part_sizes
 from dnp.runtime.job import Job, resolve
-from dnp.runtime.pipeline.clock import Clock
 from dnp.runtime.pipeline.graphs import Graphs, Needs
-from dnp.runtime.pipeline.run import Run
 from dnp.runtime.request import Request
 from dnp.runtime.result import Result, Step
 from dnp.runtime.sampling.samplers import check_defaults
@@ -47,9 +51,12 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, backend: str | Backend = "cpu", options: BackendOptions | None = None) -> None:
         backend = backend if isinstance(backend, Backend) else open_backend(backend, options)
-        self._graphs = Graphs(bundle, backend)
+        self.graphs = Graphs(bundle, backend)
         self._schedule = _schedule_of(bundle)
+        self._core = Core(Stages(self.graphs), self._room)
         self._busy = threading.Lock()
+        self._batcher: Batcher | None = None
+        self._starting = threading.Lock()  # held while it is made
 
     @classmethod
     def open(
@@ -73,9 +80,9 @@ class Pipeline:
         opened = Bundle.default() if bundle is None else Bundle.open(Path(bundle))
         options = BackendOptions(threads, precision, device, eager, memory_limit, plans)
         pipeline = cls(opened, backend, options)
-        pipeline._graphs.opening = time.perf_counter() - started
+        pipeline.graphs.opening = time.perf_counter() - started
         try:
-            pipeline._graphs.conditioner  # noqa: B018  opened now, so that a backend that cannot run says so here
+            pipeline.graphs.open("encode_text")  # now, so that a backend that cannot run says so here
         except BaseException:
             pipeline.close()
             raise
@@ -84,23 +91,23 @@ class Pipeline:
     @property
     def bundle(self) -> Bundle:
         """The bundle whose weights run."""
-        return self._graphs.bundle
+        return self.graphs.bundle
 
     @property
     def runs_on(self) -> str:
         """What really runs the graphs, as the library itself says."""
-        self._graphs.conditioner  # noqa: B018  any of them tells
-        return self.sessions["encode_text"].backend
+        (session,) = self.graphs.open("encode_text")  # any of them tells
+        return session.backend
 
     @property
     def sessions(self) -> Mapping[str, Session]:
         """The sessions that are open by now, by graph: to look at, not to run."""
-        return self._graphs.sessions
+        return self.graphs.sessions
 
     @property
     def made_with(self) -> dict[str, Any]:
         """What a ``Result`` will say that it was made with, by its names."""
-        backend = self._graphs.backend
+        backend = self.graphs.backend
         return {
             "bundle": self.bundle.fingerprint,
             "backend": backend.name,
@@ -111,21 +118,7 @@ class Pipeline:
     @property
     def tokenizer(self) -> PromptTokenizer:
         """The prompt tokenizer of the bundle; the first one, where there are several."""
-        return self._graphs.tokenizers[0]
-
-    def _begin(self, job: Job) -> Run:
-        """A run of ``job``, which has to open what is not open yet and tells of all that was opened for it.
-
-        Raises SettingsError when the graphs are compiled for sizes that the job does not have.
-        """
-        clock, graphs = Clock(), self._graphs
-        clock.add("open", graphs.opening)
-        with clock.phase("open"):
-            needs = Needs.of(job.tables, part_sizes(job.images, graphs.batch))
-            graphs.warm_up(captioner=job.runs_dns, needs=needs)
-        graphs.opening = 0.0  # told now
-        graphs.validate(job)
-        return Run(graphs, job, clock)
+        return self.graphs.tokenizers[0]
 
     def warm_up(self, *, captioner: bool = True, sizes: Sequence[tuple[int, int]] = ()) -> None:
         """Do now, rather than with the first request that needs it, what is done once: open the graphs, capture runs.
@@ -135,7 +128,7 @@ class Pipeline:
 
         Raises SettingsError for a size that the bundle or its plans do not have, DnpError when closed.
         """
-        self._graphs.warm_up(captioner=captioner, sizes=sizes)
+        self.graphs.warm_up(captioner=captioner, sizes=sizes)
 
     def refit(self, bundle: str | Path | Bundle) -> None:
         """Take over the weights of another bundle, such as a fine-tune's, without compiling anything; its defaults and
@@ -151,8 +144,8 @@ class Pipeline:
         """
         other = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
         schedule = _schedule_of(other)
-        with self._exclusive():
-            self._graphs.refit(other)
+        with self.exclusive():
+            self.graphs.refit(other)
             self._schedule = schedule
 
     def close(self) -> None:
@@ -160,16 +153,18 @@ class Pipeline:
 
         Closing it again does nothing, and so does closing it in a forked child. Raises DnpError while a request runs.
         """
-        if self._graphs.closed:
+        if self.graphs.closed:
             return
-        if self._graphs.backend.forked:
-            self._graphs.close()
+        if self.graphs.backend.forked:
+            self.graphs.close()
             return
-        with self._exclusive():
-            self._graphs.close()
+        if self._batcher is not None:
+            self._batcher.close()
+        with self.exclusive():
+            self.graphs.close()
 
     def __enter__(self) -> Pipeline:
-        self._graphs.require_open()
+        self.graphs.require_open()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -187,6 +182,29 @@ class Pipeline:
     def run(self, request: Request | Job, progress: Callback | None = None) -> Result:
         """The whole request: ``steps`` driven to its end."""
         return drive(self.steps(request), progress)
+
+    def submit(
+        self,
+        request: Request | Job,
+        *,
+        what: Literal["images", "negatives"] = "images",
+        priority: int = 0,
+        deadline: float | None = None,
+        previews: int = 0,
+        listener: Listener | None = None,
+    ) -> Ticket[Result]:
+        """Queue a request and return its future; any number of threads may. See ``Batcher.submit``.
+
+        The first call warms the pipeline up for its default size and starts a ``Batcher``, whose the graphs are from
+        then on: ``run`` and the like say that they are busy. Make a ``Batcher`` yourself to serve other sizes.
+        """
+        with self._starting:
+            if self._batcher is None:
+                self._batcher = Batcher(self)
+                self._batcher.warm_up()
+        return self._batcher.submit(
+            request, what=what, priority=priority, deadline=deadline, previews=previews, listener=listener
+        )
 
     def dns(self, prompt: str, *, progress: Callback | None = None, **settings: Any) -> Result:
         """Only the first half: the DNS images are the result's ``arrays``, their captions its ``negatives``."""
@@ -214,8 +232,8 @@ class Pipeline:
                 raise SettingsError(
                     f"caption takes PIL images, not {type(image).__name__}; make one with PIL.Image.fromarray"
                 )
-        with self._exclusive():
-            captioner = self._graphs.captioner
+        with self.exclusive():
+            captioner = self.graphs.captioner
             how = captioner.settings(beams=beams, prefix=prefix, min_length=min_length, max_length=max_length)
             return [captioner.captions(np.asarray(image.convert("RGB"))[None], how)[0] for image in images]
 
@@ -230,7 +248,7 @@ class Pipeline:
             )
         job = resolve(request, self.bundle, self._schedule)
         if job.runs_dns:
-            self._graphs.captioner.settings(**asdict(job.caption))
+            self.graphs.captioner.settings(**asdict(job.caption))
         return job
 
     def steps(self, request: Request | Job) -> Generator[Step, None, Result]:
@@ -239,16 +257,7 @@ class Pipeline:
         Dropping the generator cancels the request within the step it is in. Raises SettingsError as ``resolve`` does.
         """
         job = request if isinstance(request, Job) else self.resolve(request)
-        with self._exclusive():
-            run = self._begin(job)
-            dns = plain = None
-            prompts, negatives = [job.prompt] * job.images, [job.negative] * job.images
-            if job.runs_dns:
-                dns, negatives = yield from run.find_negatives()
-            if job.compare:
-                plain = yield from run.sample("plain", job.final, prompts, [""] * job.images, job.seeds)
-            arrays = yield from run.sample("final", job.final, prompts, negatives, job.seeds)
-        return self._result(run, job, arrays, negatives, dns, plain)
+        return (yield from self._result(job, make_images(job)))
 
     def sample(
         self, prompts: Sequence[str], negatives: Sequence[str], request: Request | Job
@@ -260,49 +269,69 @@ class Pipeline:
         if len(prompts) != len(negatives) or not prompts:
             raise SettingsError(f"{len(prompts)} prompts and {len(negatives)} negatives do not pair up")
         job = request if isinstance(request, Job) else resolve(request, self.bundle, self._schedule)
-        seeds = [job.seeds[0] + i for i in range(len(prompts))]
-        with self._exclusive():
-            needs = Needs.of([job.final], part_sizes(len(prompts), self._graphs.batch))
-            self._graphs.warm_up(captioner=False, needs=needs)
-            run = Run(self._graphs, job, Clock())
-            return (yield from run.sample("final", job.final, prompts, negatives, seeds))
+        with self.exclusive():
+            needs = Needs.of([job.final], part_sizes(len(prompts), self.graphs.batch))
+            self.graphs.warm_up(captioner=False, needs=needs)
+            pixels, _ = yield from self._work(alone(sampling("final", job, prompts, negatives)))
+        return pixels
 
     def dns_steps(self, request: Request | Job) -> Generator[Step, None, Result]:
         """``dns`` as a generator. Raises SettingsError for a request that runs no DNS."""
         job = request if isinstance(request, Job) else self.resolve(request)
-        if not job.runs_dns:
-            raise SettingsError("DNS finds n*; it takes no negative prompt of your own and cannot be switched off")
-        with self._exclusive():
-            run = self._begin(job)
-            arrays, negatives = yield from run.find_negatives()
-        return self._result(run, job, arrays, negatives, arrays, None)
+        return (yield from self._result(job, find_negatives(job)))
 
-    def _result(
-        self,
-        run: Run,
-        job: Job,
-        arrays: Pixels,
-        negatives: list[str],
-        dns: Pixels | None,
-        plain: Pixels | None,
-    ) -> Result:
-        return Result(
-            arrays=arrays,
-            dns_arrays=dns,
-            plain_arrays=plain,
-            negatives=negatives,
-            request=job.request,
-            seconds=run.clock.total(),
-            **self.made_with,
+    def _result(self, job: Job, work: Work[Made]) -> Generator[Step, None, Result]:
+        """Open what the job needs and is not open yet, and work it off.
+
+        Raises SettingsError when the graphs are compiled for sizes that the job does not have.
+        """
+        with self.exclusive():
+            started, graphs = time.perf_counter(), self.graphs
+            before = graphs.opening  # told by the first request, which it was for
+            needs = Needs.of(job.tables, part_sizes(job.images, graphs.batch))
+            graphs.warm_up(captioner=job.runs_dns, needs=needs)
+            opened = time.perf_counter()
+            graphs.opening = 0.0
+            graphs.validate(job)
+            made, seconds = yield from self._work(work)
+        ended = time.perf_counter()
+        seconds = {"open": before + opened - started, **seconds, "total": before + ended - started}
+        return Result(**vars(made), request=job.request, seconds=seconds, **self.made_with)
+
+    def _work(self, work: Work[T]) -> Generator[Step, None, tuple[T, dict[str, float]]]:
+        """Drive the scheduler with one piece of work in it; returns its outcome, and the seconds of each phase."""
+        told: deque[Any] = deque()
+        ended: list[tuple[Any, BaseException | None]] = []
+        task = Task(work, lambda made, error: ended.append((made, error)), told.append)
+        self._core.reset()
+        try:
+            self._core.add(task)
+            while not ended:
+                self._core.tick()
+                while told:
+                    yield told.popleft()
+        finally:
+            self._core.drop(task, Cancelled("the generator of steps was closed"))
+        ((made, error),) = ended
+        if error is not None:
+            raise error
+        return made, task.seconds
+
+    def _room(self, want: Sampling) -> Room:
+        """As many places as there are images, as long as the pass's own table."""
+        places = min(len(want.seeds), self.graphs.batch)
+        return Room(
+            places, len(want.table.rows), max(1, len(want.table.noise_steps)), want.height, want.width, want.windows
         )
 
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        self._graphs.require_open()
+    def exclusive(self) -> Iterator[None]:
+        """Nobody else uses the graphs in this block. Raises DnpError when somebody does already."""
+        self.graphs.require_open()
         if not self._busy.acquire(blocking=False):
             raise DnpError("this pipeline is busy with another request; finish or close it, or open one per thread")
         try:
-            self._graphs.require_open()  # another thread may have closed it just now
+            self.graphs.require_open()  # another thread may have closed it just now
             yield
         finally:
             self._busy.release()

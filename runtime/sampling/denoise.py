@@ -32,7 +32,8 @@ class Denoiser:
 
     Attributes:
         session: what computes.
-        bank: what the network is conditioned on, by name: buffers ``[P, roles, ...]``.
+        bank: what the network is conditioned on, by name: buffers ``[P, roles, ...]``. Another mapping, of the same
+            buffers, as soon as they have other shapes, and so no more what was written into them.
     """
 
     def __init__(self, session: Session) -> None:
@@ -58,7 +59,10 @@ class Denoiser:
         wanted = {"places": places, "rows": 1, "steps": steps, "noise_steps": max(1, noise_steps), **sizes}
         fit = self.session.limits.fit
         self._dims = {name: fit(name, size) for name, size in wanted.items()}
+        shapes = [buffer.shape for buffer in self.bank.values()]
         self.session.reshape(**self._dims)
+        if shapes != [buffer.shape for buffer in self.bank.values()]:
+            self.bank = dict(self.bank)
         places = self._dims["places"]
         inputs = self.session.inputs
         idle = np.tile(identity_row(), (places, self._dims["steps"], 1))
@@ -79,7 +83,7 @@ class Denoiser:
         inputs, table, generator = self.session.inputs, sample.table, TorchNoise(sample.seed)
         if self._samples[place] is not None:
             raise DnpError(f"place {place} has a sample that has not left; choose a free one")
-        for name, size in (("steps", len(table.rows)), ("noise_steps", len(table.noise_rows))):
+        for name, size in (("steps", len(table.rows)), ("noise_steps", len(table.noise_steps))):
             if size > self._dims[name]:
                 raise SettingsError(
                     f"the sampler needs {name} {size}, there is room for {self._dims[name]}; ask for fewer steps"
@@ -87,7 +91,7 @@ class Denoiser:
         state = np.zeros(inputs["state"].shape[1:], np.float32)  # [N, C, h, w]
         noise = np.zeros(inputs["noise"].shape[1:], np.float32)  # [draws, C, h, w]
         state[0] = generator.randn((1, *state.shape[1:]))[0] * np.float32(table.init_noise_sigma)
-        for draw in range(len(table.noise_rows)):
+        for draw in range(len(table.noise_steps)):
             noise[draw] = generator.randn((1, *state.shape[1:]))[0]
         rows = np.tile(identity_row(), (self._dims["steps"], 1))
         rows[: len(table.rows)] = table.rows
@@ -97,8 +101,10 @@ class Denoiser:
 
     def leave(self, place: int) -> None:
         """Free a place, whether its sample is finished or not; its latents stay until another sample joins there."""
+        finished = not self.left(place)  # and stands still by itself
         self._samples[place] = None
-        self.session.inputs["table"].at(place).write(np.tile(identity_row(), (self._dims["steps"], 1)))
+        if not finished:
+            self.session.inputs["table"].at(place).write(np.tile(identity_row(), (self._dims["steps"], 1)))
 
     def left(self, place: int) -> int:
         """Calls of the network that the sample in a place still needs."""
@@ -134,6 +140,12 @@ class Denoiser:
         """Capture a step of ``rows`` rows at the present sizes, so that later ones need one launch of the host."""
         self._set_rows(tuple((row % len(self._samples), 0) for row in range(rows)))
         self.session.capture(**self._dims)
+        self._rows = ()
+
+    def rehearse(self, rows: int) -> None:
+        """Take a step of ``rows`` rows, whatever is in the places; what they hold is unspecified afterwards."""
+        self._set_rows(tuple((row % len(self._samples), 0) for row in range(rows)))
+        self.session.run()
         self._rows = ()
 
     def _needed(self, place: int) -> tuple[int, ...]:

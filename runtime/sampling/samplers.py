@@ -83,7 +83,7 @@ class SamplerTable:
         step_of_row: the step each call belongs to, [calls], from 0: Heun and PNDM have more calls than steps.
         roles: the roles that each call has a row of, [calls]: 0 the negative prompt, 1 the prompt. With Perp-Neg 0 is
             the empty prompt, and 2 the negative one.
-        noise_rows: the calls that draw fresh noise, ascending; those where diffusers draws noise only to multiply it
+        noise_steps: the calls that draw fresh noise, ascending; those where diffusers draws noise only to multiply it
             by zero are among them, so that a generator ends where diffusers' would.
     """
 
@@ -91,7 +91,7 @@ class SamplerTable:
     init_noise_sigma: float
     step_of_row: tuple[int, ...]
     roles: tuple[tuple[int, ...], ...]
-    noise_rows: tuple[int, ...]
+    noise_steps: tuple[int, ...]
 
     @property
     def calls(self) -> int:
@@ -176,7 +176,7 @@ def sampler_table(
             "true, or final_sigmas_type to 'sigma_min', in the scheduler configuration"
         ) from None
     step_of_row = np.cumsum([not row.extra for row in described]) - 1
-    noise_rows = tuple(number for number, row in enumerate(described) if row.draws)
+    noise_steps = tuple(number for number, row in enumerate(described) if row.draws)
     rows = np.tile(identity_row().astype(np.float64), (len(described) + 1, 1))
     for columns, row, step in zip(rows, described, step_of_row, strict=False):
         state = np.zeros((SLOTS, SLOTS + 2))
@@ -186,7 +186,7 @@ def sampler_table(
         columns[ADVANCE], columns[INPUT] = 1, row.x[:SLOTS]
         columns[STATE], columns[OUTPUT], columns[NOISE] = state[:, :SLOTS].ravel(), state[:, SLOTS], state[:, SLOTS + 1]
         columns[CLEAN_STATE], columns[CLEAN_OUTPUT] = clean[:SLOTS], clean[SLOTS]
-    rows[list(noise_rows), DRAW] = range(len(noise_rows))
+    rows[list(noise_steps), DRAW] = range(len(noise_steps))
     for name, value in methods.items():
         rows[:-1, METHODS[name].column] = value
     if PERP_NEG in methods:  # o_0 + w (p - s n') is o_0 + w p + v n'
@@ -196,7 +196,7 @@ def sampler_table(
     table = rows.astype(np.float32)
     table.flags.writeable = False
     roles = tuple(map(_roles, table[:-1]))
-    return SamplerTable(table, init_noise_sigma, tuple(step_of_row.tolist()), roles, noise_rows)
+    return SamplerTable(table, init_noise_sigma, tuple(step_of_row.tolist()), roles, noise_steps)
 
 
 def check_defaults(schedule: Schedule, defaults: Defaults) -> None:

@@ -1,0 +1,227 @@
+"""The commands about serving: serve, bench-serve."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from dnp.cli.options import PATH, PipelineOptions, backend_options, json_option, say
+from dnp.cli.streams import complain
+
+if TYPE_CHECKING:
+    from dnp.engine.errors import BackendError
+
+_LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 is every one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 is any free one.")
+@click.option(
+    "--bundle",
+    "bundles",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="Serve this bundle, under this name or its own; several times for several. The first is the default model; "
+    "the shipped bundle when left out.",
+)
+@click.option("--alias", "aliases", multiple=True, metavar="NAME", help="Another name for the default model.")
+@click.option(
+    "--api-keys",
+    type=PATH,
+    help="File of the keys that clients must send, one a line; DNP_API_KEYS in the environment adds to them.",
+)
+@click.option("--cors-origin", "origins", multiple=True, metavar="ORIGIN", help="Let pages from there call; * is all.")
+@click.option("--sdapi", is_flag=True, help="Also serve AUTOMATIC1111's API below /sdapi/v1.")
+@click.option("--samples", type=click.IntRange(1), help="Most images in one step; measured at warm-up when left out.")
+@click.option("--queue", type=click.IntRange(1), default=64, show_default=True, help="Most requests that wait.")
+@click.option("--size", "sizes", multiple=True, metavar="WxH", help="Also warm up this image size, in pixels.")
+@click.option(
+    "--max-steps", type=click.IntRange(1), default=127, show_default=True, help="Most calls of the network in a pass."
+)
+@click.option("--windows", type=click.IntRange(1, 8), default=1, show_default=True, help="Most that a prompt may fill.")
+@click.option("--max-images", type=click.IntRange(1, 256), default=10, show_default=True, help="Most of one request.")
+@click.option("--deadline", type=float, default=600.0, show_default=True, help="Seconds until a request is given up.")
+@click.option("--drain", type=float, default=120.0, show_default=True, help="Seconds for work in flight at the end.")
+@click.option("--body-limit", type=int, default=16, show_default=True, metavar="MB", help="Largest request.")
+@click.option("--no-cache", is_flag=True, help="Do not keep n* of prompts that were asked for before.")
+@click.option("--log", "log", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--log-prompts", is_flag=True, help="Write prompts to the log, which never holds them otherwise.")
+@backend_options
+def serve(
+    options: PipelineOptions,
+    host: str,
+    port: int,
+    bundles: tuple[str, ...],
+    aliases: tuple[str, ...],
+    api_keys: Path | None,
+    origins: tuple[str, ...],
+    sdapi: bool,
+    samples: int | None,
+    queue: int,
+    sizes: tuple[str, ...],
+    max_steps: int,
+    windows: int,
+    max_images: int,
+    deadline: float,
+    drain: float,
+    body_limit: int,
+    no_cache: bool,
+    log: str,
+    log_prompts: bool,
+) -> int:
+    """Serve bundles over HTTP, in OpenAI's form, with a page at / to try them.
+
+    SIGTERM or Ctrl-C finishes what is in flight, and takes nothing more; a second one ends it at once.
+    """
+    try:
+        from dnp.runtime.batching import BatchOptions, NegativeCache
+        from dnp.serving import logs
+        from dnp.serving.app import create_app
+        from dnp.serving.engines import LocalEngine
+        from dnp.serving.server import bind
+        from dnp.serving.server import serve as run
+        from dnp.serving.settings import ALIASES, ServerSettings, read_keys
+    except ModuleNotFoundError as error:
+        raise _missing(error, "cpu,serve", "serving") from error
+
+    settings = ServerSettings(
+        keys=read_keys(api_keys),
+        origins=origins,
+        aliases=(*aliases, *ALIASES),
+        most_images=max_images,
+        body_limit=body_limit * 1_000_000,
+        deadline=deadline,
+        drain_seconds=drain,
+        sdapi=sdapi,
+        log_prompts=log_prompts,
+    )
+    listener = bind(host, port, writer_seconds=settings.writer_seconds)
+    engines: list[LocalEngine] = []
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    try:
+        logs.configure(log)
+        batching = BatchOptions(
+            samples=samples,
+            queue=queue,
+            sizes=tuple(map(_size, sizes)),
+            windows=tuple(range(1, windows + 1)),
+            steps=max_steps,
+            negatives=None if no_cache else NegativeCache(),
+        )
+        for name, path in map(_named, bundles or [None]):
+            pipeline = replace(options, bundle=path).open()
+            engines.append(LocalEngine(name or pipeline.bundle.name, pipeline, batching))
+        app = create_app(engines, settings)
+    except BaseException:
+        listener.close()
+        for engine in engines:
+            engine.close()
+        raise
+    if host not in _LOOPBACK and not settings.keys:
+        complain(f"{host} can be reached from other machines, and no key is asked for; consider --api-keys")
+
+    def ready() -> None:
+        click.echo(f"ready: open {address}/ in a browser, or point a client at {address}/v1")
+
+    click.echo(f"serving {', '.join(engine.name for engine in engines)} on {address}; warming up")
+    if not run(app, listener, engines, ready):
+        raise KeyboardInterrupt  # what was in flight was cut off
+    click.echo("stopped; everything that was in flight was answered")
+    return 0
+
+
+def _named(text: str | None) -> tuple[str | None, Path | None]:
+    """``name=path`` or ``path`` as a name and a path."""
+    if text is None:
+        return None, None
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name:
+        name, path = "", text
+    if not path:
+        raise click.BadParameter(f"{text!r} names no folder; write PATH, or NAME=PATH", param_hint="--bundle")
+    return name or None, Path(path)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """``512x768``, width first, as (height, width)."""
+    width, cross, height = text.partition("x")
+    if not (cross and width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
+        raise click.BadParameter(f"{text!r} is no WIDTHxHEIGHT, such as 512x768", param_hint="--size")
+    return int(height), int(width)
+
+
+def _missing(error: ModuleNotFoundError, extra: str, purpose: str) -> BackendError:
+    """What to install. Raises ``error`` itself when it is a module of ours."""
+    from dnp.engine.system.imports import missing_extra
+
+    if not error.name or error.name.startswith("dnp"):
+        raise error
+    return missing_extra(error.name, extra, purpose)
+
+
+@click.command("bench-serve")
+@click.argument("url")
+@click.option("--clients", "clients", multiple=True, type=click.IntRange(1), help="Clients that each wait; repeatable.")
+@click.option("--rate", "rates", multiple=True, type=float, help="Requests a second, waiting for nobody; repeatable.")
+@click.option("--requests", type=click.IntRange(1), default=50, show_default=True, help="How many for each load.")
+@click.option("--mix", type=PATH, help="JSON file with lists that each field of the body is drawn from.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
+@click.option("--deadline", type=float, help="Seconds by which an answer is of use: what comes later is no goodput.")
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that a client waits.")
+@click.option("--plot", "picture", type=PATH, help="Draw throughput and latency into this file.")
+@json_option
+def bench_serve(
+    url: str,
+    clients: tuple[int, ...],
+    rates: tuple[float, ...],
+    requests: int,
+    mix: Path | None,
+    seed: int,
+    deadline: float | None,
+    timeout: float,
+    picture: Path | None,
+    as_json: bool,
+) -> int:
+    """Measure the server at URL, ours or any that speaks OpenAI's /v1/images/generations.
+
+    1 to 16 clients when no load is named. The key is read from DNP_API_KEY in the environment.
+    """
+    import asyncio
+
+    from tqdm import tqdm
+
+    try:
+        from dnp.serving import load
+    except ModuleNotFoundError as error:
+        raise _missing(error, "bench", "measuring a server") from error
+
+    if any(rate <= 0 for rate in rates):
+        raise click.BadParameter("a rate must be more than 0 requests a second", param_hint="--rate")
+    drawn = load.read_mix(mix)
+    loads = [*(load.Load(clients=n) for n in clients), *(load.Load(rate=rate) for rate in rates)]
+    loads = loads or [load.Load(clients=n) for n in (1, 2, 4, 8, 16)]
+    found = []
+    with tqdm(total=requests * len(loads), unit="request", disable=None) as bar:
+        for one in loads:
+            bar.set_description(str(one))
+            work = load.drive(
+                url, one, load.bodies(drawn, seed), requests, key=os.environ.get("DNP_API_KEY"), deadline=deadline,
+                timeout=timeout, tell=bar.update,
+            )  # fmt: skip
+            found.append(asyncio.run(work))
+    if picture is not None:
+        try:
+            kinds = {
+                "clients": [one for one in found if one.clients],
+                "requests a second": [one for one in found if one.rate],
+            }
+            load.plot({f"over {kind}": some for kind, some in kinds.items() if some}, picture)
+        except ModuleNotFoundError as error:
+            raise _missing(error, "bench", "drawing") from error
+    say(load.report(url, found, drawn, seed), as_json, load.table(found))
+    return 0 if any(one.answered for one in found) else 1
