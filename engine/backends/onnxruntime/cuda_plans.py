@@ -35,7 +35,7 @@ from dnp.engine.system.imports import load
 from dnp.engine.system.processor import free_memory
 
 NAME: Final = "cuda"
-REVISION: Final = 1  # of the passes: raised whenever they make another graph of the same one
+REVISION: Final = 2  # of the passes: raised whenever they make another graph of the same one
 SIZES: Final = ("height", "width", "image_height", "image_width", "windows")  # what `dnp build` can be asked for here
 _SMALL: Final = 1024  # bytes; smaller constants stay in the graph's own file
 _MEMORY, _BESIDE = 2.5, 300 << 20  # bytes that making a plan takes for each byte of the graph, and besides
