@@ -203,6 +203,24 @@ def test_a_body_that_is_too_large():
             refused(answer, 413, "body_too_large", None, "0.001 MB")
 
 
+def test_a_flood():
+    """Requests beyond the limit are refused before they are read; the others go on."""
+    with serving(ServerSettings(most_active=2), warm=False) as served:
+        head = f"POST {IMAGES} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        with (
+            socket.create_connection(("127.0.0.1", served.port)) as one,
+            socket.create_connection(("127.0.0.1", served.port)) as two,
+        ):
+            for connection in (one, two):
+                connection.sendall(head.encode())
+            served.until(lambda: served.service.active == 2)
+            answer = served.post(IMAGES, QUICK)
+            refused(answer, 429, "too_many_requests", None, "2 requests")
+            assert answer.headers["retry-after"] == "1"
+        served.until(lambda: served.service.active == 0)
+        assert served.post(IMAGES, QUICK).status_code == 503  # it is not warm
+
+
 def test_a_body_that_does_not_come():
     with serving(ServerSettings(body_seconds=0.05), warm=False) as served:
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
