@@ -167,7 +167,7 @@ def router(service: Service) -> APIRouter:
     @routes.get(
         "/models/{name}",
         response_model=Model,
-        responses={status: ERRORS[status] for status in (401, 404)} | REFUSED,
+        responses={401: ERRORS[401], 404: ERRORS[404], **REFUSED},
         response_model_exclude_unset=True,
     )
     async def one_model(name: str) -> dict[str, Any]:
