@@ -104,6 +104,7 @@ BAD = {
     "size of words": (IMAGES, body(size="big"), 400, "invalid_value", "size", "big"),
     "size of other digits": (IMAGES, body(size="٦٤x٦٤"), 400, "invalid_value", "size", "size"),
     "size not served": (IMAGES, body(size="128x128"), 400, "invalid_value", "size", "64x64"),
+    "another not served": (IMAGES, body(width=128, height=64), 400, "invalid_value", "width", "--size 128x64 "),
     "size beyond the model": (IMAGES, body(size="512x512"), 400, "invalid_value", "size", "256"),
     "size huge": (IMAGES, body(size="999999x999999"), 400, "invalid_value", "size", "999999"),
     "size zero": (IMAGES, body(size="0x64"), 400, "invalid_value", "size", "0x64"),
