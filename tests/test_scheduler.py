@@ -294,6 +294,21 @@ def test_images_that_were_to_join_after_the_bad_one_hold_no_place():
     assert [1, 2, 3] in map(sorted, world.order("step"))
 
 
+def test_who_is_cancelled_while_captioned_with_others_is_told_nothing_more():
+    stop = []
+    world = World(places=2)
+    world.add("a", request([1], (1, 1)))
+    world.add("b", request([2], (1, 1)), stopped=lambda: stop)
+    while [1, 2] not in world.order("caption"):
+        world.core.tick()
+    stop.append(True)
+    told = len(world.told["b"])
+    world.run()
+    assert len(world.told["b"]) == told
+    assert isinstance(world.ended["b"][1], Cancelled)
+    same(world.ended["a"][0], alone([1], (1, 1)))
+
+
 @pytest.mark.parametrize("name", ["join", "decode", "caption"])
 def test_an_error_ends_the_one_that_it_is_about(name):
     def broken(called, about):

@@ -411,7 +411,7 @@ class Core:
                 return
             spent = self._clock() - before
             self._observe("caption", spent)
-            for task in dict.fromkeys(seen.task for seen in self._seen):
+            for task in self._described_now():
                 task.spent("caption", spent)
                 assert isinstance(task.want, Captioning)
                 task.tell(Step("caption", length, task.want.settings.max_length, task.want.images.copy))
@@ -429,6 +429,8 @@ class Core:
         size = first.images.shape[1:]
         for task in [waiting[0]] if waiting[0].alone else [task for task in waiting if not task.alone]:
             assert isinstance(task.want, Captioning)
+            if len(self._seen) == most:
+                break
             if task.want.settings == first.settings and task.want.images.shape[1:] == size:
                 self._begin(task, now)
                 while task.waiting and len(self._seen) < most:
@@ -440,21 +442,26 @@ class Core:
         except Exception as error:
             self._not_described(error)
 
+    def _described_now(self) -> list[Task]:
+        """Those whose images are being captioned; some may have ended meanwhile."""
+        return [task for task in dict.fromkeys(seen.task for seen in self._seen) if task in self.tasks]
+
     def _described(self, texts: list[str], spent: float) -> None:
-        seen, self._seen, self._tokens = self._seen, [], None
+        tasks, seen = self._described_now(), self._seen
+        self._seen, self._tokens = [], None
         for one, text in zip(seen, texts, strict=True):
             one.task.made[one.number] = text
-        for task in dict.fromkeys(one.task for one in seen):
+        for task in tasks:
             task.spent("caption", spent)
-            if task in self.tasks and all(text is not None for text in task.made):
+            if all(text is not None for text in task.made):
                 self._advance(task, list(task.made))
 
     def _not_described(self, error: Exception) -> None:
         """What failed for several is tried again for each alone."""
-        seen, self._seen, self._tokens = self._seen, [], None
-        tasks = list(dict.fromkeys(one.task for one in seen))
+        tasks, seen = self._described_now(), self._seen
+        self._seen, self._tokens = [], None
         if len(tasks) == 1:
-            self.drop(tasks[0], error)
+            self._end(tasks[0], None, error)
             return
         for one in seen:
             one.task.waiting.append(one.number)
