@@ -48,6 +48,7 @@ gallery: .venv-test/installed  ## the pictures of the README
 	mv build/pictures/*-compared.png docs/images/demo.png
 	.venv-test/bin/dnp explore "$(EXPLORED)" --out build/pictures --overwrite
 	mv build/pictures/*-explored.png docs/images/explore.png
+	.venv-test/bin/python benchmarks/page.py docs/images/page.png
 
 quality: .venv-test/installed  ## does DNP help? Table, plot and contact sheet in benchmarks/results/
 	.venv-test/bin/python benchmarks/quality/quality.py

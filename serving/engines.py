@@ -15,6 +15,7 @@ from PIL.Image import Image
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.errors import SettingsError
 from dnp.runtime.batching import Batcher, BatchOptions, Event, Picture, Progress, Status, Ticket
+from dnp.runtime.job import Job
 from dnp.runtime.pipeline.pipeline import Pipeline
 from dnp.runtime.request import Request
 from dnp.runtime.result import Result
@@ -118,6 +119,7 @@ class LocalEngine:
     def __init__(self, name: str, pipeline: Pipeline, options: BatchOptions) -> None:
         self.name, self._pipeline = name, pipeline
         self._listener: Observe = lambda name, value: None
+        self._last: Job | None = None  # that was resolved: the next to be submitted, as a rule
         self._batcher = Batcher(pipeline, options, lambda name, value: self._listener(name, value))
         self.ready = False
 
@@ -163,7 +165,8 @@ class LocalEngine:
 
     def resolve(self, request: Request) -> Request:
         """The request with every setting explicit. Raises SettingsError for what cannot be honoured."""
-        return self._pipeline.resolve(request).request
+        self._last = self._pipeline.resolve(request)
+        return self._last.request
 
     def truncated(self, request: Request) -> Mapping[str, str]:
         """What the model does not read of its texts, by field."""
@@ -179,8 +182,9 @@ class LocalEngine:
     async def submit(self, request: Request, order: Order) -> Work:
         """Let the engine have a request. Raises SettingsError, Busy, Draining."""
         box = _Mailbox(asyncio.get_running_loop())
+        last = self._last  # resolving takes longer than all the rest, and was just done
         ticket = self._batcher.submit(
-            request,
+            last if last is not None and last.request is request else request,
             what=order.what,
             priority=order.priority,
             deadline=order.deadline,

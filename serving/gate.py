@@ -65,6 +65,9 @@ class Gate:
                 await Response(status_code=204)(scope, receive, answer)
             else:
                 state["caller"] = self._caller(scope, headers)
+                if work and service.active > service.settings.most_active:  # before their bodies fill the memory
+                    message = f"{service.active - 1} requests are being read or answered, and no more may; try again"
+                    raise ApiError(429, "too_many_requests", message, headers={"Retry-After": "1"})
                 await self._app(scope, receive, answer)
         except asyncio.CancelledError:  # the client is gone, or the server ends
             state["log"].setdefault("cause", "stopped" if service.draining else "client_closed_request")

@@ -306,6 +306,8 @@ def param_of(error: SettingsError, sent: Collection[str], names: Mapping[str, st
     ``names`` are the names that sentences use, by those of the body.
     """
     text = str(error).replace("negative prompt", "negative")
+    if text.startswith("DNS pass: "):  # what follows names its settings as those of a pass
+        names = {field: ours.removeprefix("dns_") for field, ours in names.items() if ours.startswith("dns_")}
     found = []
     for field, ours in names.items():
         word = "images must" if ours == "images" else ours  # a sentence may well be about images of some size

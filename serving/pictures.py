@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dnp.runtime.pictures import MAX_PIXELS, png
+from dnp.runtime.pictures import png
 from dnp.serving.errors import ApiError
 
 T = TypeVar("T")
-_FORMATS: Final = {"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"}  # that are read
+_FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # that are read
+MAX_PIXELS: Final = 16_000_000  # of all images that a request brings; 48 MB as RGB
 
 
 class Encoder:
@@ -42,9 +43,9 @@ class Encoder:
         """uint8 ``[H, W, 3]`` as base64 of a PNG, which carries ``settings``, or of a JPEG or WebP of ``quality``."""
         return await self._run(lambda: base64.b64encode(_written(pixels, form, quality, settings)).decode())
 
-    async def decode(self, text: str) -> Image.Image:
-        """The RGB image in base64 or a data URL. Raises ApiError for anything else."""
-        return await self._run(lambda: _read(text))
+    async def decode(self, text: str, most: int = MAX_PIXELS) -> Image.Image:
+        """The RGB image in base64 or a data URL, of ``most`` pixels. Raises ApiError for anything else."""
+        return await self._run(lambda: _read(text, most))
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -61,7 +62,7 @@ def _written(
     return buffer.getvalue()
 
 
-def _read(text: str) -> Image.Image:
+def _read(text: str, most: int) -> Image.Image:
     if text.startswith(("http:", "https:", "file:")):
         raise _no_image("is a link, and this server fetches nothing; send the file itself in base64")
     if text.startswith("data:"):
@@ -73,9 +74,12 @@ def _read(text: str) -> Image.Image:
     except (binascii.Error, ValueError) as error:
         raise _no_image(f"is no base64 ({error}); encode the file's bytes") from None
     try:
-        with Image.open(io.BytesIO(data), formats=sorted(_FORMATS)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise _no_image(f"has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are read; shrink it")
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > most:
+                raise _no_image(
+                    f"has {image.width} x {image.height} pixels, and all images of a request have at most "
+                    f"{MAX_PIXELS / 1e6:g} million; shrink it, or send fewer at once"
+                )
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("F", "I", "I;16"):
                 raise _no_image(f"has no 8-bit colours (mode {upright.mode}); convert it to RGB")

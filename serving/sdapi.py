@@ -154,7 +154,7 @@ def router(service: Service) -> APIRouter:
         """The caller's model."""
         return {"sd_model_checkpoint": model_of(request.state.caller).name, "samples_format": "png"}
 
-    @routes.post("/options", responses={status: ERRORS[status] for status in (400, 404)} | REFUSED)
+    @routes.post("/options", responses={400: ERRORS[400], 404: ERRORS[404], **REFUSED})
     async def choose(request: Request, body: Options) -> dict[str, Any]:
         """Choose a model, for this caller alone."""
         if body.sd_model_checkpoint is not None:

@@ -47,11 +47,13 @@ class Service:
             raise starting()
         return engine
 
-    def deadline(self, request: Request, asked: float | None) -> float:
+    def deadline(self, request: Request, asked: float | None, *, stream: bool = False) -> float:
         """Seconds that a request has: what it asks for, what its client waits for, at most the server's own."""
         times = [self.settings.deadline]
         if asked is not None:
             times.append(asked)
+        if stream:  # in which something comes all the time
+            return min(times)
         try:  # the official clients say how long they wait for the next byte
             waits = float(request.headers.get("x-stainless-read-timeout", "nan"))
         except ValueError:

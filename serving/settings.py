@@ -23,6 +23,7 @@ class ServerSettings:
         origins: web origins whose pages may call; ``*`` is every one.
         aliases: names that mean the default model.
         most_images: of one request.
+        most_active: requests for work that are read or answered at once, those that wait in an engine's queue included.
         body_limit: bytes of a request.
         body_seconds: by then a request has to be there.
         deadline: seconds after which a request is given up, if it names no shorter time.
@@ -38,6 +39,7 @@ class ServerSettings:
     origins: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ALIASES
     most_images: int = 10
+    most_active: int = 256
     body_limit: int = 16_000_000
     body_seconds: float = 30.0
     deadline: float = 600.0

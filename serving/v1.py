@@ -34,6 +34,7 @@ from dnp.serving.openai import (
     Settings,
     param_of,
 )
+from dnp.serving.pictures import MAX_PIXELS
 from dnp.serving.service import Service, while_there
 
 _NAMES: Final = {"n": "images", "negative_prompt": "negative"}  # of the body, where Request has another
@@ -95,7 +96,7 @@ def router(service: Service) -> APIRouter:
             request.state.id,
             what=what,
             priority=body.priority or 0,
-            deadline=service.deadline(request, body.deadline),
+            deadline=service.deadline(request, body.deadline, stream=bool(body.stream)),
             previews=body.partial_images or 0 if body.stream else 0,
         )
         return _Asked(body, engine, job, order, "dns" if what == "negatives" else "dnp" if job.dnp else "plain")
@@ -146,7 +147,10 @@ def router(service: Service) -> APIRouter:
         settings = body.model_dump(include={"beams", "prefix", "min_length", "max_length"}, exclude_none=True)
 
         async def described() -> list[str]:
-            images = [await service.encoder.decode(text) for text in texts]
+            images, room = [], MAX_PIXELS
+            for text in texts:
+                images.append(await service.encoder.decode(text, room))
+                room -= images[-1].width * images[-1].height
             return await engine.caption(images, order, **settings)
 
         try:
@@ -163,7 +167,7 @@ def router(service: Service) -> APIRouter:
     @routes.get(
         "/models/{name}",
         response_model=Model,
-        responses={status: ERRORS[status] for status in (401, 404)} | REFUSED,
+        responses={401: ERRORS[401], 404: ERRORS[404], **REFUSED},
         response_model_exclude_unset=True,
     )
     async def one_model(name: str) -> dict[str, Any]:

@@ -230,7 +230,18 @@ def test_many_images_leave_places_to_others():
     for seed in (1, 2):
         world.add(seed, iter_once([seed], 2))
     world.run()
-    assert world.order("join") == [20, 21, 22, 1, 23, 2, 24, 25, 26]  # of two free places the others have one
+    assert world.order("join") == [20, 21, 1, 2, 22, 23, 24, 25, 26]
+
+
+def test_a_long_request_does_not_age_while_it_is_served():
+    world = World(places=1)
+    world.add("many", iter_once(list(range(20, 90)), 2))
+    while world.stages.now < 3 * AGEING:
+        world.core.tick()
+    world.add("one", iter_once([1], 2))
+    before = len(world.order("join"))
+    world.run()
+    assert world.order("join").index(1) == before
 
 
 def test_another_size_waits_a_turn_and_no_longer():
@@ -271,6 +282,31 @@ def test_captions_of_several_requests_run_together_and_leave_room_for_steps():
     tokens = [part.count("c") for part in names.split("s")]
     assert sum(tokens) == 8
     assert max(tokens) == 2  # as many as fit in the time of a step, and one
+
+
+def test_images_that_were_to_join_after_the_bad_one_hold_no_place():
+    world = World(places=3, broken=lambda name, about: RuntimeError("bad") if (name, about) == ("join", 7) else None)
+    world.add("bad", iter_once([6, 7, 8], 3))
+    world.add("good", iter_once([1, 2, 3], 3))
+    world.run()
+    assert str(world.ended["bad"][1]) == "bad"
+    assert world.ended["good"][0].shape[0] == 3
+    assert [1, 2, 3] in map(sorted, world.order("step"))
+
+
+def test_who_is_cancelled_while_captioned_with_others_is_told_nothing_more():
+    stop = []
+    world = World(places=2)
+    world.add("a", request([1], (1, 1)))
+    world.add("b", request([2], (1, 1)), stopped=lambda: stop)
+    while [1, 2] not in world.order("caption"):
+        world.core.tick()
+    stop.append(True)
+    told = len(world.told["b"])
+    world.run()
+    assert len(world.told["b"]) == told
+    assert isinstance(world.ended["b"][1], Cancelled)
+    same(world.ended["a"][0], alone([1], (1, 1)))
 
 
 @pytest.mark.parametrize("name", ["join", "decode", "caption"])

@@ -150,6 +150,18 @@ def dnp_default():
     return Bundle.default().path
 
 
+def test_a_model_that_does_not_warm_up_is_said(capsys, monkeypatch):
+    from dnp.engine.errors import BackendError
+    from dnp.serving.engines import LocalEngine
+
+    def fail(self):
+        raise BackendError("no memory is left; name --memory-limit")
+
+    monkeypatch.setattr(LocalEngine, "warm_up", fail)
+    code, said = refused(capsys, "--port", 0)
+    assert code == 4 and "--memory-limit" in said
+
+
 def test_other_machines_without_a_key_are_warned_of():
     with process("--host", "0.0.0.0") as (server, http):
         assert http.get("/healthz").status_code == 200

@@ -104,6 +104,7 @@ BAD = {
     "size of words": (IMAGES, body(size="big"), 400, "invalid_value", "size", "big"),
     "size of other digits": (IMAGES, body(size="٦٤x٦٤"), 400, "invalid_value", "size", "size"),
     "size not served": (IMAGES, body(size="128x128"), 400, "invalid_value", "size", "64x64"),
+    "another not served": (IMAGES, body(width=128, height=64), 400, "invalid_value", "width", "--size 128x64 "),
     "size beyond the model": (IMAGES, body(size="512x512"), 400, "invalid_value", "size", "256"),
     "size huge": (IMAGES, body(size="999999x999999"), 400, "invalid_value", "size", "999999"),
     "size zero": (IMAGES, body(size="0x64"), 400, "invalid_value", "size", "0x64"),
@@ -201,6 +202,24 @@ def test_a_body_that_is_too_large():
         for content in (large, (part for part in [large[:900], large[900:]])):
             answer = served.http.post(IMAGES, content=content, headers=JSON)
             refused(answer, 413, "body_too_large", None, "0.001 MB")
+
+
+def test_a_flood():
+    """Requests beyond the limit are refused before they are read; the others go on."""
+    with serving(ServerSettings(most_active=2), warm=False) as served:
+        head = f"POST {IMAGES} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        with (
+            socket.create_connection(("127.0.0.1", served.port)) as one,
+            socket.create_connection(("127.0.0.1", served.port)) as two,
+        ):
+            for connection in (one, two):
+                connection.sendall(head.encode())
+            served.until(lambda: served.service.active == 2)
+            answer = served.post(IMAGES, QUICK)
+            refused(answer, 429, "too_many_requests", None, "2 requests")
+            assert answer.headers["retry-after"] == "1"
+        served.until(lambda: served.service.active == 0)
+        assert served.post(IMAGES, QUICK).status_code == 503  # it is not warm
 
 
 def test_a_body_that_does_not_come():

@@ -330,10 +330,10 @@ class Batcher:
         self._require_serving()
         self.pipeline.graphs.require_open()
         if (job.height, job.width) not in self.sizes:
-            served = ", ".join(f"{height}x{width}" for height, width in self.sizes)
+            served = ", ".join(f"{width}x{height}" for height, width in self.sizes)
             raise SettingsError(
-                f"images of {job.height}x{job.width} are not served here, only {served} (height x width); start with "
-                f"--size {job.height}x{job.width} besides"
+                f"images of {job.width}x{job.height} are not served here, only {served} (width x height); start with "
+                f"--size {job.width}x{job.height} besides"
             )
         if job.windows not in self.options.windows:
             raise SettingsError(

@@ -67,6 +67,8 @@ class Task:
         self.work, self.finish, self.tell = work, finish, tell
         self.priority, self.deadline, self.previews, self.stopped = priority, deadline, previews, stopped
         self.number, self.arrived = next(Task._numbers), arrived
+        self.since = arrived  # when it came, or last got a place
+        self.share = self.taken = 0  # where it began in the order, and images of this pass that got places
         self.begun: float | None = None
         self.alone = False
         self.seconds: dict[str, float] = {}
@@ -130,6 +132,7 @@ class Core:
         self.lock = threading.Lock()
         self.tasks: list[Task] = []
         self.steps = self.samples = 0
+        self._share = 0  # how many images of a pass whoever joined had before it, at the most
         self.reset()
 
     def reset(self) -> None:
@@ -150,6 +153,7 @@ class Core:
 
     def add(self, task: Task) -> None:
         """Take a task in."""
+        task.share = self._share
         self.tasks.append(task)
         self._advance(task, None)
 
@@ -188,10 +192,12 @@ class Core:
                 )
 
     def _order(self, task: Task, now: float) -> tuple[float, float, int, int]:
-        """The smallest comes first: by priority, aged by waiting; deadline; fewest samples in places; first come."""
-        aged = task.priority + math.floor((now - task.arrived) / AGEING)
-        held = sum(seat.task is task for seat in self._seats.values())
-        return -aged, task.deadline, held, task.number
+        """The smallest comes first: by priority, aged by waiting; deadline; share; first come.
+
+        The first images of all come before the second ones: who comes while others are at their tenth is as they are.
+        """
+        aged = task.priority + math.floor((now - task.since) / AGEING)
+        return -aged, task.deadline, task.share + task.taken, task.number
 
     def _waiting(self, now: float, kind: type) -> list[Task]:
         waiting = [task for task in self.tasks if isinstance(task.want, kind) and task.waiting]
@@ -214,8 +220,9 @@ class Core:
             place = self._free_place()
             if task is None or place is None or (passing and self._turn <= 0):
                 break
-            seat = _seat(task)
-            self._seats[place] = joining[place] = seat
+            self._share = max(self._share, task.share + task.taken)
+            task.since = now
+            self._seats[place] = joining[place] = _seat(task)
         self._turn -= passing
         if joining:
             self._join(joining, now)
@@ -244,7 +251,10 @@ class Core:
             try:
                 self._stages.join(place, seat.want, seat.number)
             except Exception as error:
-                del self._seats[place]
+                unwritten = list(joining)[list(joining).index(place) :]
+                for other in unwritten:
+                    if joining[other].task is seat.task:
+                        del self._seats[other]
                 self._end(seat.task, None, error)
             seat.task.spent(seat.want.phase, self._clock() - started)
 
@@ -401,7 +411,7 @@ class Core:
                 return
             spent = self._clock() - before
             self._observe("caption", spent)
-            for task in dict.fromkeys(seen.task for seen in self._seen):
+            for task in self._described_now():
                 task.spent("caption", spent)
                 assert isinstance(task.want, Captioning)
                 task.tell(Step("caption", length, task.want.settings.max_length, task.want.images.copy))
@@ -419,6 +429,8 @@ class Core:
         size = first.images.shape[1:]
         for task in [waiting[0]] if waiting[0].alone else [task for task in waiting if not task.alone]:
             assert isinstance(task.want, Captioning)
+            if len(self._seen) == most:
+                break
             if task.want.settings == first.settings and task.want.images.shape[1:] == size:
                 self._begin(task, now)
                 while task.waiting and len(self._seen) < most:
@@ -430,21 +442,26 @@ class Core:
         except Exception as error:
             self._not_described(error)
 
+    def _described_now(self) -> list[Task]:
+        """Those whose images are being captioned; some may have ended meanwhile."""
+        return [task for task in dict.fromkeys(seen.task for seen in self._seen) if task in self.tasks]
+
     def _described(self, texts: list[str], spent: float) -> None:
-        seen, self._seen, self._tokens = self._seen, [], None
+        tasks, seen = self._described_now(), self._seen
+        self._seen, self._tokens = [], None
         for one, text in zip(seen, texts, strict=True):
             one.task.made[one.number] = text
-        for task in dict.fromkeys(one.task for one in seen):
+        for task in tasks:
             task.spent("caption", spent)
-            if task in self.tasks and all(text is not None for text in task.made):
+            if all(text is not None for text in task.made):
                 self._advance(task, list(task.made))
 
     def _not_described(self, error: Exception) -> None:
         """What failed for several is tried again for each alone."""
-        seen, self._seen, self._tokens = self._seen, [], None
-        tasks = list(dict.fromkeys(one.task for one in seen))
+        tasks, seen = self._described_now(), self._seen
+        self._seen, self._tokens = [], None
         if len(tasks) == 1:
-            self.drop(tasks[0], error)
+            self._end(tasks[0], None, error)
             return
         for one in seen:
             one.task.waiting.append(one.number)
@@ -464,7 +481,7 @@ class Core:
         except Exception as error:
             self._end(task, None, error)
         else:
-            task.want, task.calls = want, 0
+            task.want, task.calls, task.taken = want, 0, 0
             task.waiting, task.made = list(range(count)), [None] * count
 
     def _end(self, task: Task, result: Any, error: BaseException | None) -> None:
@@ -490,4 +507,5 @@ def _seat(task: Task) -> _Seat:
     assert isinstance(want, Sampling)
     calls, count = want.table.calls, task.previews
     due = [calls - calls * (number + 1) // (count + 1) for number in range(count)]  # calls that are then left
+    task.taken += 1
     return _Seat(task, task.waiting.pop(0), want, due[::-1])

@@ -174,8 +174,7 @@ async function generate() {
   if (job || model === null) return;
   forgive();
   const ask = asked();
-  const { defaults } = chosen().dnp;
-  const round = rounds.begin(ask, settings.values(rounds.findsNegative(ask)), defaults);
+  const round = rounds.begin(ask, settings.values(rounds.findsNegative(ask)), chosen().dnp);
   history.add(round);
   show(round);
   const { top } = $("results").getBoundingClientRect();
@@ -193,11 +192,13 @@ async function generate() {
 
 /** Draws the final picture of a row again, against another n*; one that was drawn before is shown. */
 async function regenerate(round, row, negative) {
+  while (job) {
+    cancel();
+    await job.over;
+  }
+  row.problem = "";
   const before = row.takes.findIndex((take) => take.negative === negative);
   if (before >= 0) return choose(row, before);
-  job?.controller.abort();
-  await job?.over;
-  row.problem = "";
   const complainThere = (error) => {
     row.problem = error.message;
   };
@@ -210,6 +211,7 @@ async function regenerate(round, row, negative) {
 }
 
 function choose(row, number) {
+  if (job?.rows.includes(row)) cancel();
   rounds.choose(row, number);
   refresh();
 }

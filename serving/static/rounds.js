@@ -21,6 +21,7 @@
  */
 
 const HISTORY = "dnp.rounds"; // in sessionStorage: this tab's, and gone with it
+const ROOM = 4_000_000; // characters; browsers give a page 5 million or more
 
 /** What can be made: its name, and the pictures of a row in the order they are shown. */
 export const MAKES = {
@@ -47,10 +48,10 @@ export function kindsOf({ ask, rows }) {
 }
 
 /**
- * A new round of `ask`, with `settings` as the API takes them, where they are not the `defaults` of the model. Its seed
+ * A new round of `ask`, with `settings` as the API takes them, where they are not the defaults of `model`. Its seed
  * is chosen here, so that every picture can be drawn again whatever becomes of the rest.
  */
-export function begin(ask, settings, defaults) {
+export function begin(ask, settings, { defaults, limits }) {
   const { n = defaults.images, seed = crypto.getRandomValues(new Uint32Array(1))[0] } = settings;
   const row = (_, i) => ({ seed: seed + i, found: null, pictures: {}, takes: [], chosen: 0 });
   return {
@@ -58,7 +59,7 @@ export function begin(ask, settings, defaults) {
     body: { model: ask.model, prompt: ask.prompt, ...settings, seed },
     size: [settings.width ?? defaults.width, settings.height ?? defaults.height],
     status: "waiting",
-    rows: Array.from({ length: n }, row),
+    rows: Array.from({ length: Math.min(Math.max(n, 1), limits.n) }, row), // what is refused needs no room
     warnings: [],
   };
 }
@@ -173,7 +174,7 @@ export function progress({ rows, kinds }) {
   return done.reduce((sum, each) => sum + each, 0) / done.length;
 }
 
-/** The rounds of this tab, newest first. Those that ended survive a reload, as far as the browser has room. */
+/** The rounds of this tab, newest first. Those that ended survive a reload, as far as there is room. */
 export class History {
   rounds = read();
 
@@ -191,17 +192,17 @@ export class History {
     this.store();
   }
 
-  /** Writes what is worth keeping, leaving out the oldest rounds until the rest fits. */
+  /** Writes the newest rounds that there is room for. */
   store() {
-    const kept = this.rounds.filter(({ status }) => status === "done"); // a reload ends what runs
-    for (; kept.length > 0; kept.pop()) {
-      try {
-        return sessionStorage.setItem(HISTORY, JSON.stringify(kept));
-      } catch {
-        continue; // the quota is full
-      }
+    const kept = [];
+    let room = ROOM;
+    for (const round of this.rounds.filter(({ status }) => status === "done")) {
+      const text = JSON.stringify(round);
+      room -= text.length;
+      if (room < 0) break;
+      kept.push(text);
     }
-    sessionStorage.removeItem(HISTORY);
+    sessionStorage.setItem(HISTORY, `[${kept.join(",")}]`);
   }
 }
 

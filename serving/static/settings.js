@@ -100,8 +100,8 @@ export class Settings {
   /** What differs from the defaults, ready for the API; without what finds n*, where that is not done (`finds`). */
   values(finds = true) {
     const values = {};
-    for (const { setting, input, initial, group } of this.#fields.values()) {
-      if (input.value.trim() === initial || input.value.trim() === "" || (group.finds && !finds)) continue;
+    for (const { setting, input, group } of this.#changedOnes()) {
+      if (group.finds && !finds) continue;
       const value = read(setting, input.value.trim());
       if (setting.name === "size") [values.width, values.height] = value;
       else if (setting.name.startsWith("methods.")) (values.methods ??= {})[setting.name.slice(8)] = value;
@@ -112,8 +112,7 @@ export class Settings {
 
   /** What is typed, by name, to be filled in again. */
   typed() {
-    const changed = [...this.#fields].filter(([, { input, initial }]) => input.value.trim() !== initial);
-    return Object.fromEntries(changed.map(([name, { input }]) => [name, input.value]));
+    return Object.fromEntries(this.#changedOnes().map(({ setting, input }) => [setting.name, input.value]));
   }
 
   /** Fills in what `typed` gave, and the defaults elsewhere. */
@@ -149,6 +148,10 @@ export class Settings {
       say(error, "");
       input.removeAttribute("aria-invalid");
     }
+  }
+
+  #changedOnes() {
+    return [...this.#fields.values()].filter(({ input, initial }) => !["", initial].includes(input.value.trim()));
   }
 
   #group(group, model) {
