@@ -22,7 +22,7 @@ $(error BUNDLE=$(BUNDLE) holds no bundle.json; name the folder of a bundle, or l
 endif
 endif
 
-.PHONY: demo test test-all lint bundle gallery quality gpu-check bench clean
+.PHONY: demo test test-all lint bundle gallery quality gpu-check gpu-bench bench clean
 
 demo: .venv/installed  ## plain, DNS and DNP image of one prompt, side by side, in out/
 	.venv/bin/dnp generate "$(PROMPT)" --seed $(SEED) --compare --out out --overwrite
@@ -58,6 +58,9 @@ gpu-check: .venv-$(BACKEND)/installed  ## what only a GPU can show; BACKEND=tens
 	$(MAKE) --no-print-directory $(BUNDLE)/bundle.json
 	.venv-$(BACKEND)/bin/python benchmarks/gpu_check.py --backend $(BACKEND) --bundle $(BUNDLE)
 
+gpu-bench: .venv-gpu-bench/installed  ## speed on a GPU beside PyTorch, at full size; BENCH=--profile tells the kernels too
+	.venv-gpu-bench/bin/python benchmarks/gpu_bench/bench.py $(BENCH)
+
 bench: .venv-bench-main/installed  ## speed beside the peers', about an hour; BENCH="--size default" is some minutes
 	.venv-bench-main/bin/python benchmarks/speed/bench.py $(BENCH)
 
@@ -77,6 +80,11 @@ clean:
 	$(PYTHON) -m venv .venv-bench-main
 	.venv-bench-main/bin/pip install --quiet --disable-pip-version-check -c tests/constraints.txt \
 	    -r benchmarks/speed/requirements/main.txt ".[cpu,openvino,export]"
+	touch $@
+
+.venv-gpu-bench/installed: pyproject.toml setup.py $(SOURCES)
+	$(PYTHON) -m venv .venv-gpu-bench
+	.venv-gpu-bench/bin/pip install --quiet --disable-pip-version-check ".[gpu,build,export]" matplotlib
 	touch $@
 
 .venv-$(BACKEND)/installed: pyproject.toml setup.py $(SOURCES)

@@ -434,7 +434,8 @@ class FakeOnnxRuntime:
         def add_run_config_entry(self, key, value):
             self[key] = value
 
-    def InferenceSession(self, path, options, providers):  # noqa: N802  the library's name
+    def InferenceSession(self, path, options, providers, enable_fallback):  # noqa: N802  the library's name
+        assert not enable_fallback, "a session that cannot have the GPU would go on without, and print it"
         return FakeOrtSession(self, path, dict(providers)["CUDAExecutionProvider"])
 
 

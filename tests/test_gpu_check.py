@@ -209,8 +209,8 @@ def test_a_stage_that_is_wrong_fails_alone(monkeypatch, quick, wrong, stage):
     json.dumps(found, allow_nan=False)
 
 
-@pytest.mark.parametrize("left_out", [None, "denoise", "caption_step"])
-def test_a_loop_that_is_not_captured_is_named(gpu, monkeypatch, quick, left_out):
+@pytest.mark.parametrize("left_out", [None, "denoise", "encode_image"])
+def test_a_graph_that_is_not_captured_is_named(gpu, monkeypatch, quick, left_out):
     capture = ort_cuda.CudaSession.capture
 
     def capture_some(session, **dims):
@@ -220,10 +220,10 @@ def test_a_loop_that_is_not_captured_is_named(gpu, monkeypatch, quick, left_out)
     monkeypatch.setattr(ort_cuda.CudaSession, "capture", capture_some)
     found = gpu_check.captured(quick, "cuda", BackendOptions())
     assert found["passed"] == (left_out is None)
-    for name in ("denoise", "caption_step"):
+    for name in quick.graphs:
         captured = name != left_out
         assert found[name] == {"captured": captured, "captured_when_eager": False, "passed": captured}
-    assert found["bits"]["passed"]
+    assert found["images"]["repeats"] and found["images"]["same"] and found["images"]["passed"]
 
 
 def test_the_table_shows_every_stage_and_every_loop():
@@ -237,7 +237,8 @@ def test_the_table_shows_every_stage_and_every_loop():
         "checks": {
             "graphs": {"passed": True},
             "request": {"passed": False, "runs_on": "fake", "stages": stages},
-            "capture": {"passed": False, "denoise": loop, "caption_step": {"passed": False}, "bits": loop},
+            "capture": {"passed": False, "denoise": loop, "caption_step": {"passed": False},
+                        "images": {**image, "repeats": False, "same": False}},
             "closing": {"passed": False, "sessions": 4},
         },
     }  # fmt: skip
@@ -246,7 +247,8 @@ def test_the_table_shows_every_stage_and_every_loop():
     assert "dns     30.0 dB (40)  FAILED" in lines
     assert "n*      'a cat'; cpu of the same image: 'a dog'; cpu of its own image: 'a cow'  FAILED" in lines
     assert "dnp     50.0 dB (40)  ok" in lines
-    assert "captured as CUDA graphs: denoise ok, caption_step FAILED; bits of eager runs: ok" in lines
+    assert "captured as CUDA graphs: denoise ok, caption_step FAILED" in lines
+    assert "as eager runs: 50.0 dB (40), where two captured ones are not the same in every bit either  ok" in lines
     assert "4 sessions closed with work under way: FAILED" in lines
 
 

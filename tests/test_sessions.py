@@ -588,6 +588,8 @@ def test_doctor_knows_two_onnxruntimes_in_one_place_from_two_in_different_ones(m
     if apart:
         assert (cpu.why_not, cpu.remedy, cpu.version) == ("", "", "onnxruntime 1.0")
         assert f"onnxruntime-gpu 1.0 in {tmp_path} is hidden by onnxruntime 1.0 in {own}" in cuda.why_not
+        monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # as on a machine where it comes first
+        assert doctor()[0].version == "onnxruntime-gpu 1.0"
     else:
         assert "overwritten each other's files" in cpu.why_not
         assert "overwritten each other's files" in cuda.why_not

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sys
 import tempfile
 from dataclasses import dataclass
 from importlib import import_module
@@ -156,7 +157,8 @@ def _examine(name: str, kind: _Kind, graph: GraphSpec) -> BackendReport:
         if cpu and gpu and len({place(name) for name in _RUNTIMES}) == 1:
             why_not = f"{cpu} and {gpu} are both installed, and have overwritten each other's files"
             remedy = "pip uninstall --yes onnxruntime onnxruntime-gpu; then pip install 'dnp-engine[cpu]' or [gpu]"
-        found = found or gpu
+        if not kind.on_gpu:  # it runs on the processor with either
+            found = _imported_runtime()
     return BackendReport(
         name=name,
         works=works,
@@ -166,6 +168,13 @@ def _examine(name: str, kind: _Kind, graph: GraphSpec) -> BackendReport:
         why_not=why_not,
         remedy=remedy,
     )
+
+
+def _imported_runtime() -> str:
+    """The package that ``onnxruntime`` is imported from, and its version: of two, the one first on Python's path."""
+    there = {place(package): installed(package) for package in _RUNTIMES if installed(package)}
+    first = next((there[folder] for folder in (Path(entry).resolve() for entry in sys.path) if folder in there), "")
+    return first or next(iter(there.values()), "")
 
 
 def _gpu() -> str:

@@ -82,16 +82,16 @@ class Captioner:
             )
         return CaptionSettings(beams, prefix, min_length, most)
 
-    def capture(self, batches: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
-        """Capture greedy captions of so many images at once, the most first, of each of ``sizes``.
+    def capture(self, batches: Sequence[int], sizes: Sequence[tuple[int, int]], most: int) -> None:
+        """Capture greedy captions of so many images at once, of each of ``sizes``, with room for ``most`` images.
 
         Sizes are (height, width) in pixels; the nearest that there are is taken.
         """
         nearest = self._encode.limits.nearest
         shapes = [(nearest("image_height", height), nearest("image_width", width)) for height, width in sizes]
         for height, width in shapes:  # what grows has grown before anything is captured, for it moves
-            for batch in batches[:1]:
-                self._encode.reshape(batch=batch, image_height=height, image_width=width)
+            self._encode.reshape(batch=most, image_height=height, image_width=width)
+        self._step.reshape(sequences=most, images=most)
         for batch in batches:
             for height, width in shapes:
                 self._see(np.zeros((batch, height, width, 3), np.uint8))

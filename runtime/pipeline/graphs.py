@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
@@ -17,8 +18,32 @@ from dnp.runtime.job import Job, resolve
 from dnp.runtime.pipeline.conditioning import Conditioner
 from dnp.runtime.request import Request
 from dnp.runtime.sampling.denoise import Denoiser
+from dnp.runtime.sampling.samplers import SamplerTable
 from dnp.runtime.sampling.schedule import read_schedule
 from dnp.runtime.tokenizer import PromptTokenizer
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a request will run, and what has to be captured for it.
+
+    Attributes:
+        images: how many images come at once.
+        roles: rows of the network that each image has in a step.
+        noise_steps: 2 for samplers that draw noise on the way, 1 for the others.
+    """
+
+    images: frozenset[int]
+    roles: frozenset[int]
+    noise_steps: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tables: Iterable[SamplerTable], images: Collection[int]) -> Needs:
+        """Those of samples by these tables."""
+        tables = list(tables)
+        roles = frozenset(len(roles) for table in tables for roles in table.roles)
+        noise = {min(2, max(1, len(table.noise_steps))) for table in tables}
+        return cls(frozenset(images), roles, tuple(sorted(noise, reverse=True)))
 
 
 class Graphs:
@@ -37,7 +62,7 @@ class Graphs:
         self._sessions: dict[str, Session] = {}  # by graph
         latents, scale = bundle.latents, bundle.latents.vae_scale_factor
         self._sizes = [(latents.height * scale, latents.width * scale)]  # those that are captured
-        self._captured: set[str] = set()
+        self._captured: set[tuple[str, int, int]] = set()  # graph, images or rows, noise that a step draws
 
     @cached_property
     def tokenizers(self) -> list[PromptTokenizer]:
@@ -103,8 +128,11 @@ class Graphs:
             standing[graph]()
         return [self._sessions[graph] for graph in graphs]
 
-    def warm_up(self, *, captioner: bool, sizes: Sequence[tuple[int, int]] = ()) -> None:
-        """Open the graphs and capture them for every batch size and image size; see ``Pipeline.warm_up``."""
+    def warm_up(self, *, captioner: bool, sizes: Sequence[tuple[int, int]] = (), needs: Needs | None = None) -> None:
+        """Open the graphs and capture them for every image size; see ``Pipeline.warm_up``.
+
+        ``needs`` is what will run; whatever may when ``None``.
+        """
         self.require_open()
         self.open("encode_text", "denoise", "decode_latents", *(["encode_image", "caption_step"] if captioner else []))
         new = [size for size in dict.fromkeys(sizes) if size not in self._sizes]
@@ -113,60 +141,65 @@ class Graphs:
             self.validate(resolve(request, self.bundle, read_schedule(self.bundle.schedule)))
         before = self._sizes, self._captured
         if new:
-            captioner = captioner or "captions" in self._captured
+            captioner = captioner or self._has_captions
             self._sizes, self._captured = [*self._sizes, *new], set()
         try:
-            self._capture(captioner=captioner)
+            self._capture(captioner, needs)
         except BaseException:
             self._sizes, self._captured = before  # a size that cannot be had is not tried again with each request
             raise
 
-    def _capture(self, *, captioner: bool) -> None:
-        todo = ({"sampling", "captions"} if captioner else {"sampling"}) - self._captured
-        if not todo:
-            return
+    @property
+    def _has_captions(self) -> bool:
+        return any(graph == "caption_step" for graph, _, _ in self._captured)
+
+    def _capture(self, captioner: bool, needs: Needs | None) -> None:
+        """Capture what is not captured yet. Buffers get room for the most images first, whatever is wanted: what moves
+        later would undo it.
+        """
         batches = [batch for batch in self.backend.batches if batch <= self.batch]
         batches = [
             batch for batch in batches if all(s.limits.nearest("batch", batch) == batch for s in self._sampling[::2])
         ]
-        if "sampling" in todo:
-            self._capture_sampling(batches)
-            self._captured.add("sampling")
-        if "captions" in todo:
-            self.captioner.capture([batch for batch in batches if self.captioner.takes(batch)], self._sizes)
-            self._captured.add("captions")
-
-    def _capture_sampling(self, batches: Sequence[int]) -> None:
-        """Capture the three sessions for ``batches``, the largest first, and every size or the nearest that they have.
-
-        A step's sizes depend on the samplers only in whether they draw noise on the way.
-        """
         if not batches:
             return
+        wanted = needs or Needs(frozenset(batches), frozenset(range(1, self.bundle.guidance.roles + 1)), (2, 1))
+        images = [batch for batch in batches if batch in wanted.images]
+        fit = self.denoiser.session.limits.fit
+        rows = sorted({fit("rows", roles * batch) for batch in images for roles in wanted.roles}, reverse=True)
+        steps = [(count, noise) for noise in wanted.noise_steps for count in rows]
+        todo = [step for step in steps if ("denoise", *step) not in self._captured]
+        if todo:
+            self._capture_sampling(todo, batches[0], batches[-1])
+            self._captured |= {("denoise", *step) for step in todo}
+        if captioner:
+            possible = [batch for batch in batches if self.captioner.takes(batch)]
+            new = [batch for batch in possible if batch in images and ("caption_step", batch, 0) not in self._captured]
+            if new:
+                self.captioner.capture(new, self._sizes, possible[0])
+                self._captured |= {("caption_step", batch, 0) for batch in new}
+
+    def _capture_sampling(self, steps: Sequence[tuple[int, int]], most: int, least: int) -> None:
+        """Capture steps of so many rows that draw noise so often, with room for ``most`` images, and the other sessions
+        for ``least``, as they run one at a time; at every size, or the nearest that they have.
+        """
         scale = self.bundle.latents.vae_scale_factor
         nearest = self.denoiser.session.limits.nearest
         shapes = [
             (nearest("height", height // scale), nearest("width", width // scale)) for height, width in self._sizes
         ]
-        roles = range(1, self.bundle.guidance.roles + 1)
-        rows = {self.denoiser.session.limits.fit("rows", role * batch) for batch in batches for role in roles}
-        for noise_steps in (
-            2,
-            1,
-        ):  # the most memory first: what grows has grown before anything is captured, for it moves
-            for height, width in shapes:
-                self._open_places(batches[0], height, width, noise_steps)
-                self.decode.reshape(**self._decode_sizes(batches[0], height, width))
+        # The most memory first: what grows has grown before anything is captured, for it moves.
         for noise_steps in (2, 1):
             for height, width in shapes:
-                self._open_places(batches[0], height, width, noise_steps)
-                for count in sorted(rows, reverse=True):
-                    self.denoiser.capture(count)
+                self._open_places(most, height, width, noise_steps)
+                self.decode.reshape(**self._decode_sizes(most, height, width))
+        for rows, noise_steps in steps:
+            for height, width in shapes:
+                self._open_places(most, height, width, noise_steps)
+                self.denoiser.capture(rows)
         for height, width in shapes:
-            for batch in batches:
-                self.decode.capture(**self._decode_sizes(batch, height, width))
-        for batch in batches:
-            self._sampling[0].capture(batch=batch, tokens=self.bundle.text.length)
+            self.decode.capture(**{**self._decode_sizes(most, height, width), "batch": least})
+        self._sampling[0].capture(batch=least, tokens=self.bundle.text.length)
         self.conditioner.forget()
 
     def _open_places(self, places: int, height: int, width: int, noise_steps: int) -> None:
@@ -221,10 +254,10 @@ class Graphs:
         self.bundle = other
         if "encode_text" in self._sessions:
             self.conditioner.forget()
-        captured = set(self._captured)
-        self._captured.clear()  # what was captured holds the old weights
+        captured, captioner = self._captured, self._has_captions
+        self._captured = set()  # what was captured holds the old weights
         if captured:
-            self.warm_up(captioner="captions" in captured)
+            self.warm_up(captioner=captioner)
 
     def require_open(self) -> None:
         """Raises DnpError when closed, BackendError in a forked child."""

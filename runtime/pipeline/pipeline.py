@@ -24,8 +24,9 @@ from dnp.runtime.batching.core import Core, Task
 from dnp.runtime.batching.events import Listener, Ticket
 from dnp.runtime.batching.stages import Room, Stages
 from dnp.runtime.batching.work import Made, Sampling, Work, alone, find_negatives, make_images, sampling
+from dnp.runtime.captioning.captioner import part_sizes
 from dnp.runtime.job import Job, resolve
-from dnp.runtime.pipeline.graphs import Graphs
+from dnp.runtime.pipeline.graphs import Graphs, Needs
 from dnp.runtime.request import Request
 from dnp.runtime.result import Result, Step
 from dnp.runtime.sampling.samplers import check_defaults
@@ -269,7 +270,8 @@ class Pipeline:
             raise SettingsError(f"{len(prompts)} prompts and {len(negatives)} negatives do not pair up")
         job = request if isinstance(request, Job) else resolve(request, self.bundle, self._schedule)
         with self.exclusive():
-            self.graphs.warm_up(captioner=False)
+            needs = Needs.of([job.final], part_sizes(len(prompts), self.graphs.batch))
+            self.graphs.warm_up(captioner=False, needs=needs)
             pixels, _ = yield from self._work(alone(sampling("final", job, prompts, negatives)))
         return pixels
 
@@ -286,7 +288,8 @@ class Pipeline:
         with self.exclusive():
             started, graphs = time.perf_counter(), self.graphs
             before = graphs.opening  # told by the first request, which it was for
-            graphs.warm_up(captioner=job.runs_dns)
+            needs = Needs.of(job.tables, part_sizes(job.images, graphs.batch))
+            graphs.warm_up(captioner=job.runs_dns, needs=needs)
             opened = time.perf_counter()
             graphs.opening = 0.0
             graphs.validate(job)

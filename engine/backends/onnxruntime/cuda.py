@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dnp.engine.backends.device import DeviceBackend, DeviceSession
 from dnp.engine.backends.host import first_line
-from dnp.engine.backends.onnxruntime.cuda_plans import NAME, SIZES, at_sizes, build_command, plans_for
+from dnp.engine.backends.onnxruntime.cuda_plans import NAME, SIZES, at_sizes, build_command, plans_for, with_beams
+from dnp.engine.backends.onnxruntime.passes import BEAMS
 from dnp.engine.backends.onnxruntime.session import FATAL, check_session, import_onnxruntime
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.schema import REMEDY
@@ -54,7 +56,7 @@ class CudaSession(DeviceSession):
         self._numbers: dict[tuple[tuple[int, ...], ...], int] = {}
         self._file = self._opened(next(iter(self._plans), None))
         # A process that ends without closing, or forgets a session, must not take it from under work that goes on.
-        self._ending = weakref.finalize(self, _settle, self._cuda, self._gpu.stream)
+        self._ending = weakref.finalize(self, _settle, self._cuda, self._gpu.stream, self._open_files)
 
     def reshape(self, **dims: int) -> None:
         """Opens a file the first time that there is a plan for this image size, or none."""
@@ -64,8 +66,9 @@ class CudaSession(DeviceSession):
         self._file = file
 
     def _file_for(self, sizes: Mapping[str, int]) -> _File:
-        wanted = next((key for key in self._plans if all(sizes[name] == size for name, size in key)), None)
-        if wanted is None and self._bundle is not None:
+        dims = with_beams(sizes)
+        wanted = next((key for key in self._plans if all(dims[name] == size for name, size in key)), None)
+        if wanted is None and self._bundle is not None and dims.get(BEAMS, 1) == 1:
             asked = ", ".join(f"{name} {size}" for name, size in sizes.items() if name in SIZES)
             command = build_command(self._bundle, self.graph, sizes, self._backend.options.plans)
             self._backend.warn_about(
@@ -108,20 +111,22 @@ class CudaSession(DeviceSession):
 
     def _open(self, path: Path, nbytes: int, fixed: Mapping[str, int] | None = None) -> _File:
         """A file of the graph, with weights of so many bytes: its plan, where ``fixed`` names its sizes."""
-        gpu = self._gpu
+        gpu, planned = self._gpu, fixed is not None
         left = gpu.left
+        # What runs beside a plan, such as a search with beams, is not tried: it would be refused.
+        record = not self._eager and (planned or not self._plans)
         gpu.hold(nbytes, f"the weights of {self.graph.name!r}", "raise --memory-limit")
         try:
-            session, refusal = self._load(path, left, planned=fixed is not None)
+            session, refusal = self._load(path, left, planned=planned, record=record)
             check_session(at_sizes(self.graph, fixed or {}), session)
         except BaseException:
             gpu.release(nbytes)
             raise
         if refusal is not None:
-            self._run_eagerly(refusal)
-        return _File(session, session.io_binding(), nbytes, recordable=refusal is None and not self._eager)
+            self._backend.warn_about("capture", f"{self._where}: runs without CUDA graphs: {refusal}")
+        return _File(session, session.io_binding(), nbytes, recordable=record and refusal is None)
 
-    def _load(self, path: Path, left: int | None, *, planned: bool) -> tuple[Any, str | None]:
+    def _load(self, path: Path, left: int | None, *, planned: bool, record: bool) -> tuple[Any, str | None]:
         """ONNX Runtime's session, with so many bytes for it, and why it cannot record if it cannot."""
         ort = self._ort
         options = ort.SessionOptions()
@@ -131,7 +136,7 @@ class CudaSession(DeviceSession):
             "user_compute_stream": str(int(self._gpu.stream)),
             "do_copy_in_default_stream": "1",
             "use_tf32": "0",
-            "enable_cuda_graph": "0" if self._eager else "1",
+            "enable_cuda_graph": "1" if record else "0",
             "cudnn_conv_algo_search": "HEURISTIC",  # by measuring, two sessions may choose differently
             "arena_extend_strategy": "kSameAsRequested",
             "prefer_nhwc": "1" if planned else "0",  # a plan's group normalisations have the channels last
@@ -142,13 +147,14 @@ class CudaSession(DeviceSession):
         refusal: str | None = None
 
         def attempt() -> Any:
-            return ort.InferenceSession(str(path), options, providers=[(PROVIDER, settings)])
+            # Else it prints an error, goes on without the GPU, and that is all it tells.
+            return ort.InferenceSession(str(path), options, providers=[(PROVIDER, settings)], enable_fallback=0)
 
         try:
             try:
                 session = attempt()
             except Exception as refused:
-                if _is_about_memory(refused) or self._eager:
+                if _is_about_memory(refused) or not record:
                     raise
                 refusal = first_line(refused)
                 settings["enable_cuda_graph"] = "0"
@@ -175,7 +181,7 @@ class CudaSession(DeviceSession):
         return [dict(zip(self.graph.symbols, sizes, strict=True)) for _, sizes, _ in self._numbers]
 
     def _capture(self) -> None:
-        if self._state() in self._numbers:
+        if not self._file.recordable or self._state() in self._numbers:
             return
         self._numbers[self._state()] = next(_numbers)
         for _ in range(_RUNS_TO_RECORD):
@@ -187,24 +193,34 @@ class CudaSession(DeviceSession):
         dims = self._require_dims()
         self._cuda.activate()
         self._check_inputs(dims)
-        self._bind()
-        how = self._ort.RunOptions()
-        # Where nothing is recorded, ONNX Runtime gives back what a run took of the host's memory by a callback on the
-        # stream, at the end of a run that it may wait for. Runs that it may not wait for leave that to the session's
-        # end, where the callback can be the last to hold the pool, and CUDA forbids callbacks to free memory: the
-        # process would end. Where runs are recorded there is no callback, and a replay needs what its recording took.
-        how.add_run_config_entry("disable_synchronize_execution_providers", "1" if self._file.recordable else "0")
-        how.add_run_config_entry("gpu_graph_id", str(self._numbers.get(self._state(), _NOT_RECORDED)))
+        file, state = self._file, self._state()
+        if file.bound != state:
+            self._bind(file)
+            file.bound = state
+        number = self._numbers.get(state, _NOT_RECORDED)
+        if number not in file.ways:
+            file.ways[number] = self._way(file, number)
         try:
-            self._file.session.run_with_iobinding(self._file.binding, how)
+            file.session.run_with_iobinding(file.binding, file.ways[number])
         except Exception as error:
             remedy = f"; {self._backend.remedy}" if _is_about_memory(error) else ""
             told = f"{self._where} failed on {self.backend} with {dims}: {first_line(error)}{remedy}"
             raise BackendError(told) from error
         self._start_feedback()
 
-    def _bind(self) -> None:
-        number, binding = self._number, self._file.binding
+    def _way(self, file: _File, number: int) -> Any:
+        """ONNX Runtime's options of a run that is recorded, and replayed, under ``number``."""
+        how = self._ort.RunOptions()
+        # Where nothing is recorded, ONNX Runtime gives back what a run took of the host's memory by a callback on the
+        # stream, at the end of a run that it may wait for. Runs that it may not wait for leave that to the session's
+        # end, where the callback can be the last to hold the pool, and CUDA forbids callbacks to free memory: the
+        # process would end. Where runs are recorded there is no callback, and a replay needs what its recording took.
+        how.add_run_config_entry("disable_synchronize_execution_providers", "1" if file.recordable else "0")
+        how.add_run_config_entry("gpu_graph_id", str(number))
+        return how
+
+    def _bind(self, file: _File) -> None:
+        number, binding = self._number, file.binding
         for name, buffer in self._inputs.items():
             binding.bind_input(name, "cuda", number, buffer.dtype, list(buffer.shape), buffer.address)
         for name, buffer in self._outputs.items():
@@ -234,10 +250,18 @@ class CudaSession(DeviceSession):
 
 
 class _File:
-    """What ONNX Runtime holds of a file: the session, and its binding, which must go first."""
+    """What ONNX Runtime holds of a file: the session, and its binding, which must go first.
+
+    Attributes:
+        recordable: whether runs can be recorded.
+        bound: the state that the binding is of; to bind takes as long as to launch.
+        ways: the options of a run, by the number that it is recorded under.
+    """
 
     def __init__(self, session: Any, binding: Any, nbytes: int, *, recordable: bool) -> None:
         self.session, self.binding, self.nbytes, self.recordable = session, binding, nbytes, recordable
+        self.bound: tuple[tuple[int, ...], ...] | None = None
+        self.ways: dict[int, Any] = {}
 
     def close(self) -> None:
         """Give it back; nothing is under way any more."""
@@ -245,11 +269,13 @@ class _File:
         self.session = None
 
 
-def _settle(cuda: Cuda, stream: Any) -> None:
-    """Wait for what is under way on a stream, whatever became of it."""
+def _settle(cuda: Cuda, stream: Any, files: dict[Any, _File]) -> None:
+    """Wait for what is under way on a stream, whatever became of it, and close what ran there."""
     with suppress(BackendError):
         cuda.activate()
         cuda.synchronize(stream)
+    for file in files.values():
+        file.close()
 
 
 def _is_about_memory(error: Exception) -> bool:
@@ -275,7 +301,8 @@ class CudaBackend(DeviceBackend):
                 )
             raise missing_extra("onnxruntime-gpu", "gpu", "the backend 'cuda'")
         if hasattr(module, "preload_dlls"):
-            module.preload_dlls()  # CUDA and cuDNN from their own packages
+            with redirect_stdout(io.StringIO()):  # it prints what is missing; the session will say what it needs
+                module.preload_dlls()  # CUDA and cuDNN from their own packages
         return module
 
     def session(self, graph: GraphSpec, bundle: Bundle | None = None) -> CudaSession:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from dnp.engine.backends.onnxruntime.passes import BEAMS
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.bundle.contract import symbols
 from dnp.engine.bundle.manifest import GraphSpec
@@ -34,7 +35,7 @@ from dnp.engine.system.imports import load
 from dnp.engine.system.processor import free_memory
 
 NAME: Final = "cuda"
-REVISION: Final = 1  # of the passes: raised whenever they make another graph of the same one
+REVISION: Final = 2  # of the passes: raised whenever they make another graph of the same one
 SIZES: Final = ("height", "width", "image_height", "image_width", "windows")  # what `dnp build` can be asked for here
 _SMALL: Final = 1024  # bytes; smaller constants stay in the graph's own file
 _MEMORY, _BESIDE = 2.5, 300 << 20  # bytes that making a plan takes for each byte of the graph, and besides
@@ -67,7 +68,14 @@ def fixed_sizes(bundle: Bundle, graph: GraphSpec, ranges: Mapping[str, Range] | 
                 f"a plan of the backend {NAME!r} is for one image size, and {name} is {asked}; build one for each size"
             )
     profile = default_profile(bundle, graph, ranges)
-    return {symbol: range_.low for symbol, range_ in profile.items() if range_.low == range_.high}
+    fixed = {symbol: range_.low for symbol, range_ in profile.items() if range_.low == range_.high}
+    return {**fixed, BEAMS: 1} if BEAMS in with_beams(dict.fromkeys(graph.symbols, 1)) else fixed
+
+
+def with_beams(dims: Mapping[str, int]) -> dict[str, int]:
+    """The sizes, and how many sequences each image has, where there are any: a plan is for one, greedy search."""
+    beams = {BEAMS: dims["sequences"] // dims["images"]} if {"sequences", "images"} <= set(dims) else {}
+    return {**dims, **beams}
 
 
 def at_sizes(graph: GraphSpec, sizes: Mapping[str, int]) -> GraphSpec:
@@ -98,7 +106,9 @@ def build_command(bundle: Bundle, graph: GraphSpec, dims: Mapping[str, int], fol
     words = ["dnp", "build", str(bundle.path), "--backend", NAME]
     words += ["--plans", str(folder)] if folder else []
     usual = fixed_sizes(bundle, graph)
-    other = {name: Range(*[dims[name]] * 3) for name, size in usual.items() if dims.get(name, size) != size}
+    other = {
+        name: Range(*[dims[name]] * 3) for name, size in usual.items() if name != BEAMS and dims.get(name, size) != size
+    }
     for option, asked in asked_for(other, symbols(bundle)).items():
         words += [f"--{option.replace('_', '-')}", str(asked)]
     return shlex.join(words)

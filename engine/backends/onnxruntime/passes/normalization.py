@@ -8,11 +8,13 @@ import onnx_ir as ir
 from dnp.engine.backends.onnxruntime.passes.definitions import DOMAIN
 from dnp.engine.backends.onnxruntime.passes.patterns import (
     HALF,
+    TO_FIRST,
+    TO_LAST,
     Array,
     NoMatchError,
     Writer,
     constant,
-    is_constant,
+    is_biased_convolution,
     is_last_axis,
     maker,
     matches,
@@ -23,10 +25,9 @@ from dnp.engine.backends.onnxruntime.passes.patterns import (
     shape,
     size_of,
     user,
+    without_bias,
 )
 
-_TO_LAST = (0, 2, 3, 1)  # channels
-_TO_FIRST = (0, 3, 1, 2)
 _MOST_OF_A_GROUP = 512  # channels that ONNX Runtime's kernel takes in one block
 
 
@@ -71,7 +72,7 @@ def fuse_group_norm(model: ir.Model) -> int:
         if flat:
             value = write("Reshape", [source, write.weight(np.array([0, channels, 1, -1]), "image")])
             value.shape, value.type = ir.Shape([sizes[0], channels, 1, sizes[2]]), source.type
-        moved = write.transposed(value, _TO_LAST)
+        moved = write.transposed(value, TO_LAST)
         weights = [write.weight(array, what) for array, what in ((gamma, "gamma"), (beta, "beta"))]
         normal = write(
             "GroupNorm",
@@ -83,7 +84,7 @@ def fuse_group_norm(model: ir.Model) -> int:
             epsilon=instance.attributes.get_float("epsilon", 1e-5),
             groups=groups,
         )
-        first = write.transposed(normal, _TO_FIRST)
+        first = write.transposed(normal, TO_FIRST)
         if flat:
             first = write("Reshape", [first, write.weight(np.array([0, channels, -1]), "flat")])
         replace(result, first)
@@ -120,9 +121,9 @@ def fuse_skip_group_norm(model: ir.Model) -> int:
         before = maker(norm.inputs[0], "Transpose")
         total = maker(before.inputs[0], "Add")
         after = user(norm.outputs[0], "Transpose")
-        require(order(before) == _TO_LAST and order(after) == _TO_FIRST)
+        require(order(before) == TO_LAST and order(after) == TO_FIRST)
         sizes = shape(total.outputs[0], 4)
-        value, skip = operands(total, lambda operand: _is_convolution(operand) and shape(operand, 4) == sizes)
+        value, skip = operands(total, lambda operand: is_biased_convolution(operand) and shape(operand, 4) == sizes)
         write = Writer(total)
         if shape(skip, 4) == sizes:
             skip_last = None
@@ -130,37 +131,24 @@ def fuse_skip_group_norm(model: ir.Model) -> int:
             require(shape(skip, 4) == [*sizes[:2], 1, 1])
             skip_last = _flat(skip, sizes[:2])
         convolution = maker(value, "Conv")
-        bias = convolution.inputs[2]
-        assert bias is not None
-        bare = Writer(convolution)("Conv", convolution.inputs[:2], value)
-        for name, attribute in convolution.attributes.items():
-            bare.producer().attributes[name] = attribute
         inputs = [
-            write.transposed(bare, _TO_LAST),
+            write.transposed(without_bias(convolution), TO_LAST),
             norm.inputs[1],
             norm.inputs[2],
-            write.transposed(skip, _TO_LAST) if skip_last is None else skip_last,
-            bias,
+            write.transposed(skip, TO_LAST) if skip_last is None else skip_last,
+            convolution.inputs[2],
         ]
         normal, summed = write("SkipGroupNorm", inputs, norm.outputs[0], norm.outputs[0], domain=DOMAIN)
         for name, attribute in norm.attributes.items():
             normal.producer().attributes[name] = attribute
-        replace(after.outputs[0], write.transposed(normal, _TO_FIRST))
+        replace(after.outputs[0], write.transposed(normal, TO_FIRST))
         takers = [node for node in total.outputs[0].consumers() if node is not before]
         if takers or total.outputs[0].is_graph_output():
-            replace(total.outputs[0], write.transposed(summed, _TO_FIRST))
+            replace(total.outputs[0], write.transposed(summed, TO_FIRST))
         else:
             summed.name = ""  # nobody asks for it
 
     return matches(model, "GroupNorm", rewrite)
-
-
-def _is_convolution(value: ir.Value) -> bool:
-    """Whether ``value`` is what a convolution with a bias makes, and is taken once."""
-    node = value.producer()
-    if node is None or node.op_type != "Conv" or node.domain or len(node.inputs) != 3 or len(value.uses()) != 1:
-        return False
-    return value.dtype == HALF and is_constant(node.inputs[2]) and not value.is_graph_output()
 
 
 def _flat(skip: ir.Value, sizes: list[int | str]) -> ir.Value:
@@ -237,6 +225,38 @@ def fuse_skip_layer_norm(model: ir.Model) -> int:
             replace(total.outputs[0], summed)
         else:
             summed.name = ""
+
+    return matches(model, "LayerNormalization", rewrite)
+
+
+def fuse_biased_layer_norm(model: ir.Model) -> int:
+    """Take the bias of a product before a layer normalisation into it, with a residual of zeros: there is no kernel
+    for the bias alone, and this one is faster besides.
+    """
+    zeros: dict[tuple[int, ...], ir.Value] = {}
+
+    def rewrite(norm: ir.Node) -> None:
+        require(len(norm.inputs) == 3 and is_last_axis(norm, 3) and len(norm.outputs) == 1)
+        total = maker(norm.inputs[0], "Add")
+        _, tokens, width = shape(total.outputs[0], 3)
+        product, bias = product_and_bias(total.outputs[0])
+        require(all(value is not None and value.dtype == HALF for value in norm.inputs))
+        require(isinstance(tokens, int) and all(size_of(value) == (width,) for value in norm.inputs[1:]))
+        write = Writer(total)
+        size = (1, int(tokens), int(width))
+        if size not in zeros:
+            zeros[size] = write.weight(np.zeros(size, np.float16), "zeros")
+        normal, _, _, summed = write(
+            "SkipLayerNormalization",
+            [product, zeros[size], norm.inputs[1], norm.inputs[2], bias],
+            *[total.outputs[0]] * 4,
+            domain=DOMAIN,
+            epsilon=norm.attributes.get_float("epsilon", 1e-5),
+        )
+        node = normal.producer()
+        node.outputs[1].name = node.outputs[2].name = ""
+        replace(norm.outputs[0], normal)
+        replace(total.outputs[0], summed)
 
     return matches(model, "LayerNormalization", rewrite)
 

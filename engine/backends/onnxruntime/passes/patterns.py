@@ -14,6 +14,8 @@ import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
+TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # how the channels of an image [B, C, h, w] move
+BIAS_ADD_WIDTHS = (320, 640, 1280)  # those that ONNX Runtime's kernel is made for
 
 
 class NoMatchError(LookupError):
@@ -106,6 +108,24 @@ def order(transpose: ir.Node) -> tuple[int, ...]:
 def is_last_axis(node: ir.Node, rank: int, default: int = -1) -> bool:
     """Whether the node works along the last of ``rank`` axes."""
     return node.attributes.get_int("axis", default) in (-1, rank - 1)
+
+
+def is_biased_convolution(value: ir.Value) -> bool:
+    """Whether ``value`` is what a convolution of fp16 values with a bias makes, and is taken once."""
+    node = value.producer()
+    if node is None or node.op_type != "Conv" or node.domain or len(node.inputs) != 3 or len(value.uses()) != 1:
+        return False
+    return value.dtype == HALF and is_constant(node.inputs[2]) and not value.is_graph_output()
+
+
+def without_bias(convolution: ir.Node) -> ir.Value:
+    """What a convolution makes before its bias."""
+    bare: ir.Value = Writer(convolution)("Conv", convolution.inputs[:2], convolution.outputs[0])
+    made = bare.producer()
+    assert made is not None
+    for name, attribute in convolution.attributes.items():
+        made.attributes[name] = attribute
+    return bare
 
 
 def matches(model: ir.Model, operator: str, rewrite: Callable[[ir.Node], None]) -> int:

@@ -10,8 +10,16 @@ from onnx_ir.passes import common as passes
 
 from dnp.engine.backends.onnxruntime.passes.activations import fuse_bias_gelu, fuse_geglu, fuse_quick_gelu
 from dnp.engine.backends.onnxruntime.passes.attention import fuse_attention, separate_packed_heads
+from dnp.engine.backends.onnxruntime.passes.convolutions import (
+    add_biases_last,
+    convolutions_to_products,
+    fuse_residual,
+    join_biases,
+    repeat_channels_last,
+)
 from dnp.engine.backends.onnxruntime.passes.definitions import define, inlined
 from dnp.engine.backends.onnxruntime.passes.normalization import (
+    fuse_biased_layer_norm,
     fuse_group_norm,
     fuse_skip_group_norm,
     fuse_skip_layer_norm,
@@ -24,9 +32,15 @@ PASSES: Final[dict[str, Callable[[ir.Model], int]]] = {
     "packed heads": separate_packed_heads,
     "attention": fuse_attention,
     "group norm": fuse_group_norm,
+    "joined biases": join_biases,
     "skip group norm": fuse_skip_group_norm,
+    "convolution and residual": fuse_residual,
+    "products of places": convolutions_to_products,
+    "biases of convolutions": add_biases_last,
+    "larger images": repeat_channels_last,
     "layer norm": narrow_layer_norm,
     "skip layer norm": fuse_skip_layer_norm,
+    "biased layer norm": fuse_biased_layer_norm,
     "GEGLU": fuse_geglu,
     "bias Gelu": fuse_bias_gelu,
     "QuickGelu": fuse_quick_gelu,

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from dnp.engine.backends.onnxruntime.passes.definitions import DOMAIN
 from dnp.engine.backends.onnxruntime.passes.normalization import is_biased_product, product_and_bias
 from dnp.engine.backends.onnxruntime.passes.patterns import (
+    BIAS_ADD_WIDTHS,
     HALF,
     NoMatchError,
     Writer,
@@ -24,7 +25,6 @@ from dnp.engine.backends.onnxruntime.passes.patterns import (
     size_of,
 )
 
-_WIDTHS = (320, 640, 1280)  # those that ONNX Runtime's kernel is made for
 _FEW_ROWS = 128  # of one image: a single tile of a product's rows
 _MOST_PARTS = 32  # of a Split: beyond, ONNX Runtime copies a list of them from the host, which cannot be recorded
 
@@ -34,7 +34,7 @@ def fuse_bias_add(model: ir.Model) -> int:
 
     def rewrite(total: ir.Node) -> None:
         sizes = shape(total.outputs[0], 3)
-        require(sizes[2] in _WIDTHS and total.outputs[0].dtype == HALF)
+        require(sizes[2] in BIAS_ADD_WIDTHS and total.outputs[0].dtype == HALF)
         biased, skip = operands(total, lambda operand: is_biased_product(operand))
         require(shape(biased, 3) == sizes == shape(skip, 3))
         replace(total.outputs[0], Writer(total)("BiasAdd", [*product_and_bias(biased), skip], domain=DOMAIN))

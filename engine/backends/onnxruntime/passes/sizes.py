@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
 
+from dnp.engine.backends.onnxruntime.passes import BEAMS
 from dnp.engine.backends.onnxruntime.passes.patterns import Array, Writer
 from dnp.engine.errors import BundleError
 
@@ -26,7 +27,7 @@ _PRIMES: Final = ((3, 5, 7, 11, 13, 17, 19, 23), (29, 31, 37, 41, 43, 47, 53, 59
 
 def fix_sizes(model: ir.Model, sizes: Mapping[str, int]) -> int:
     """Give the symbols in ``sizes`` these sizes, in the shapes of the inputs and wherever something is computed from
-    them; all other symbols stay free.
+    them; all other symbols stay free. ``BEAMS`` is the number of sequences for each image.
 
     Afterwards every value has its shape: numbers, and names for what depends on a free symbol. Returns how many nodes
     went. Raises BundleError for a graph that does not hold together at these sizes.
@@ -39,10 +40,10 @@ def fix_sizes(model: ir.Model, sizes: Mapping[str, int]) -> int:
         for size in value.shape
         if not isinstance(size, int)
     )
-    free = [symbol for symbol in symbols if symbol not in sizes]
+    free = [symbol for symbol in symbols if symbol not in sizes and not (symbol == "images" and BEAMS in sizes)]
     if len(free) > len(_PRIMES[0]):
         raise BundleError(f"the graph {model.graph.name!r} has {len(free)} free sizes, more than can be followed")
-    trials = [_Trial(model, {**sizes, **_distinct(free, primes)}) for primes in _PRIMES]
+    trials = [_Trial(model, _with_images({**sizes, **_distinct(free, primes)})) for primes in _PRIMES]
     _write_shapes(model, trials, free)
     _fold(model, trials)
     _relate(model)
@@ -58,6 +59,11 @@ def _distinct(symbols: Sequence[str], primes: Sequence[int]) -> dict[str, int]:
         product *= prime
         found[symbol] = product
     return found
+
+
+def _with_images(sizes: dict[str, int]) -> dict[str, int]:
+    """The images of so many sequences, where it is fixed how many each has."""
+    return {**sizes, "images": sizes["sequences"] // sizes[BEAMS]} if BEAMS in sizes else sizes
 
 
 class _Trial:
