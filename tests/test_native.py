@@ -1,0 +1,348 @@
+"""The C++ library against the Python package: part by part through ``dnp-probe``, and whole through its C interface."""
+
+import ctypes
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import threading
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from test_tokenizers import PIECES, corpus
+from tokenizers import Tokenizer
+
+from dnp import Pipeline
+from dnp.engine.bundle.bundle import Bundle, seal
+from dnp.engine.errors import BundleError, DnpError, SettingsError
+from dnp.runtime.captioning.resize import resize_matrices
+from dnp.runtime.job import resolve
+from dnp.runtime.request import Request
+from dnp.runtime.sampling.noise import TorchNoise
+from dnp.runtime.sampling.samplers import sampler_names, sampler_table
+from dnp.runtime.sampling.schedule import read_schedule
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "native"
+BUNDLE = Bundle.default().path
+(ONNXRUNTIME,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.1.*")
+SCENE = "a large red circle left of a small blue square on a plain yellow background"
+
+
+def run(*command, **more):
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, **more)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="session")
+def built():
+    """The folder of a finished build."""
+    run("cmake", "-S", ".", "-B", BUILD, "-DCMAKE_BUILD_TYPE=Release")
+    run("cmake", "--build", BUILD, "--parallel", "2")
+    return BUILD / "native"
+
+
+@pytest.fixture(scope="session")
+def probe(built):
+    """A function that asks ``dnp-probe``: an answer, or the text of the error."""
+    process = subprocess.Popen([built / "tests" / "dnp-probe"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(what, **question):
+        process.stdin.write(json.dumps({"ask": what, **question}) + "\n")
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+        if "error" in answer:
+            raise {2: SettingsError, 3: BundleError}.get(answer["code"], DnpError)(answer["error"])
+        return answer["value"]
+
+    with process:
+        yield ask
+        process.stdin.close()
+
+
+def floats(text):
+    return np.frombuffer(bytes.fromhex(text), ">f4").astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------ noise
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7, 2**31, 2**32 - 1, 2**32, 2**63 - 256])
+def test_noise_equals_pythons_to_the_bit(probe, seed):
+    counts = [4 * 64 * 64, 3, 17, 1, 100, 16, 5, 4 * 16 * 16]
+    generator = TorchNoise(seed)
+    for draw, count in zip(probe("noise", seed=seed, counts=counts), counts, strict=True):
+        np.testing.assert_array_equal(floats(draw).view(np.uint32), generator.randn((count,)).view(np.uint32))
+
+
+# ------------------------------------------------------------------------------------------------ sampler tables
+
+DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+SCHEDULES = [
+    {**DIFFUSION, "set_alpha_to_one": False, "timestep_spacing": "leading"},
+    {**DIFFUSION, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    {**DIFFUSION, "prediction_type": "sample", "beta_schedule": "linear", "variance_type": "fixed_large"},
+    {**DIFFUSION, "beta_schedule": "squaredcos_cap_v2", "final_sigmas_type": "sigma_min", "num_train_timesteps": 500},
+    {**DIFFUSION, "trained_betas": np.linspace(1e-4, 0.02, 1000).tolist(), "solver_order": 3, "euler_at_final": True},
+    {**DIFFUSION, "solver_order": 3, "solver_type": "heun", "lower_order_final": False, "final_sigmas_type": "sigma_min"},
+    {**DIFFUSION, "solver_order": 1, "solver_type": "bh1", "disable_corrector": [0, 3]},
+    {**DIFFUSION, "use_karras_sigmas": True},
+    {**DIFFUSION, "use_exponential_sigmas": True, "sigma_min": 0.1, "sigma_max": 12},
+    {**DIFFUSION, "use_beta_sigmas": True, "final_sigmas_type": "sigma_min"},
+    {**DIFFUSION, "use_lu_lambdas": True},
+    {**DIFFUSION, "interpolation_type": "log_linear", "timestep_scaling": 5.0, "original_inference_steps": 40},
+    {**DIFFUSION, "thresholding": True},
+    {**DIFFUSION, "use_karras_sigmas": True, "use_beta_sigmas": True},
+    {**FLOW, "shift": 3.0},
+    {**FLOW, "shift": 3.0, "use_karras_sigmas": True, "stochastic_sampling": True},
+    {**FLOW, "use_dynamic_shifting": True, "shift_terminal": 0.02},
+    {**FLOW, "use_dynamic_shifting": True, "time_shift_type": "linear", "solver_order": 3},
+    {"prediction_type": "flow_prediction", "flow_shift": 5.0, "solver_type": "bh1"},
+]
+
+
+def table_of(config, sampler, steps, guidance, size, **settings):
+    return sampler_table(read_schedule(config).sized(*size), sampler, steps, guidance, **settings)
+
+
+def tables_agree(probe, config, sampler, steps, guidance, size=(64, 48), **settings):
+    """Whether there is a table; both sides have the same one, or none."""
+    asked = {name: value for name, value in settings.items() if value is not None}
+
+    def native():
+        return probe("table", schedule=config, size=size, sampler=sampler, steps=steps, guidance=guidance, **asked)
+
+    try:
+        expected = table_of(config, sampler, steps, guidance, size, **settings)
+    except SettingsError:
+        with pytest.raises(SettingsError):
+            native()
+        return False
+    found = native()
+    rows = floats(found["rows"]).reshape(expected.rows.shape)
+    np.testing.assert_allclose(rows, expected.rows, rtol=2e-6, atol=2e-7, err_msg=f"{config} {sampler} {steps} {settings}")
+    assert found["roles"] == [list(roles) for roles in expected.roles]
+    assert found["noise_steps"] == len(expected.noise_rows)
+    assert found["init_noise_sigma"] == pytest.approx(expected.init_noise_sigma, rel=1e-7)
+    return True
+
+
+@pytest.mark.parametrize("config", SCHEDULES, ids=lambda config: "-".join(str(v)[:12] for v in list(config.values())[-2:]))
+def test_tables_equal_pythons(probe, config):
+    agreed = [
+        tables_agree(probe, config, sampler, steps, [1.5] * steps, spacing=spacing)
+        for sampler, steps, spacing in product(
+            sampler_names(), [1, 2, 3, 4, 5, 10, 14, 15, 20, 25, 50, 61], [None, "leading", "linspace", "trailing"]
+        )
+    ]
+    refused = config.get("thresholding") or config.get("use_karras_sigmas") and config.get("use_beta_sigmas")
+    assert any(agreed) or refused
+
+
+def test_tables_of_guidance_equal_pythons(probe):
+    config = SCHEDULES[0]
+    for guidance in ([0.0] * 4, [1.0] * 4, [-1.0] * 4, [7.5, 1.0, 0.0, -2.0]):
+        for methods in ({}, {"rescale": 0.7, "zero_star": 1.0}, {"perp_neg": 1.25}, {"norm_limit": 5.0, "parallel": 0.5}):
+            assert tables_agree(probe, config, "ddim", 4, guidance, methods=methods, embedded=3.5, eta=0.5)
+    for refused in ({"rescale": 1.5}, {"rescal": 0.5}, {"parallel": -1.0}):
+        assert not tables_agree(probe, config, "ddim", 4, [1.5] * 4, methods=refused)
+    assert not tables_agree(probe, config, "ddim", 4, [1.5] * 3)
+    assert not tables_agree(probe, config, "ddim", 0, [])
+    assert not tables_agree(probe, config, "ddim", 1001, [1.5] * 1001)
+    assert not tables_agree(probe, config, "euler", 4, [1.5] * 4, eta=0.5)
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers
+
+
+def encoded(tokenizer, texts):
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def tokenizers_agree(probe, file, texts):
+    expected, found = encoded(Tokenizer.from_file(str(file)), texts), probe("encode", file=str(file), texts=texts)
+    wrong = [(text, a, b) for text, a, b in zip(texts, expected, found, strict=True) if a != b]
+    assert not wrong, wrong[:3]
+
+
+@pytest.mark.parametrize("name", ["prompt", "caption"])
+def test_every_character_gets_pythons_ids(probe, name):
+    file = BUNDLE / "tokenizers" / f"{name}.json"
+    points = [chr(point) for point in range(1, 0x110000) if not 0xD800 <= point < 0xE000]
+    for start in range(0, len(points), 1 << 17):
+        tokenizers_agree(probe, file, [f"a{c}e{c}" for c in points[start : start + (1 << 17)]])
+
+
+@pytest.mark.parametrize("name", ["prompt", "caption"])
+def test_random_texts_get_pythons_ids(probe, name):
+    tokenizers_agree(probe, BUNDLE / "tokenizers" / f"{name}.json", corpus(10_000))
+
+
+def test_random_marks_are_put_in_order_as_python_does(probe):
+    rng = random.Random(5)
+    marks = [chr(c) for c in (*range(0x300, 0x370), *range(0x591, 0x5C8), 0x1100, 0x1161, 0x11A8, 0xAC00, 0x345, 0x9C7, 0x9BE)]
+    letters = ["a", "e", "Å", "ṩ", "\u1112", "\u09c7", "क", "\u0344", "\u212b", "ﬁ"]
+    texts = ["".join(rng.choices(letters + marks, k=rng.randint(1, 12))) for _ in range(3000)]
+    for name in ("prompt", "caption"):
+        tokenizers_agree(probe, BUNDLE / "tokenizers" / f"{name}.json", texts)
+
+
+def changed_tokenizer(folder, name, change):
+    contents = json.loads((BUNDLE / "tokenizers" / f"{name}.json").read_text())
+    change(contents)
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(contents))
+    return file
+
+
+def test_added_tokens_of_every_kind_get_pythons_ids(probe, tmp_path):
+    def change(contents):
+        token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        for number, more in enumerate(({}, {"normalized": True}, {"lstrip": True}, {"rstrip": True, "special": True})):
+            contents["added_tokens"].append({**token, "id": 591 + number, "content": f"<Toy{number}>", **more})
+        contents["added_tokens"] += [{**token, "id": 595, "content": "<Toy"}, {**token, "id": 596, "content": "!", "normalized": True}]
+
+    file = changed_tokenizer(tmp_path, "prompt", change)
+    rng = random.Random(3)
+    pieces = [*PIECES, "<Toy0>", "<toy1>", "<TOY1>", "  <Toy2>", "<Toy3>   ", "<Toy", "!", "<Toy2><Toy3>"]
+    tokenizers_agree(probe, file, ["".join(rng.choices(pieces, k=rng.randint(1, 20))) for _ in range(3000)])
+
+
+def test_captions_are_spelled_as_python_does(probe, tmp_path):
+    decoder = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    clean_up = [{"type": "Replace", "pattern": {"String": " n't"}, "content": "n't"}, {"type": "Replace", "pattern": {"String": " ."}, "content": "."}]
+
+    def change(contents):
+        contents["decoder"] = {"type": "Sequence", "decoders": [decoder, {"type": "Fuse"}, *clean_up]}
+
+    rng = random.Random(1)
+    ids = [[rng.randrange(140) for _ in range(rng.randint(0, 20))] for _ in range(500)]
+    for file in (BUNDLE / "tokenizers" / "caption.json", changed_tokenizer(tmp_path, "caption", change)):
+        tokenizer = Tokenizer.from_file(str(file))
+        assert probe("decode", file=str(file), ids=ids) == [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.pop("model"),
+        lambda c: c["model"].update(type="Unigram"),
+        lambda c: c["model"].update(dropout=0.1),
+        lambda c: c["model"].update(merges=[["a", "no such token"]]),
+        lambda c: c["model"].update(vocab={"a": -1}),
+        lambda c: c["normalizer"].update(type="NFKC"),
+        lambda c: c["normalizer"]["normalizers"][1]["pattern"].update(Regex=r"\w+"),
+        lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(invert=False),
+        lambda c: c["added_tokens"][0].update(single_word=True),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(probe, tmp_path, change):
+    with pytest.raises(BundleError, match="no tokenizer that libdnp can read"):
+        probe("encode", file=str(changed_tokenizer(tmp_path, "prompt", change)), texts=["a"])
+
+
+# ------------------------------------------------------------------------------------------------ images in
+
+
+@pytest.mark.parametrize(("source", "target"), [(64, 64), (65, 64), (512, 384), (1000, 64), (3, 64), (1, 7), (383, 384)])
+def test_resize_weights_equal_pythons(probe, source, target):
+    _, expected = resize_matrices(source, source, target)
+    np.testing.assert_array_equal(floats(probe("resize", source=source, target=target)).reshape(target, source), expected)
+
+
+# ------------------------------------------------------------------------------------------------ bundles
+
+
+@pytest.fixture
+def copied(tmp_path):
+    return Path(shutil.copytree(BUNDLE, tmp_path / "bundle"))
+
+
+def both_refuse(probe, folder):
+    with pytest.raises(BundleError):
+        Bundle.open(folder)
+    with pytest.raises(BundleError) as refused:
+        probe("bundle", folder=str(folder))
+    return str(refused.value)
+
+
+def test_a_bundle_has_pythons_fingerprint(probe):
+    assert probe("bundle", folder=str(BUNDLE)) == Bundle.default().fingerprint
+
+
+def test_a_bundle_with_any_byte_changed_is_refused(probe, copied):
+    rng = random.Random(2)
+    files = [path for path in copied.rglob("*") if path.is_file()]
+    for file in files:
+        whole = file.read_bytes()
+        for place in sorted(rng.sample(range(64 if file.suffix == ".sha256" else len(whole)), 12)):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << rng.randrange(8)
+            file.write_bytes(damaged)
+            both_refuse(probe, copied)
+        for damaged in (whole[:-1], whole + b"\n", b"", b"version https://git-lfs.github.com/spec/v1\n"):
+            if file.suffix == ".sha256" and len(damaged) >= 64:
+                continue  # what follows the digits is not read
+            file.write_bytes(damaged)
+            both_refuse(probe, copied)
+        file.unlink()
+        both_refuse(probe, copied)
+        file.write_bytes(whole)
+    assert probe("bundle", folder=str(copied))
+
+
+def changes(value, path=()):
+    """Places in a JSON value, with other values to put there."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield (*path, key), KeyError
+            yield from changes(entry, (*path, key))
+        yield (*path, "unknown"), 1
+    elif isinstance(value, list):
+        for number, entry in enumerate(value):
+            yield from changes(entry, (*path, number))
+    yield from ((path, other) for other in (None, True, -1, 0, 1.5, 10**30, "x", "../x", [], {}, [[1]]) if path)
+
+
+def test_manifests_are_refused_as_python_refuses_them(probe, copied):
+    manifest = json.loads((copied / "bundle.json").read_text())
+    shortened = {**manifest, "graphs": {name: manifest["graphs"][name] for name in ("decode_latents", "encode_text")}}
+    places = [place for place in changes(shortened) if place[0][0] != "graphs"] + list(changes(manifest["graphs"]["decode_latents"], ("graphs", "decode_latents")))
+    for path, other in random.Random(4).sample(places, 700):
+        damaged = json.loads(json.dumps(manifest))
+        *inner, last = path
+        at = damaged
+        for key in inner:
+            at = at[key]
+        if other is KeyError:
+            del at[last]
+        else:
+            at[last] = other
+        write_manifest(copied, damaged)
+        try:
+            expected = Bundle.open(copied).fingerprint
+        except BundleError:
+            both_refuse(probe, copied)
+        else:
+            assert probe("bundle", folder=str(copied)) == expected, (path, other)
+
+
+def write_manifest(folder, manifest):
+    import hashlib
+
+    raw = json.dumps(manifest).encode()
+    (folder / "bundle.json").write_bytes(raw)
+    (folder / "bundle.sha256").write_text(f"{hashlib.sha256(raw).hexdigest()}  bundle.json\n")
+
+
+@pytest.mark.parametrize("raw", [b"", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"null", b"[1, 2", b'{"schema": 3}', b'{"schema": 1}'])
+def test_no_manifest_at_all_is_refused(probe, copied, raw):
+    (copied / "bundle.json").write_bytes(raw)
+    both_refuse(probe, copied)
