@@ -181,19 +181,17 @@ def _combining_classes(decompositions: Mapping[str, str]) -> dict[str, int]:
     import unicodedata
 
     order = normalizers.NFD().normalize_str
-    known = {unicodedata.combining(c): c for c in reversed(CODE_POINTS) if unicodedata.combining(c) and c not in decompositions}
-    kinds = sorted(known)
+    first, last = "\u0334", "\u0345"  # of the smallest class and the largest
 
     def before(a: str, b: str) -> bool:  # whether a has the smaller class, neither being 0
         return order(f"A{b}{a}") == f"A{a}{b}" and a != b
 
+    # The library may know an older Unicode, in which some marks have no class yet.
+    marks = [c for c in CODE_POINTS if c not in decompositions and not _is_hangul(c) and (before(c, last) or before(first, c))]
+    known = {unicodedata.combining(c): c for c in reversed(marks)}
+    kinds = sorted(known)
     classes = {}
-    for c in CODE_POINTS:
-        if c in decompositions or _is_hangul(c) or c == "A":
-            continue
-        first, last = known[kinds[0]], known[kinds[-1]]
-        if not (before(c, last) or before(first, c)):
-            continue
+    for c in marks:
         place = next(i for i, kind in enumerate(kinds) if not before(known[kind], c))
         assert not before(c, known[kinds[place]]), c
         classes[c] = kinds[place]

@@ -342,7 +342,7 @@ def write_manifest(folder, manifest):
     (folder / "bundle.sha256").write_text(f"{hashlib.sha256(raw).hexdigest()}  bundle.json\n")
 
 
-@pytest.mark.parametrize("raw", [b"", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"null", b"[1, 2", b'{"schema": 3}', b'{"schema": 1}'])
+@pytest.mark.parametrize("raw", [b"", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"null", b"[1, 2", b'{"schema": 3}', b'{"schema": 1}'], ids=range(8))
 def test_no_manifest_at_all_is_refused(probe, copied, raw):
     (copied / "bundle.json").write_bytes(raw)
     both_refuse(probe, copied)
