@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from dnp.engine.bundle import columns, contract, manifest
+from dnp.engine.bundle.bundle import Bundle
 from dnp.runtime import job, request, tokenizer
 from dnp.runtime.captioning import captioner, resize
-from dnp.runtime.sampling import samplers, schedule, settings
+from dnp.runtime.sampling import grids, samplers, schedule, settings
+from dnp.runtime.sampling.noise import TorchNoise
 
 HERE = Path(__file__).parent
 NOTE = "// Written by native/generate.py; do not edit.\n"
@@ -60,8 +63,8 @@ def constants() -> str:
 def sampler_data() -> str:
     """``samplers.inc``: one raw string."""
     data = {
-        "samplers": {name: _sampler(spec) for name, spec in samplers._SAMPLERS.items()},
-        "flow_samplers": {name: _sampler(spec) for name, spec in samplers._FLOW_SAMPLERS.items()},
+        "samplers": {name: _sampler(spec) for name, spec in grids.SAMPLERS.items()},
+        "flow_samplers": {name: _sampler(spec) for name, spec in grids.FLOW_SAMPLERS.items()},
         "schedulers": {name: _keys(keys) for name, keys in settings.SCHEDULERS.items()},
         "flow_schedulers": {name: _keys(keys) for name, keys in settings.FLOW_SCHEDULERS.items()},
         "conversions": [list(pair) for pair in settings.CONVERSIONS.items()],
@@ -124,12 +127,18 @@ def unicode_data() -> str:
         "bert_spaces": _bert_split(2),
         "bert_punctuation": _bert_split(3),
     }
-    cleaned = _each(normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=False, strip_accents=False, lowercase=False))
+    cleaned = _each(
+        normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=False, strip_accents=False, lowercase=False)
+    )
     parts["bert_removed"] = _ranges(c for c, to in cleaned.items() if to == "" and c != "\0")
     parts["bert_blanks"] = _ranges(c for c, to in cleaned.items() if to == " " and c != " ")
-    chinese = _each(normalizers.BertNormalizer(clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=False))
+    chinese = _each(
+        normalizers.BertNormalizer(clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=False)
+    )
     parts["bert_chinese"] = _ranges(c for c, to in chinese.items() if to == f" {c} ")
-    stripped = _each(normalizers.BertNormalizer(clean_text=False, handle_chinese_chars=False, strip_accents=True, lowercase=False))
+    stripped = _each(
+        normalizers.BertNormalizer(clean_text=False, handle_chinese_chars=False, strip_accents=True, lowercase=False)
+    )
     parts["nonspacing_marks"] = _ranges(c for c, to in stripped.items() if to == "" and decomposed[c] == c)
     lines = [NOTE]
     for name, ranges in parts.items():
@@ -178,8 +187,6 @@ def _bert_split(pieces: int) -> Ranges:
 
 def _combining_classes(decompositions: Mapping[str, str]) -> dict[str, int]:
     """The combining class of each mark, from the order that marks are put in."""
-    import unicodedata
-
     order = normalizers.NFD().normalize_str
     first, last = "\u0334", "\u0345"  # of the smallest class and the largest
 
@@ -187,7 +194,11 @@ def _combining_classes(decompositions: Mapping[str, str]) -> dict[str, int]:
         return order(f"A{b}{a}") == f"A{a}{b}" and a != b
 
     # The library may know an older Unicode, in which some marks have no class yet.
-    marks = [c for c in CODE_POINTS if c not in decompositions and not _is_hangul(c) and (before(c, last) or before(first, c))]
+    marks = [
+        c
+        for c in CODE_POINTS
+        if c not in decompositions and not _is_hangul(c) and (before(c, last) or before(first, c))
+    ]
     known = {unicodedata.combining(c): c for c in reversed(marks)}
     kinds = sorted(known)
     classes = {}
@@ -222,7 +233,68 @@ def _rows(items: Iterable[str]) -> str:
     return "\n".join([*lines, line, ""])
 
 
+def golden() -> str:
+    """``tests/golden.json``: questions to ``dnp-probe``, each with Python's answer."""
+    bundle = Bundle.default()
+    config = bundle.schedule
+    texts = [
+        "",
+        "a photo of an Astronaut",
+        "it's 2nd, cafe\u0301 İ ﬁ",
+        "画像 <|endoftext|> <|StartOfText|>",
+        "🙂 a\u0327\u0301\x1c\xa0b",
+    ]
+    questions: list[dict[str, Any]] = []
+    for seed in (0, 7, 2**32 + 7):
+        generator, counts = TorchNoise(seed), [64, 3, 17, 5]
+        questions.append(
+            {"ask": "noise", "seed": seed, "counts": counts, "value": [bits(generator.randn((n,))) for n in counts]}
+        )
+    for sampler in samplers.sampler_names():
+        for steps in (3, 8):
+            table = samplers.sampler_table(schedule.read_schedule(config), sampler, steps, [1.5] * steps)
+            value = {"rows": bits(table.rows), "roles": table.roles, "noise_steps": len(table.noise_rows)}
+            asked = {
+                "schedule": config,
+                "size": [16, 16],
+                "sampler": sampler,
+                "steps": steps,
+                "guidance": [1.5] * steps,
+            }
+            questions.append({"ask": "table", **asked, "value": value})
+    for name in ("prompt", "caption"):
+        file = f"../../dnp/default/tokenizers/{name}.json"
+        reader = Tokenizer.from_file(str(bundle.path / "tokenizers" / f"{name}.json"))
+        ids = [encoding.ids for encoding in reader.encode_batch(texts, add_special_tokens=False)]
+        questions.append({"ask": "encode", "file": file, "texts": texts, "value": ids})
+    ids = [[130, 5, 17, 40, 3], [41, 42, 999, 2], []]
+    questions.append(
+        {
+            "ask": "decode",
+            "file": file,
+            "ids": ids,
+            "value": [reader.decode(row, skip_special_tokens=True) for row in ids],
+        }
+    )
+    for source in (64, 65, 200):
+        questions.append(
+            {
+                "ask": "resize",
+                "source": source,
+                "target": 64,
+                "value": bits(resize.resize_matrices(source, source, 64)[1]),
+            }
+        )
+    return "[\n" + ",\n".join(json.dumps(question, ensure_ascii=False) for question in questions) + "\n]\n"
+
+
+def bits(values: Any) -> str:
+    """Float32 numbers as the hexadecimal digits of their bits."""
+    return np.asarray(values, ">f4").tobytes().hex()
+
+
 FILES: Mapping[str, Callable[[], str]] = {
+    "tests/golden.json": golden,
     "src/generated/constants.hpp": constants,
     "src/generated/samplers.inc": sampler_data,
     "src/generated/unicode.inc": unicode_data,

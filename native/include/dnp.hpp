@@ -7,6 +7,7 @@
 // What dnp.h says of threads and lifetimes holds here too.
 #pragma once
 
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <memory>

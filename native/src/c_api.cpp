@@ -34,7 +34,7 @@ dnp_error no_memory{DNP_ERROR, "out of memory"};
 
 dnp_error* failure(core::Code code, const char* message) noexcept {
     try {
-        return new dnp_error{static_cast<dnp_code>(code), message};
+        return new dnp_error{static_cast<dnp_code>(code), core::encode_utf8(core::decode_utf8(message))};  // a path may be none
     } catch (...) {
         return &no_memory;
     }

@@ -142,7 +142,8 @@ Job resolve(const Json& settings, const Bundle& bundle, const Schedule& schedule
     fill("max_length", bundle.caption.max_length);
 
     Job job;
-    job.prompt = words(full, "prompt", "prompt", "say what the image should show");
+    // Beside a negative prompt it may be empty: ∅, for n* alone.
+    job.prompt = full["negative"].is_null() ? words(full, "prompt", "prompt", "say what the image should show") : text(full, "prompt", "prompt");
     bool dnp = flag(full, "dnp");
     job.compare = flag(full, "compare"), job.runs_dns = dnp && full["negative"].is_null();
     if (!full["negative"].is_null()) {

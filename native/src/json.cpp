@@ -4,6 +4,8 @@
 #include <cmath>
 #include <numeric>
 
+#include "unicode.hpp"
+
 namespace dnp::core {
 
 namespace {
@@ -34,7 +36,8 @@ Json parse_json(std::string_view text, const std::string& where, Code code) {
     try {
         return Json::parse(text.begin(), text.end(), bounded);
     } catch (const Json::exception& error) {
-        throw Error(code, cat(where, ": not valid JSON (", error.what(), ")"));
+        // What it quotes of the text may be no UTF-8.
+        throw Error(code, cat(where, ": not valid JSON (", encode_utf8(decode_utf8(error.what())), ")"));
     }
 }
 
