@@ -5,9 +5,9 @@ committed.
 
 - ``constants.hpp``: the columns of a sampler table, limits, the schema of bundles.
 - ``samplers.inc``: JSON of the samplers, of what every class of diffusers' schedulers honours, of quadrature nodes.
-- ``unicode.inc``: what the ``tokenizers`` library takes characters for, asked of it character by character. Python's own
-  ``unicodedata`` is of another version of Unicode.
-- ``tests/golden.json``: inputs with what Python makes of them.
+- ``unicode.inc``: what the ``tokenizers`` library takes characters for, asked of it character by character. Python's
+  own ``unicodedata`` is of another version of Unicode.
+- ``tests/golden.json``: questions to ``dnp-probe`` with Python's answers.
 """
 
 from __future__ import annotations

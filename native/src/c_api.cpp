@@ -111,7 +111,7 @@ dnp_error* request(Method method, dnp_pipeline* pipeline, const char* settings, 
         auto made = std::make_unique<dnp_result>();
         made->result = (pipeline->pipeline.*method)(json_of(settings, "settings"), progress_of(callbacks));
         core::OrderedJson json{{"negatives", made->result.negatives}, {"request", made->result.request}, {"seconds", made->result.seconds}};
-        json.update(pipeline->pipeline.made_with());
+        json.update(made->result.made_with);  // the pipeline may be closed by now
         made->json = json.dump();
         *result = made.release();
     });

@@ -204,7 +204,7 @@ Result Pipeline::generate(const Json& settings, const Progress& progress) {
     if (job.runs_dns) run.find_negatives(result);
     if (job.compare) result.plain = run.sample("plain", job.final, prompts, empty, job.seed);
     result.final = run.sample("final", job.final, prompts, result.negatives, job.seed);
-    result.request = job.request, result.seconds = run.seconds();
+    result.request = job.request, result.seconds = run.seconds(), result.made_with = made_with();
     return result;
 }
 
@@ -215,7 +215,7 @@ Result Pipeline::find_negatives(const Json& settings, const Progress& progress) 
     Run run(*this, job, progress);
     Result result;
     run.find_negatives(result);
-    result.request = job.request, result.seconds = run.seconds();
+    result.request = job.request, result.seconds = run.seconds(), result.made_with = made_with();
     return result;
 }
 

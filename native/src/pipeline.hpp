@@ -29,6 +29,7 @@ struct Result {
     std::vector<std::string> negatives;
     OrderedJson request;
     std::map<std::string, double> seconds;  // by phase
+    OrderedJson made_with;                  // what ran
 };
 
 // One request at a time: a call that would have to wait throws. `cancel` may be called by any thread at any time.

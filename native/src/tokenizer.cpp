@@ -155,7 +155,7 @@ Tokenizer::Tokenizer(const std::filesystem::path& file) {
 void Tokenizer::read(const Json& json) {
     read_normalizer(field(json, "normalizer"));  // added tokens may need it
     read_model(field(json, "model"));
-    read_added(field(json, "added_tokens"));
+    read_added(field(json, "added_tokens"), json["model"]["vocab"]);
     read_pre_tokenizer(field(json, "pre_tokenizer"));
     read_decoder(field(json, "decoder"));
     read_post_processor(field(json, "post_processor"));
@@ -204,11 +204,12 @@ void Tokenizer::read_model(const Json& json) {
     }
 }
 
-void Tokenizer::read_added(const Json& json) {
+void Tokenizer::read_added(const Json& json, const Json& vocabulary) {
     if (json.is_null()) return;
     if (!json.is_array()) throw bundle_error("its added_tokens must be a list, not ", shown(json));
     for (const Json& token : json) {
         Added added{decode_utf8(text_of(token, "content")), id_of(field(token, "id")), flag_of(token, "lstrip"), flag_of(token, "rstrip")};
+        if (auto known = vocabulary.find(token["content"].get<std::string>()); known != vocabulary.end()) added.id = id_of(*known);  // that one counts
         if (flag_of(token, "single_word")) throw bundle_error("its added token ", shown(token["content"]), " is one of single words, which libdnp has not");
         if (flag_of(token, "special")) {
             tokens_.erase(added.id);

@@ -45,7 +45,7 @@ private:
     using AddedTokens = std::map<char32_t, std::vector<Added>>;  // by the first character, the longest first
 
     void read(const Json& json);
-    void read_added(const Json& json);
+    void read_added(const Json& json, const Json& vocabulary);
     void read_model(const Json& json);
     void read_normalizer(const Json& json);
     void read_pre_tokenizer(const Json& json);
