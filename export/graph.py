@@ -124,7 +124,7 @@ def write_graph(spec: GraphExport, folder: Path) -> WrittenGraph:
             name: tensor.shape for name, tensor in [*spec.signature.inputs.items(), *spec.signature.outputs.items()]
         }
         save_graph(program.model, folder / file, shapes)
-        # torch's exporter keeps the graph and weights of the module, so they are emptied: the next model needs the room.
+        # torch's exporter keeps the module's graph and weights, so they are emptied: the next model needs the room.
         for value in program.model.graph.initializers.values():
             value.const_value = None
         for weight in spec.module.parameters():
