@@ -53,9 +53,9 @@ def widen(model: ir.Model) -> None:
     for value in model.graph.initializers.values():
         if value.dtype == HALF:
             users = list(value.uses())
-            wide = _cast(model.graph, value, SINGLE, f"{value.name}.float32", before=first)
+            single = _cast(model.graph, value, SINGLE, f"{value.name}.float32", before=first)
             for user, index in users:
-                user.replace_input_with(index, wide)
+                user.replace_input_with(index, single)
     for node in model.graph:
         for name, attribute in list(node.attributes.items()):
             if attribute.type == ir.AttributeType.INT and name in _DTYPE_ATTRIBUTES and attribute.as_int() == HALF:

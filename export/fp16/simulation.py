@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dnp.engine.backends.onnxruntime.session import OrtSession, cpu_settings, import_onnxruntime
-from dnp.engine.backends.session import Backend, BackendOptions
+from dnp.engine.backends.session import Backend, BackendOptions, Session
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.tensors import TensorSpec
@@ -39,7 +39,7 @@ def simulated_graph(graph: GraphSpec, folder: Path) -> GraphSpec:
 
 
 @contextmanager
-def open_simulated(graph: GraphSpec) -> Iterator[OrtSession]:
+def open_simulated(graph: GraphSpec) -> Iterator[Session]:
     """A session of ``graph`` on the processor, an fp16 graph in simulated fp16, in little memory.
 
     Its file lies beside the graph meanwhile, so that both have the same weights beside them; they are read as nodes
