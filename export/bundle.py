@@ -29,7 +29,7 @@ from dnp.export.families.tokenizer import prompt_tokenizers
 from dnp.export.fp16.precision import Precision, check_precision
 from dnp.export.fp16.ranges import RangeCheck, check_ranges
 from dnp.export.graph import GraphExport, GraphRecord, WrittenGraph, expect, finish_graph, write_graph
-from dnp.export.memory import PeakMemory
+from dnp.export.memory import PeakMemory, give_back
 from dnp.runtime.sampling.samplers import check_defaults
 from dnp.runtime.sampling.schedule import NoiseSchedule
 
@@ -126,7 +126,8 @@ def export_bundle(
         name = out.name if name is None else name
         prompts = prompt_tokenizers(model)
         captions = load_blip(Path(captioner))
-        caption = caption_manifest(captions)
+        caption, caption_words = caption_manifest(captions), caption_tokenizer(captions)
+        del captions  # its model, which each graph loads for itself
         manifest = {
             "schema": SCHEMA,
             "name": name,
@@ -151,8 +152,9 @@ def export_bundle(
         wanted = signatures(record(Manifest, {**manifest, "graphs": {}, "files": {}}, "the manifest"))
 
         def build(stage: str, precision: Precision = exact) -> GraphExport:
+            give_back()  # what the model before took
             if stage in blip.GRAPHS:
-                return blip.GRAPHS[stage](captions, wanted[stage], precision)
+                return blip.GRAPHS[stage](load_blip(Path(captioner)), wanted[stage], precision)
             return stable_diffusion.GRAPHS[stage](model, wanted[stage], precision)
 
         stages = STAGES if ranges is None else (*STAGES[:-1], "ranges", STAGES[-1])
@@ -166,13 +168,14 @@ def export_bundle(
             for stage in STAGES[:-1]:
                 tell(stage)
                 if ranges is None:
-                    # A model is loaded anew for each half, so that it is in memory once, or not at all.
+                    # A model is loaded anew for each half, so that it is in memory once, or not at all, and each half
+                    # has it in its own precision.
                     half = write_graph(build(stage), folder)
                     records.append(finish_graph(expect(build(stage)), folder, half))
                 else:
                     written.append(write_graph(build(stage), folder))
             texts = {file: tokenizer for file, (tokenizer, _) in prompts.items()}
-            for file, tokenizer in {**texts, caption["tokenizer"]: caption_tokenizer(captions)}.items():
+            for file, tokenizer in {**texts, caption["tokenizer"]: caption_words}.items():
                 (folder / file).parent.mkdir(exist_ok=True)
                 (folder / file).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             if ranges is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +17,11 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from dnp.engine import open_graph
 from dnp.engine.bundle.contract import Signature
 from dnp.engine.bundle.manifest import GraphSpec, Parity, Ranges
 from dnp.engine.errors import ExportError
-from dnp.export.fp16.simulation import simulated_graph
+from dnp.export.fp16.precision import Precision, in_precision
+from dnp.export.fp16.simulation import open_simulated
 from dnp.export.memory import PeakMemory
 from dnp.export.passes import attention, resize
 from dnp.export.passes.attention import fuse_attention
@@ -41,7 +40,7 @@ class GraphExport:
     Attributes:
         name: the graph's name in the bundle; its file is ``graphs/<name>.onnx``.
         module: called with the inputs by position, in the signature's order; returns one tensor, or a tuple
-            in the order of the outputs. In evaluation mode, of the precision that the graph shall have.
+            in the order of the outputs. In evaluation mode, and float32 until ``write_graph`` puts it in ``precision``.
         signature: the tensors by name, from ``contract.signatures``. Symbols in input shapes become the graph's
             dynamic axes.
         fresh_inputs: makes random inputs for given sizes, numpy arrays of the declared dtypes and shapes.
@@ -49,7 +48,8 @@ class GraphExport:
         checks: the sizes at which the file is compared with PyTorch; at least one differs from ``example``.
         bounds: the largest error allowed, per output: absolute for integers; for floats relative to the
             largest value that PyTorch gives, or to 1 if that is larger.
-        reference: what outputs are compared with, when not ``module``: the float32 module of an fp16 graph.
+        precision: the arithmetic of the graph.
+        reference: what outputs are compared with, when not ``module``; float32.
         multiples: symbols that only take multiples of a number, such as ``{"height": 4}``.
         traced: the smallest and largest size to promise torch for a symbol, where code branches on it without need.
             It is no limit of the graph: ONNX holds no such assertion.
@@ -62,6 +62,7 @@ class GraphExport:
     example: Dims
     checks: Sequence[Dims]
     bounds: Mapping[str, float]
+    precision: Precision = "fp32"
     reference: nn.Module | None = None
     multiples: Mapping[str, int] = field(default_factory=dict)
     traced: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -109,16 +110,25 @@ class WrittenGraph:
 
 
 def write_graph(spec: GraphExport, folder: Path) -> WrittenGraph:
-    """The first half of ``export_graph``: the file in plain nodes, which is compared with nothing yet."""
+    """The first half of ``export_graph``: the file in plain nodes, which is compared with nothing yet.
+
+    The module is used up: it is put in the graph's precision, and left without weights.
+    """
     started = time.perf_counter()
     file = f"graphs/{spec.name}.onnx"
     with PeakMemory() as memory:
+        in_precision(spec.module, spec.precision)
         program = _trace(spec)
         settle_shapes(program.model)
         shapes = {
             name: tensor.shape for name, tensor in [*spec.signature.inputs.items(), *spec.signature.outputs.items()]
         }
         save_graph(program.model, folder / file, shapes)
+        # torch's exporter keeps the module's graph and weights, so they are emptied: the next model needs the room.
+        for value in program.model.graph.initializers.values():
+            value.const_value = None
+        for weight in spec.module.parameters():
+            weight.data = weight.new_empty(0)
     manifest = {
         "file": file,
         "inputs": {name: tensor.to_dict() for name, tensor in spec.signature.inputs.items()},
@@ -147,14 +157,14 @@ class Expected:
 
 
 def expect(spec: GraphExport) -> Expected:
-    """What PyTorch computes for each of ``spec.checks``."""
+    """What PyTorch computes for each of ``spec.checks``, in float32."""
     reference = spec.module if spec.reference is None else spec.reference
     rng, cases = np.random.default_rng(1), []
     for dims in spec.checks:
         arrays = spec.fresh_inputs(rng, dims)
         _check_inputs(spec, arrays, dims)
         with torch.inference_mode():
-            result = reference(*(_like_reference(arrays[name], spec) for name in spec.signature.inputs))
+            result = reference(*(_wide(arrays[name]) for name in spec.signature.inputs))
         tensors = (result,) if isinstance(result, torch.Tensor) else tuple(result)
         outputs = {name: one.numpy() for name, one in zip(spec.signature.outputs, tensors, strict=True)}
         cases.append(Case(dims, arrays, outputs))
@@ -230,10 +240,7 @@ def _compare(expected: Expected, path: Path) -> dict[str, Parity]:
     outputs = expected.signature.outputs
     errors, largest = dict.fromkeys(outputs, 0.0), dict.fromkeys(outputs, 1.0)
     graph = GraphSpec(expected.name, path, *expected.signature)
-    with (
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=".simulated-") as simulated,
-        open_graph(simulated_graph(graph, Path(simulated)), "cpu") as session,
-    ):
+    with open_simulated(graph) as session:
         for case in expected.cases:
             session.reshape(**case.dims)
             for name, array in case.inputs.items():
@@ -249,10 +256,10 @@ def _compare(expected: Expected, path: Path) -> dict[str, Parity]:
     return {name: Parity(errors[name], expected.bounds[name] * largest[name]) for name in outputs}
 
 
-def _like_reference(array: Array, spec: GraphExport) -> torch.Tensor:
-    """A float32 reference takes its key/value caches in float32."""
+def _wide(array: Array) -> torch.Tensor:
+    """An input as the float32 reference takes it: key/value caches in float32, too."""
     tensor = torch.from_numpy(array)
-    return tensor.float() if spec.reference is not None and tensor.dtype == torch.float16 else tensor
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def _check_inputs(spec: GraphExport, arrays: Mapping[str, Array], dims: Dims) -> None:

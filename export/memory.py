@@ -1,11 +1,25 @@
-"""Peak memory of a stretch of work, measured by looking at the process now and then."""
+"""The memory of this process: its peak over a stretch of work, and giving back what is free."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import threading
 from types import TracebackType
 
 import psutil
+
+
+def give_back() -> None:
+    """Return the memory of what is no longer used to the system, where the C library can, as glibc.
+
+    Models hold cycles, and the C library keeps what one of many weights took for the next, whose weights are of other
+    sizes.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class PeakMemory:

@@ -65,7 +65,8 @@ def export(source, folder, precision):
     model = SimpleNamespace(caption=spec, precision=precision, latents=LatentSpec(4, 8, 8, 1, 8, 8, 8), **others)
     contract = signatures(model)
     graphs = {
-        name: export_graph(make(parts, contract[name], precision), folder).manifest for name, make in GRAPHS.items()
+        name: export_graph(make(load_blip(source), contract[name], precision), folder).manifest
+        for name, make in GRAPHS.items()
     }
     (folder / "tokenizers").mkdir()
     caption_tokenizer(parts).save(str(folder / "tokenizers" / "caption.json"))

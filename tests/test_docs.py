@@ -36,6 +36,10 @@ NOT_RUN = {
     f'dnp generate "an astronaut riding a horse" --bundle {BUNDLE} --backend tensorrt-rtx': "a GPU",
     "dnp serve": "a process that stays: tests/test_serve_command.py",
     "dnp bench-serve": "a server: tests/test_load.py",
+    "apt-get install": "root",
+    "native/get-headers.sh": "the network",
+    "cmake": "minutes, and tests/test_native.py, which builds",
+    "dnp-native": "a build: tests/test_native.py",
     "python benchmarks/quality/quality.py": "a CLIP model: tests/test_quality.py runs it with one of random weights",
 }
 

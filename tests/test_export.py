@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from dnp.engine import Bundle, GraphSpec, open_graph, open_session
+from dnp.engine.backends.onnxruntime.session import OrtSession
 from dnp.engine.bundle import columns
 from dnp.engine.bundle.contract import signatures
 from dnp.engine.bundle.manifest import GuidanceSpec
@@ -25,6 +26,7 @@ from dnp.export.bundle import STAGES, export_bundle
 from dnp.export.families import stable_diffusion
 from dnp.export.families.source import FAMILIES, _read_scheduler, read_source
 from dnp.export.families.tokenizer import PROBES
+from dnp.export.fp16 import simulation
 from dnp.export.graph import export_graph
 from dnp.export.passes import onnx_file
 from dnp.runtime.sampling.samplers import sampler_table
@@ -349,6 +351,28 @@ def test_large_weights_lie_beside_the_graph(bundle, tiny_sd_folder, tmp_path, mo
     operators = [node.op_type for node in onnx_ir.load(tmp_path / "graphs/decode_latents.onnx").graph]
     assert "MultiHeadAttention" in operators and "Softmax" not in operators  # written twice, the weights once
     assert data.stat().st_size > 0.8 * record.bytes
+
+
+def test_an_fp16_export_has_its_weights_once_on_disk_and_lets_its_module_go(
+    bundle, tiny_sd_folder, tmp_path, monkeypatch
+):
+    """Also while the graph is compared, for which it computes in float32."""
+    monkeypatch.setattr(onnx_file, "EXTERNAL_ABOVE", 1000)
+    spec = stable_diffusion.decode_latents(read_source(tiny_sd_folder), signatures(bundle)["decode_latents"], "fp16")
+    weights, seen = list(spec.module.parameters()), {}
+
+    class Session(OrtSession):
+        def __init__(self, *arguments, **settings):
+            seen.update({path.name: path.stat().st_size for path in (tmp_path / "graphs").iterdir()})
+            super().__init__(*arguments, **settings)
+
+    monkeypatch.setattr(simulation, "OrtSession", Session)
+    export_graph(spec, tmp_path)
+    assert sum(weight.numel() for weight in weights) == 0
+    own = {"decode_latents.onnx", "decode_latents.onnx.data"}
+    assert {path.name for path in (tmp_path / "graphs").iterdir()} == own
+    (graph,) = set(seen) - own
+    assert seen[graph] < seen["decode_latents.onnx.data"]
 
 
 def test_the_manifest_and_the_report_hold_what_was_measured(tiny_export, bundle):

@@ -10,12 +10,17 @@ import pytest
 import torch
 
 from dnp.engine import Bundle, open_session
+from dnp.engine.bundle.contract import signatures
+from dnp.engine.bundle.manifest import GraphSpec
 from dnp.export.bundle import export_bundle
 from dnp.export.families import blip
-from dnp.export.families.stable_diffusion import guidance_embedding
+from dnp.export.families.source import read_source
+from dnp.export.families.stable_diffusion import GRAPHS, guidance_embedding
 from dnp.export.fp16.float32 import half_values
 from dnp.export.fp16.ranges import RangeCheck
 from dnp.export.fp16.regions import REGIONS, outside_regions
+from dnp.export.fp16.simulation import SimulatedBackend
+from dnp.export.graph import export_graph
 from dnp.runtime.pipeline.conditioning import Conditioner
 from dnp.runtime.sampling.denoise import Denoiser, Sample
 from dnp.runtime.sampling.samplers import sampler_table
@@ -74,10 +79,24 @@ def their_latents(folder, sampler, prompts, negatives, guidance, height, width, 
     ).images.numpy()
 
 
-def our_latents(bundle, sampler, prompts, negatives, w, height, width, **settings):
+def their_dns_latents(folder, bundle, sampler, s, height, width):
+    """The empty prompt in the place of the prompt, and the prompt in the place of the negative one, at s + 1."""
+    if bundle.text.empty == "encoded":
+        return their_latents(folder, sampler, ["", ""], PROMPTS, s + 1, height, width)
+    # Zeros, which the pipeline gives to a negative prompt alone, so they are given to it.
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    prompt, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    given = {
+        "prompt_embeds": torch.zeros_like(prompt), "pooled_prompt_embeds": torch.zeros_like(pooled),
+        "negative_prompt_embeds": prompt, "negative_pooled_prompt_embeds": pooled,
+    }  # fmt: skip
+    return their_latents(folder, sampler, None, None, s + 1, height, width, **given)
+
+
+def our_latents(bundle, sampler, prompts, negatives, w, height, width, opened=open_session, **settings):
     table = sampler_table(NoiseSchedule.from_config(bundle.schedule), sampler, STEPS, w, **settings)
     scale = bundle.latents.vae_scale_factor
-    with open_session(bundle, "encode_text") as encode, open_session(bundle, "denoise") as session:
+    with opened(bundle, "encode_text") as encode, opened(bundle, "denoise") as session:
         denoiser = Denoiser(session)
         sizes = {"height": height // scale, "width": width // scale, "tokens": bundle.text.length}
         denoiser.open(len(SEEDS), steps=len(table.rows), noise_steps=len(table.noise_steps), **sizes)
@@ -112,21 +131,38 @@ def test_guidance_without_a_negative_prompt_ends_at_the_pipelines_latents(export
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_dns_is_the_swapped_pair_at_s_plus_one(exported, name):
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_dns_is_the_swapped_pair_at_s_plus_one(exported, name, height, width):
     source, bundle = exported(name)
     sampler, s = OF_FAMILY[name], 2.5
-    extra = {}
-    if bundle.text.empty == "zeros":  # which the pipeline gives to a negative prompt alone, so they are given to it
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source)
-        prompt, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
-        extra = {
-            "prompt_embeds": torch.zeros_like(prompt), "pooled_prompt_embeds": torch.zeros_like(pooled),
-            "negative_prompt_embeds": prompt, "negative_pooled_prompt_embeds": pooled,
-        }  # fmt: skip
-    texts = (None, None) if extra else (["", ""], PROMPTS)
-    theirs = their_latents(source, sampler, *texts, s + 1, 24, 40, **extra)
-    ours = our_latents(bundle, sampler, PROMPTS, ["", ""], -s, 24, 40)
+    theirs = their_dns_latents(source, bundle, sampler, s, height, width)
+    ours = our_latents(bundle, sampler, PROMPTS, ["", ""], -s, height, width)
     assert np.abs(ours - theirs).max() <= 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd2", "bk-sdm", "ssd"])
+def test_fp16_graphs_end_near_the_float32_pipelines_latents(exported, name, tmp_path):
+    """Guidance and DNS, as a GPU would round them; what XL needs in fp16 is tested below."""
+    source, bundle = exported(name)
+    sampler, s = OF_FAMILY[name], 2.5
+    backend, half = SimulatedBackend(tmp_path), {}
+    for stage in ("encode_text", "denoise"):
+        signature = signatures(bundle)[stage]
+        record = export_graph(GRAPHS[stage](read_source(source), signature, "fp16"), tmp_path)
+        half[stage] = GraphSpec(stage, tmp_path / record.manifest["file"], *signature)
+        assert half_values(onnx_ir.load(half[stage].path))
+
+    def opened(bundle, stage):
+        return backend.session(half[stage])
+
+    for size in SIZES:
+        guided = their_latents(source, sampler, PROMPTS, NEGATIVES, 5.0, *size)
+        ours = our_latents(bundle, sampler, PROMPTS, NEGATIVES, 5.0, *size, opened)
+        assert 0 < np.abs(ours - guided).max() < 0.02 * np.abs(guided).max()
+        dns = their_dns_latents(source, bundle, sampler, s, *size)
+        ours = our_latents(bundle, sampler, PROMPTS, ["", ""], -s, *size, opened)
+        assert 0 < np.abs(ours - dns).max() < 0.02 * np.abs(dns).max()
 
 
 def test_prompts_of_several_windows_are_encoded_window_by_window(exported):

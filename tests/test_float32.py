@@ -71,10 +71,14 @@ def evaluate(model):
 
 
 def test_a_twin_has_the_same_names_and_no_fp16(small):
-    before = names_of(small)
+    nodes, signatures, weights = names_of(small)
     assert half_values(small) == [*"cmpsgrh"]
     widen(small)
-    assert names_of(small) == before
+    wide = {name: f"{name}.float32" for name in weights}
+    casts = [("Cast", [name], [wide[name]]) for name in weights]
+    nodes = [(operator, [wide.get(name, name) for name in taken], made) for operator, taken, made in nodes]
+    found, *others = names_of(small)
+    assert (sorted(found), others) == (sorted([*casts, *nodes]), [signatures, weights])
     assert half_values(small) == []
     assert [np.isfinite(output).all() for output in evaluate(small)] == [True, True]
 

@@ -19,7 +19,7 @@ from dnp.engine.bundle.contract import Signature
 from dnp.engine.errors import ExportError
 from dnp.export.families.blip_modules import CaptionStep, EncodeImage, OriginalDecoder, OriginalEncoder
 from dnp.export.files import check_settings_files, find_weights
-from dnp.export.fp16.precision import Precision, in_precision
+from dnp.export.fp16.precision import Precision
 from dnp.export.graph import Array, Dims, GraphExport
 from dnp.export.loading import load_model, warnings_refused
 from dnp.runtime.captioning.resize import resize_matrices
@@ -104,7 +104,6 @@ def caption_tokenizer(parts: BlipParts) -> Tokenizer:
 def encode_image(parts: BlipParts, signature: Signature, precision: Precision) -> GraphExport:
     """The vision transformer's graph, compared with transformers' own forward pass in float32."""
     model, exact = parts.model, precision == "fp32"
-    half = in_precision(model, precision)
     size = model.config.vision_config.image_size
 
     def images(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
@@ -118,7 +117,7 @@ def encode_image(parts: BlipParts, signature: Signature, precision: Precision) -
 
     return GraphExport(
         name="encode_image",
-        module=EncodeImage(half.vision_model, half.text_decoder, parts.mean, parts.std).eval(),
+        module=EncodeImage(model.vision_model, model.text_decoder, parts.mean, parts.std).eval(),
         signature=signature,
         fresh_inputs=images,
         example={"batch": 2, "image_height": size + 8, "image_width": size + 16},
@@ -128,6 +127,7 @@ def encode_image(parts: BlipParts, signature: Signature, precision: Precision) -
             {"batch": 3, "image_height": size, "image_width": size},
         ],
         bounds=dict.fromkeys(signature.outputs, 1e-3 if exact else 0.05),
+        precision=precision,
         reference=OriginalEncoder(model.vision_model, model.text_decoder, parts.mean, parts.std).eval(),
     )
 
@@ -135,7 +135,6 @@ def encode_image(parts: BlipParts, signature: Signature, precision: Precision) -
 def caption_step(parts: BlipParts, signature: Signature, precision: Precision) -> GraphExport:
     """The caption decoder's graph, compared with transformers' own forward pass in float32."""
     model, exact = parts.model, precision == "fp32"
-    half = in_precision(model, precision)
     vocab, eos = model.config.text_config.vocab_size, model.config.text_config.sep_token_id
 
     def states(rng: np.random.Generator, dims: Dims) -> dict[str, Array]:
@@ -157,12 +156,13 @@ def caption_step(parts: BlipParts, signature: Signature, precision: Precision) -
     whole = {"next_tokens": 0.0 if exact else float(vocab), "next_position": 0.0}
     return GraphExport(
         name="caption_step",
-        module=CaptionStep(half.text_decoder, eos).eval(),
+        module=CaptionStep(model.text_decoder, eos).eval(),
         signature=signature,
         fresh_inputs=states,
         example={"sequences": 6, "images": 2},
         checks=[{"sequences": rows, "images": count} for rows, count in ((6, 2), (1, 1), (4, 4), (5, 1))],
         bounds={name: whole.get(name, 1e-3 if exact else 0.05) for name in signature.outputs},
+        precision=precision,
         reference=OriginalDecoder(model.text_decoder, eos).eval(),
     )
 

@@ -23,7 +23,7 @@ from dnp.export.families.any_size import take_any_size
 from dnp.export.families.guidance import combine
 from dnp.export.families.lora import check_fit, merge
 from dnp.export.families.source import Source
-from dnp.export.fp16.precision import Precision, dtype_of, in_precision
+from dnp.export.fp16.precision import Precision, dtype_of
 from dnp.export.graph import Array, Dims, GraphExport
 from dnp.export.loading import load_model, warnings_refused
 
@@ -178,13 +178,13 @@ def encode_text(source: Source, signature: Signature, precision: Precision) -> G
 
     return GraphExport(
         name="encode_text",
-        module=in_precision(module, precision),
+        module=module,
         signature=signature,
         fresh_inputs=fresh,
         example={"batch": 3, "tokens": 2 * source.length},
         checks=[{"batch": 3, "tokens": source.length}, {"batch": 1, "tokens": 3 * source.length}],
         bounds=dict.fromkeys(signature.outputs, BOUNDS["encode_text"][precision]),
-        reference=None if precision == "fp32" else module,
+        precision=precision,
         multiples={"tokens": source.length},
     )
 
@@ -220,7 +220,7 @@ def denoise(source: Source, signature: Signature, precision: Precision) -> Graph
     own = {"tokens": length, "height": source.height, "width": source.width}
     return GraphExport(
         name="denoise",
-        module=in_precision(module, precision),
+        module=module,
         signature=signature,
         fresh_inputs=fresh,
         example={"places": 2, "rows": 5, "steps": 3, "noise_steps": 2, "tokens": 2 * length, "height": 16, "width": 18},
@@ -229,7 +229,7 @@ def denoise(source: Source, signature: Signature, precision: Precision) -> Graph
             {"places": 1, "rows": 1, "steps": 1, "noise_steps": 1, **own},
         ],
         bounds={name: 0 if tensor.dtype == "int64" else bound for name, tensor in signature.outputs.items()},
-        reference=None if precision == "fp32" else module,
+        precision=precision,
         multiples={"tokens": length},
         # From 64 rows on, diffusers makes a copy for the sake of an old CUDA bug; torch takes a size of 1 for fixed.
         traced={"rows": (1, 63), "height": (least, 1 << 16), "width": (least, 1 << 16)},
@@ -250,7 +250,7 @@ def decode_latents(source: Source, signature: Signature, precision: Precision) -
 
     return GraphExport(
         name="decode_latents",
-        module=in_precision(module, precision),
+        module=module,
         signature=signature,
         fresh_inputs=fresh,
         example={"places": 3, "batch": 2, "height": 8, "width": 8},
@@ -259,7 +259,7 @@ def decode_latents(source: Source, signature: Signature, precision: Precision) -
             {"places": 1, "batch": 1, "height": source.height, "width": source.width},
         ],
         bounds=dict.fromkeys(signature.outputs, BOUNDS["decode_latents"][precision]),
-        reference=None if precision == "fp32" else module,
+        precision=precision,
     )
 
 

@@ -46,13 +46,16 @@ def half_values(model: ir.Model) -> list[str]:
 def widen(model: ir.Model) -> None:
     """Make an fp16 graph compute in float32 from end to end: every name, node and number stays, fp16 becomes float32.
 
-    The weights are those of the fp16 graph, so what a reference computes differs from it by arithmetic alone.
+    The weights are those of the fp16 graph, so what a reference computes differs from it by arithmetic alone. They stay
+    where they are stored, in fp16, and are cast: a large model is not read for that.
     """
+    first = model.graph[0]
     for value in model.graph.initializers.values():
-        if value.const_value is not None and value.const_value.dtype == HALF:
-            wide = value.const_value.numpy().astype(np.float32)
-            value.const_value = ir.tensor(wide, name=value.name)
-            value.type = ir.TensorType(SINGLE)
+        if value.dtype == HALF:
+            users = list(value.uses())
+            single = _cast(model.graph, value, SINGLE, f"{value.name}.float32", before=first)
+            for user, index in users:
+                user.replace_input_with(index, single)
     for node in model.graph:
         for name, attribute in list(node.attributes.items()):
             if attribute.type == ir.AttributeType.INT and name in _DTYPE_ATTRIBUTES and attribute.as_int() == HALF:

@@ -5,7 +5,6 @@ TensorRT 11 and TensorRT-RTX build strongly typed networks: the precision is wha
 
 from __future__ import annotations
 
-import copy
 from typing import Literal, TypeVar, get_args
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from dnp.engine.errors import ExportError
+from dnp.export.memory import give_back
 
 Precision = Literal["fp32", "fp16"]
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -49,15 +49,15 @@ def check_precision(precision: str) -> Precision:
 
 
 def in_precision(module: AnyModule, precision: Precision) -> AnyModule:
-    """``module`` itself for ``fp32``; for ``fp16`` a copy in half precision with float32 normalisations.
+    """``module`` itself, float32 until now: for ``fp16`` it is put in half precision with float32 normalisations.
 
-    ``module`` is float32 and is left as it was: it stays the reference of the fp16 graph. Raises ExportError for a
+    One weight after the other is replaced, so that the model takes no memory besides its own. Raises ExportError for a
     weight that fp16 cannot hold, and for a normalisation that is not known.
     """
     if precision == "fp32":
         return module
-    halved = {id(p): nn.Parameter(p.half(), requires_grad=False) for p in module.parameters()}
-    half = copy.deepcopy(module, halved).half()  # without a second copy in float32 on the way
+    half = module.half()
+    give_back()
     for name, weight in half.named_parameters():
         if not torch.isfinite(weight).all():
             raise ExportError(f"the weight {name} goes beyond the 65,504 of fp16; use precision fp32")

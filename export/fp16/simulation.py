@@ -7,14 +7,15 @@ reference with an explicit rounding of every value that is fp16: each node sums 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 
-from dnp.engine.backends.onnxruntime.session import OrtSession
-from dnp.engine.backends.session import Backend, BackendOptions
+from dnp.engine.backends.onnxruntime.session import OrtSession, cpu_settings, import_onnxruntime
+from dnp.engine.backends.session import Backend, BackendOptions, Session
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.bundle.manifest import GraphSpec
 from dnp.engine.bundle.tensors import TensorSpec
@@ -35,6 +36,26 @@ def simulated_graph(graph: GraphSpec, folder: Path) -> GraphSpec:
     widen(model)
     round_values(model, names)
     return write_reference(model, graph, folder / f"{graph.name}-simulated.onnx")
+
+
+@contextmanager
+def open_simulated(graph: GraphSpec) -> Iterator[Session]:
+    """A session of ``graph`` on the processor, an fp16 graph in simulated fp16, in little memory.
+
+    Its file lies beside the graph meanwhile, so that both have the same weights beside them; they are read as nodes
+    ask for them, which takes longer than to hold them as ONNX Runtime would lay them out, in float32.
+    """
+    simulated = simulated_graph(graph, graph.path.parent)
+    options = BackendOptions()
+    settings = cpu_settings(import_onnxruntime(), options)
+    if simulated is not graph:
+        settings.graph_optimization_level = import_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        with OrtSession(simulated, options, settings=settings) as session:
+            yield session
+    finally:
+        if simulated is not graph:
+            simulated.path.unlink()
 
 
 def write_reference(model: ir.Model, graph: GraphSpec, path: Path) -> GraphSpec:

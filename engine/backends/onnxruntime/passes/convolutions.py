@@ -15,6 +15,7 @@ from dnp.engine.backends.onnxruntime.passes.patterns import (
     TO_LAST,
     Writer,
     constant,
+    image_shape,
     is_biased_convolution,
     is_constant,
     maker,
@@ -91,10 +92,10 @@ def repeat_channels_last(model: ir.Model) -> int:
     def rewrite(resize: ir.Node) -> None:
         require(resize.attributes.get_string("mode", "nearest") == "nearest")
         source, result = resize.inputs[0], resize.outputs[0]
-        _, channels, height, width = shape(source, 4)
-        _, same, tall, wide = shape(result, 4)
-        known = (channels, height, width, same, tall, wide)
-        require(source.dtype == HALF and all(isinstance(size, int) for size in known) and channels == same)
+        _, channels, height, width = image_shape(source)
+        _, same, tall, wide = image_shape(result)
+        assert source is not None
+        require(source.dtype == HALF and channels == same)
         require(tall % height == 0 and wide % width == 0)
         how = [resize.attributes.get_string(name, usual) for name, usual in _REPEATS.items()]
         require(tuple(how) in (("asymmetric", "floor"), ("half_pixel", "round_prefer_floor")))
@@ -114,8 +115,7 @@ _REPEATS = {"coordinate_transformation_mode": "half_pixel", "nearest_mode": "rou
 
 def as_tokens(write: Writer, image: ir.Value | None) -> ir.Value:
     """``[B, C, h, w]`` as ``[B, h·w, C]``."""
-    batch, channels, height, width = shape(image, 4)
-    require(all(isinstance(size, int) for size in (channels, height, width)))
+    batch, channels, height, width = image_shape(image)
     assert image is not None
     moved = write.transposed(image, TO_LAST)
     tokens: ir.Value = write("Reshape", [moved, write.weight(np.array([0, height * width, channels]), "tokens")])
@@ -145,13 +145,12 @@ def convolutions_to_products(model: ir.Model) -> int:
         require(convolution.attributes.get_string("auto_pad", "NOTSET") == "NOTSET")
         source = convolution.inputs[0]
         require(convolution.outputs[0].dtype == HALF)
-        _, channels, height, width = shape(source, 4)
-        require(all(isinstance(size, int) for size in (channels, height, width)))
+        _, channels, height, width = image_shape(source)
         after = user(convolution.outputs[0], "Transpose")
         require(order(after) == TO_LAST)
         result = after.outputs[0]
         _, _, _, made = shape(after.outputs[0], 4)
-        tokens = int(height) * int(width)
+        tokens = height * width
         write = Writer(convolution)
         if _is_from_tokens(source):
             value = maker(maker(source, "Transpose").inputs[0], "Reshape").inputs[0]
@@ -161,7 +160,7 @@ def convolutions_to_products(model: ir.Model) -> int:
             require(shape(flat.outputs[0], 3)[1:] == [tokens, made])
             result = flat.outputs[0]
             value = as_tokens(write, source)
-        weights = constant(convolution.inputs[1]).reshape(made, channels).T
+        weights = constant(convolution.inputs[1]).reshape(-1, channels).T
         product = write("MatMul", [value, write.weight(weights, "weights")])
         product.type, product.shape = result.type, ir.Shape([shape(source, 4)[0], tokens, made])
         if len(convolution.inputs) == 3:

@@ -89,6 +89,13 @@ def shape(value: ir.Value | None, rank: int) -> list[int | str]:
     return [size for size in sizes if size is not None]
 
 
+def image_shape(value: ir.Value | None) -> tuple[int | str, int, int, int]:
+    """The shape ``[B, C, h, w]`` of ``value``, in which all but B are numbers."""
+    batch, channels, height, width = shape(value, 4)
+    require(isinstance(channels, int) and isinstance(height, int) and isinstance(width, int))
+    return batch, int(channels), int(height), int(width)
+
+
 def operands(node: ir.Node, wanted: Callable[[ir.Value], bool]) -> tuple[ir.Value, ir.Value]:
     """The operand of a commutative node that is ``wanted``, and the other one; the first when both are."""
     require(len(node.inputs) == 2 and None not in node.inputs)

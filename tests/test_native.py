@@ -1,0 +1,799 @@
+"""The C++ library against the Python package: part by part through ``dnp-probe``, and whole through its C interface."""
+
+import ctypes
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from test_tokenizers import PIECES, corpus
+from tokenizers import Tokenizer
+
+from dnp import Pipeline
+from dnp.engine.bundle.bundle import Bundle
+from dnp.engine.errors import BundleError, DnpError, SettingsError
+from dnp.runtime.captioning.resize import resize_matrices
+from dnp.runtime.job import resolve
+from dnp.runtime.pictures import read_settings
+from dnp.runtime.request import Request
+from dnp.runtime.sampling.noise import TorchNoise
+from dnp.runtime.sampling.samplers import sampler_names, sampler_table
+from dnp.runtime.sampling.schedule import read_schedule
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "native"
+BUNDLE = Bundle.default().path
+(ONNXRUNTIME,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.1.*")
+SCENE = "a large red circle left of a small blue square on a plain yellow background"
+
+
+def run(*command, **more):
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, **more)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="session")
+def built():
+    """The folder of a finished build."""
+    run("cmake", "-S", ".", "-B", BUILD, "-DCMAKE_BUILD_TYPE=Release")
+    run("cmake", "--build", BUILD, "--parallel", "2")
+    return BUILD / "native"
+
+
+@pytest.fixture(scope="session")
+def probe(built):
+    """A function that asks ``dnp-probe``: an answer, or the text of the error."""
+    process = subprocess.Popen(
+        [built / "tests" / "dnp-probe"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def ask(what, **question):
+        process.stdin.write(json.dumps({"ask": what, **question}) + "\n")
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+        if "error" in answer:
+            raise {2: SettingsError, 3: BundleError}.get(answer["code"], DnpError)(answer["error"])
+        return answer["value"]
+
+    with process:
+        yield ask
+        process.stdin.close()
+
+
+def floats(text):
+    return np.frombuffer(bytes.fromhex(text), ">f4").astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------ noise
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7, 2**31, 2**32 - 1, 2**32, 2**63 - 256])
+def test_noise_equals_pythons_to_the_bit(probe, seed):
+    counts = [4 * 64 * 64, 3, 17, 1, 100, 16, 5, 4 * 16 * 16]
+    generator = TorchNoise(seed)
+    for draw, count in zip(probe("noise", seed=seed, counts=counts), counts, strict=True):
+        np.testing.assert_array_equal(floats(draw).view(np.uint32), generator.randn((count,)).view(np.uint32))
+
+
+# ------------------------------------------------------------------------------------------------ sampler tables
+
+DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+SCHEDULES = [
+    {**DIFFUSION, "set_alpha_to_one": False, "timestep_spacing": "leading"},
+    {**DIFFUSION, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    {**DIFFUSION, "prediction_type": "sample", "beta_schedule": "linear", "variance_type": "fixed_large"},
+    {**DIFFUSION, "beta_schedule": "squaredcos_cap_v2", "final_sigmas_type": "sigma_min", "num_train_timesteps": 500},
+    {**DIFFUSION, "trained_betas": np.linspace(1e-4, 0.02, 1000).tolist(), "solver_order": 3, "euler_at_final": True},
+    {
+        **DIFFUSION,
+        "solver_order": 3,
+        "solver_type": "heun",
+        "lower_order_final": False,
+        "final_sigmas_type": "sigma_min",
+    },
+    {**DIFFUSION, "solver_order": 1, "solver_type": "bh1", "disable_corrector": [0, 3]},
+    {**DIFFUSION, "use_karras_sigmas": True},
+    {**DIFFUSION, "use_exponential_sigmas": True, "sigma_min": 0.1, "sigma_max": 12},
+    {**DIFFUSION, "use_beta_sigmas": True, "final_sigmas_type": "sigma_min"},
+    {**DIFFUSION, "use_lu_lambdas": True},
+    {**DIFFUSION, "interpolation_type": "log_linear", "timestep_scaling": 5.0, "original_inference_steps": 40},
+    {**DIFFUSION, "thresholding": True},
+    {**DIFFUSION, "use_karras_sigmas": True, "use_beta_sigmas": True},
+    {**FLOW, "shift": 3.0},
+    {**FLOW, "shift": 3.0, "use_karras_sigmas": True, "stochastic_sampling": True},
+    {**FLOW, "use_dynamic_shifting": True, "shift_terminal": 0.02},
+    {**FLOW, "use_dynamic_shifting": True, "time_shift_type": "linear", "solver_order": 3},
+    {"prediction_type": "flow_prediction", "flow_shift": 5.0, "solver_type": "bh1"},
+]
+
+
+def table_of(config, sampler, steps, guidance, size, **settings):
+    return sampler_table(read_schedule(config).sized(*size), sampler, steps, guidance, **settings)
+
+
+def tables_agree(probe, config, sampler, steps, guidance, size=(64, 48), **settings):
+    """Whether there is a table; both sides have the same one, or none."""
+    asked = {name: value for name, value in settings.items() if value is not None}
+
+    def native():
+        return probe("table", schedule=config, size=size, sampler=sampler, steps=steps, guidance=guidance, **asked)
+
+    try:
+        expected = table_of(config, sampler, steps, guidance, size, **settings)
+    except SettingsError:
+        with pytest.raises(SettingsError):
+            native()
+        return False
+    found = native()
+    rows = floats(found["rows"]).reshape(expected.rows.shape)
+    np.testing.assert_allclose(
+        rows, expected.rows, rtol=2e-6, atol=2e-7, err_msg=f"{config} {sampler} {steps} {settings}"
+    )
+    assert found["roles"] == [list(roles) for roles in expected.roles]
+    assert found["noise_steps"] == len(expected.noise_rows)
+    assert found["init_noise_sigma"] == pytest.approx(expected.init_noise_sigma, rel=1e-7)
+    return True
+
+
+@pytest.mark.parametrize(
+    "config", SCHEDULES, ids=lambda config: "-".join(str(v)[:12] for v in list(config.values())[-2:])
+)
+def test_tables_equal_pythons(probe, config):
+    agreed = [
+        tables_agree(probe, config, sampler, steps, [1.5] * steps, spacing=spacing)
+        for sampler, steps, spacing in product(
+            sampler_names(), [1, 2, 3, 4, 5, 10, 14, 15, 20, 25, 50, 61], [None, "leading", "linspace", "trailing"]
+        )
+    ]
+    refused = config.get("thresholding") or (config.get("use_karras_sigmas") and config.get("use_beta_sigmas"))
+    assert any(agreed) or refused
+
+
+def test_tables_of_guidance_equal_pythons(probe):
+    config = SCHEDULES[0]
+    for guidance in ([0.0] * 4, [1.0] * 4, [-1.0] * 4, [7.5, 1.0, 0.0, -2.0]):
+        for methods in (
+            {},
+            {"rescale": 0.7, "zero_star": 1.0},
+            {"perp_neg": 1.25},
+            {"norm_limit": 5.0, "parallel": 0.5},
+        ):
+            assert tables_agree(probe, config, "ddim", 4, guidance, methods=methods, embedded=3.5, eta=0.5)
+    for refused in ({"rescale": 1.5}, {"rescal": 0.5}, {"parallel": -1.0}):
+        assert not tables_agree(probe, config, "ddim", 4, [1.5] * 4, methods=refused)
+    assert not tables_agree(probe, config, "ddim", 4, [1.5] * 3)
+    assert not tables_agree(probe, config, "ddim", 0, [])
+    assert not tables_agree(probe, config, "ddim", 1001, [1.5] * 1001)
+    assert not tables_agree(probe, config, "euler", 4, [1.5] * 4, eta=0.5)
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers
+
+
+def encoded(tokenizer, texts):
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def tokenizers_agree(probe, file, texts):
+    expected, found = encoded(Tokenizer.from_file(str(file)), texts), probe("encode", file=str(file), texts=texts)
+    wrong = [(text, a, b) for text, a, b in zip(texts, expected, found, strict=True) if a != b]
+    assert not wrong, wrong[:3]
+
+
+@pytest.mark.parametrize("name", ["prompt", "caption"])
+def test_every_character_gets_pythons_ids(probe, name):
+    file = BUNDLE / "tokenizers" / f"{name}.json"
+    points = [chr(point) for point in range(1, 0x110000) if not 0xD800 <= point < 0xE000]
+    texts = ["a" + "e".join(points[start : start + 64]) for start in range(0, len(points), 64)]
+    tokenizers_agree(probe, file, texts)
+
+
+@pytest.mark.parametrize("name", ["prompt", "caption"])
+def test_random_texts_get_pythons_ids(probe, name):
+    tokenizers_agree(probe, BUNDLE / "tokenizers" / f"{name}.json", corpus(10_000))
+
+
+def test_random_marks_are_put_in_order_as_python_does(probe):
+    rng = random.Random(5)
+    marks = [
+        chr(c)
+        for c in (*range(0x300, 0x370), *range(0x591, 0x5C8), 0x1100, 0x1161, 0x11A8, 0xAC00, 0x345, 0x9C7, 0x9BE)
+    ]
+    letters = ["a", "e", "Å", "ṩ", "\u1112", "\u09c7", "क", "\u0344", "\u212b", "ﬁ"]
+    texts = ["".join(rng.choices(letters + marks, k=rng.randint(1, 12))) for _ in range(3000)]
+    for name in ("prompt", "caption"):
+        tokenizers_agree(probe, BUNDLE / "tokenizers" / f"{name}.json", texts)
+
+
+def changed_tokenizer(folder, name, change):
+    contents = json.loads((BUNDLE / "tokenizers" / f"{name}.json").read_text())
+    change(contents)
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(contents))
+    return file
+
+
+def test_added_tokens_of_every_kind_get_pythons_ids(probe, tmp_path):
+    def change(contents):
+        token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        for number, more in enumerate(({}, {"normalized": True}, {"lstrip": True}, {"rstrip": True, "special": True})):
+            contents["added_tokens"].append({**token, "id": 591 + number, "content": f"<Toy{number}>", **more})
+        contents["added_tokens"] += [
+            {**token, "id": 595, "content": "<Toy"},
+            {**token, "id": 596, "content": "!", "normalized": True},
+        ]
+
+    file = changed_tokenizer(tmp_path, "prompt", change)
+    rng = random.Random(3)
+    pieces = [*PIECES, "<Toy0>", "<toy1>", "<TOY1>", "  <Toy2>", "<Toy3>   ", "<Toy", "!", "<Toy2><Toy3>"]
+    tokenizers_agree(probe, file, ["".join(rng.choices(pieces, k=rng.randint(1, 20))) for _ in range(3000)])
+
+
+def test_captions_are_spelled_as_python_does(probe, tmp_path):
+    decoder = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    clean_up = [
+        {"type": "Replace", "pattern": {"String": " n't"}, "content": "n't"},
+        {"type": "Replace", "pattern": {"String": " ."}, "content": "."},
+    ]
+
+    def change(contents):
+        contents["decoder"] = {"type": "Sequence", "decoders": [decoder, {"type": "Fuse"}, *clean_up]}
+
+    rng = random.Random(1)
+    ids = [[rng.randrange(140) for _ in range(rng.randint(0, 20))] for _ in range(500)]
+    for file in (BUNDLE / "tokenizers" / "caption.json", changed_tokenizer(tmp_path, "caption", change)):
+        tokenizer = Tokenizer.from_file(str(file))
+        assert probe("decode", file=str(file), ids=ids) == [
+            tokenizer.decode(row, skip_special_tokens=True) for row in ids
+        ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.pop("model"),
+        lambda c: c["model"].update(type="Unigram"),
+        lambda c: c["model"].update(dropout=0.1),
+        lambda c: c["model"].update(merges=[["a", "no such token"]]),
+        lambda c: c["model"].update(vocab={"a": -1}),
+        lambda c: c["normalizer"].update(type="NFKC"),
+        lambda c: c["normalizer"]["normalizers"][1]["pattern"].update(Regex=r"\w+"),
+        lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(invert=False),
+        lambda c: c["added_tokens"][0].update(single_word=True),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(probe, tmp_path, change):
+    with pytest.raises(BundleError, match="no tokenizer that libdnp can read"):
+        probe("encode", file=str(changed_tokenizer(tmp_path, "prompt", change)), texts=["a"])
+
+
+# ------------------------------------------------------------------------------------------------ images in
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [(64, 64), (65, 64), (512, 384), (1000, 64), (3, 64), (1, 7), (383, 384)]
+)
+def test_resize_weights_equal_pythons(probe, source, target):
+    _, expected = resize_matrices(source, source, target)
+    np.testing.assert_array_equal(
+        floats(probe("resize", source=source, target=target)).reshape(target, source), expected
+    )
+
+
+# ------------------------------------------------------------------------------------------------ bundles
+
+
+@pytest.fixture
+def copied(tmp_path):
+    return Path(shutil.copytree(BUNDLE, tmp_path / "bundle"))
+
+
+def both_refuse(probe, folder):
+    with pytest.raises(BundleError):
+        Bundle.open(folder)
+    with pytest.raises(BundleError) as refused:
+        probe("bundle", folder=str(folder))
+    return str(refused.value)
+
+
+def test_a_bundle_has_pythons_fingerprint(probe):
+    assert probe("bundle", folder=str(BUNDLE)) == Bundle.default().fingerprint
+
+
+def test_a_bundle_with_any_byte_changed_is_refused(probe, copied):
+    rng = random.Random(2)
+    files = [path for path in copied.rglob("*") if path.is_file()]
+    for file in files:
+        whole = file.read_bytes()
+        for place in sorted(rng.sample(range(64 if file.suffix == ".sha256" else len(whole)), 12)):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << rng.randrange(8)
+            file.write_bytes(damaged)
+            both_refuse(probe, copied)
+        for damaged in (whole[:-1], whole + b"\n", b"", b"version https://git-lfs.github.com/spec/v1\n"):
+            if file.suffix == ".sha256" and len(damaged) >= 64:
+                continue  # what follows the digits is not read
+            file.write_bytes(damaged)
+            both_refuse(probe, copied)
+        file.unlink()
+        both_refuse(probe, copied)
+        file.write_bytes(whole)
+    assert probe("bundle", folder=str(copied))
+
+
+def changes(value, path=()):
+    """Places in a JSON value, with other values to put there."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield (*path, key), KeyError
+            yield from changes(entry, (*path, key))
+        yield (*path, "unknown"), 1
+    elif isinstance(value, list):
+        for number, entry in enumerate(value):
+            yield from changes(entry, (*path, number))
+    yield from ((path, other) for other in (None, True, -1, 0, 1.5, 10**30, "x", "../x", [], {}, [[1]]) if path)
+
+
+def test_manifests_are_refused_as_python_refuses_them(probe, copied):
+    manifest = json.loads((copied / "bundle.json").read_text())
+    shortened = {**manifest, "graphs": {name: manifest["graphs"][name] for name in ("decode_latents", "encode_text")}}
+    places = [place for place in changes(shortened) if place[0][0] != "graphs"] + list(
+        changes(manifest["graphs"]["decode_latents"], ("graphs", "decode_latents"))
+    )
+    for path, other in random.Random(4).sample(places, 400):
+        damaged = json.loads(json.dumps(manifest))
+        *inner, last = path
+        at = damaged
+        for key in inner:
+            at = at[key]
+        if other is KeyError:
+            del at[last]
+        else:
+            at[last] = other
+        write_manifest(copied, damaged)
+        try:
+            expected = Bundle.open(copied).fingerprint
+        except BundleError:
+            both_refuse(probe, copied)
+        else:
+            assert probe("bundle", folder=str(copied)) == expected, (path, other)
+
+
+def write_manifest(folder, manifest):
+    import hashlib
+
+    raw = json.dumps(manifest).encode()
+    (folder / "bundle.json").write_bytes(raw)
+    (folder / "bundle.sha256").write_text(f"{hashlib.sha256(raw).hexdigest()}  bundle.json\n")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"null", b"[1, 2", b'{"schema": 3}', b'{"schema": 1}'],
+    ids=range(8),
+)
+def test_no_manifest_at_all_is_refused(probe, copied, raw):
+    (copied / "bundle.json").write_bytes(raw)
+    both_refuse(probe, copied)
+
+
+# ------------------------------------------------------------------------------------------------ requests
+
+REQUESTS = [
+    {"prompt": "", "negative": "a cat"},
+    {"prompt": ""},
+    {"prompt": "  "},
+    {"prompt": 7},
+    {"prompt": "a\0b"},
+    {"prompt": "a" * 100_001},
+    {"negative": "a"},
+    {"prompt": "a", "negative": ""},
+    {"prompt": "a", "negative": "b", "dnp": False},
+    {"prompt": "a", "dnp": 1},
+    {"prompt": "a", "sed": 1},
+    {"prompt": "a", "seed": -1},
+    {"prompt": "a", "seed": 2**63 - 256},
+    {"prompt": "a", "seed": 2**63 - 255},
+    {"prompt": "a", "seed": 1.0},
+    {"prompt": "a", "dns_seed": 2**64},
+    {"prompt": "a", "images": 257},
+    {"prompt": "a", "images": 256},
+    {"prompt": "a", "windows": 9},
+    {"prompt": "a", "height": 66},
+    {"prompt": "a", "height": 260},
+    {"prompt": "a", "height": 4, "width": 256},
+    {"prompt": "a", "sampler": "eulr"},
+    {"prompt": "a", "sampler": ""},
+    {"prompt": "a", "sampler": 3},
+    {"prompt": "a", "steps": 0},
+    {"prompt": "a", "steps": 1000},
+    {"prompt": "a", "steps": True},
+    {"prompt": "a", "guidance": [1.5]},
+    {"prompt": "a", "guidance": [1.5], "steps": 1},
+    {"prompt": "a", "guidance": [1, 2, "3"], "steps": 3},
+    {"prompt": "a", "guidance": 1e39},
+    {"prompt": "a", "dns_guidance": [1, 2, 3], "dns_steps": 3},
+    {"prompt": "a", "dns_steps": 3, "dns_sampler": "heun", "dns_spacing": "trailing", "dns_eta": 0.5},
+    {"prompt": "a", "eta": 0.5},
+    {"prompt": "a", "eta": 2},
+    {"prompt": "a", "eta": True},
+    {"prompt": "a", "spacing": "trailing"},
+    {"prompt": "a", "spacing": "even"},
+    {"prompt": "a", "embedded_guidance": 2},
+    {"prompt": "a", "embedded_guidance": 1},
+    {"prompt": "a", "methods": {"rescale": 0.5}},
+    {"prompt": "a", "methods": []},
+    {"prompt": "a", "compare": True, "beams": 3, "prefix": "a", "min_length": 4, "max_length": 20},
+]
+
+
+def nothing_less(value):
+    """JSON's view: 7 and 7.0 are the same number."""
+    return json.loads(json.dumps(value))
+
+
+@pytest.mark.parametrize("settings", REQUESTS, ids=range(len(REQUESTS)))
+def test_requests_are_resolved_or_refused_as_python_does(probe, settings):
+    bundle = Bundle.default()
+    try:
+        expected = resolve(Request.from_dict(settings), bundle, read_schedule(bundle.schedule)).request.to_dict()
+    except SettingsError:
+        with pytest.raises(SettingsError):
+            probe("resolve", folder=str(BUNDLE), settings=settings)
+    else:
+        assert probe("resolve", folder=str(BUNDLE), settings=settings) == nothing_less(expected)
+
+
+# ------------------------------------------------------------------------------------------------ the C interface
+
+
+class NativeError(Exception):
+    def __init__(self, code, message):
+        super().__init__(message)
+        self.code = code
+
+
+class Image(ctypes.Structure):
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("height", ctypes.c_uint32),
+        ("width", ctypes.c_uint32),
+        ("pixels", ctypes.c_void_p),
+    )
+
+
+class Step(ctypes.Structure):
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("phase", ctypes.c_char_p),
+        ("index", ctypes.c_uint32),
+        ("total", ctypes.c_uint32),
+        ("images", ctypes.c_uint32),
+        ("context", ctypes.c_void_p),
+    )
+
+
+PROGRESS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(Step))
+
+
+class Callbacks(ctypes.Structure):
+    _fields_ = (("size", ctypes.c_size_t), ("user_data", ctypes.c_void_p), ("progress", PROGRESS))
+
+
+def array(image):
+    shape = (image.height, image.width, 3)
+    return np.frombuffer(ctypes.string_at(image.pixels, int(np.prod(shape))), np.uint8).reshape(shape)
+
+
+class Library:
+    """What a caller in another language writes over dnp.h."""
+
+    def __init__(self, file):
+        self.c = ctypes.CDLL(str(file))
+        handle, text = ctypes.c_void_p, ctypes.c_char_p
+        for name, result, *arguments in (
+            ("dnp_abi_version", ctypes.c_uint32),
+            ("dnp_version", text),
+            ("dnp_error_code", ctypes.c_int, handle),
+            ("dnp_error_message", text, handle),
+            ("dnp_error_free", None, handle),
+            ("dnp_open", handle, text, text, handle),
+            ("dnp_close", handle, handle),
+            ("dnp_info", text, handle),
+            ("dnp_warm_up", handle, handle, ctypes.c_int),
+            ("dnp_generate", handle, handle, text, handle, handle),
+            ("dnp_find_negatives", handle, handle, text, handle, handle),
+            ("dnp_caption", handle, handle, handle, text, handle),
+            ("dnp_text_free", None, handle),
+            ("dnp_step_preview", handle, handle, ctypes.c_uint32, handle),
+            ("dnp_result_count", ctypes.c_size_t, handle, ctypes.c_int),
+            ("dnp_result_image", handle, handle, ctypes.c_int, ctypes.c_size_t, handle),
+            ("dnp_result_json", text, handle),
+            ("dnp_result_free", None, handle),
+        ):
+            function = getattr(self.c, name)
+            function.restype, function.argtypes = result, arguments
+
+    def check(self, error):
+        if error:
+            code, message = self.c.dnp_error_code(error), self.c.dnp_error_message(error).decode()
+            self.c.dnp_error_free(error)
+            raise NativeError(code, message)
+
+    def open(self, folder=BUNDLE, **options):
+        pipeline = ctypes.c_void_p()
+        options = {"onnxruntime": str(ONNXRUNTIME), "threads": 1, **options}
+        self.check(self.c.dnp_open(str(folder).encode(), json.dumps(options).encode(), ctypes.byref(pipeline)))
+        return pipeline
+
+    def request(self, pipeline, settings, progress=None, call="dnp_generate"):
+        """Images by kind, and everything else."""
+        result = ctypes.c_void_p()
+        callbacks = Callbacks(ctypes.sizeof(Callbacks), None, PROGRESS(progress or (lambda *_: 0)))
+        raw = settings if isinstance(settings, bytes) else json.dumps(settings).encode()
+        try:
+            self.check(getattr(self.c, call)(pipeline, raw, ctypes.byref(callbacks), ctypes.byref(result)))
+        except NativeError:
+            assert not result
+            raise
+        images = []
+        for kind in range(3):
+            images.append([])
+            for index in range(self.c.dnp_result_count(result, kind)):
+                image = Image(ctypes.sizeof(Image))
+                self.check(self.c.dnp_result_image(result, kind, index, ctypes.byref(image)))
+                images[-1].append(array(image))
+        told = json.loads(self.c.dnp_result_json(result))
+        self.c.dnp_result_free(result)
+        return *images, told
+
+    def caption(self, pipeline, pixels, **settings):
+        pixels = np.ascontiguousarray(pixels)
+        image, text = Image(ctypes.sizeof(Image), *pixels.shape[:2], pixels.ctypes.data), ctypes.c_void_p()
+        self.check(self.c.dnp_caption(pipeline, ctypes.byref(image), json.dumps(settings).encode(), ctypes.byref(text)))
+        found = ctypes.string_at(text).decode()
+        self.c.dnp_text_free(text)
+        return found
+
+
+@pytest.fixture(scope="session")
+def library(built):
+    return Library(built / "libdnp.so")
+
+
+@pytest.fixture(scope="module")
+def native(library):
+    pipeline = library.open()
+    yield pipeline
+    library.check(library.c.dnp_close(pipeline))
+
+
+@pytest.fixture(scope="module")
+def python():
+    with Pipeline.open(backend="cpu", threads=1) as pipeline:
+        yield pipeline
+
+
+def same_pictures(found, expected):
+    """Within 1 grey level."""
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+def agree(library, native, python, settings):
+    final, dns, plain, told = library.request(native, settings)
+    expected = python.run(Request.from_dict(settings))
+    assert told["negatives"] == expected.negatives
+    same_pictures(final, expected.arrays)
+    same_pictures(dns, [] if expected.dns_arrays is None else expected.dns_arrays)
+    same_pictures(plain, [] if expected.plain_arrays is None else expected.plain_arrays)
+    assert told["request"] == nothing_less(expected.request.to_dict())
+    assert told["bundle"] == expected.bundle
+
+
+def prompts(count):
+    """Prompts of the kind that the default model was trained on."""
+    rng = random.Random(11)
+    sizes, colors, shapes = (
+        ["small", "large"],
+        ["red", "blue", "green", "yellow", "white"],
+        ["circle", "square", "cross"],
+    )
+
+    def thing():
+        return f"a {rng.choice(sizes)} {rng.choice(colors)} {rng.choice(shapes)}"
+
+    return [f"{thing()} left of {thing()} on a plain {rng.choice(colors)} background" for _ in range(count)]
+
+
+@pytest.mark.parametrize("sampler", sampler_names())
+def test_images_and_n_star_equal_pythons(library, native, python, sampler):
+    for seed, prompt in enumerate(prompts(2)):
+        settings = {
+            "prompt": prompt,
+            "sampler": sampler,
+            "dns_sampler": sampler,
+            "steps": 7,
+            "dns_steps": 5,
+            "seed": seed,
+        }
+        agree(library, native, python, settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"compare": True, "images": 10, "steps": 3, "dns_steps": 2},
+        {"negative": "a small red circle", "guidance": [3, 2, 1, 0], "steps": 4},
+        {"dnp": False, "steps": 3, "windows": 2},
+        {"steps": 3, "dns_steps": 3, "beams": 3, "prefix": "a small", "min_length": 9, "height": 48, "width": 80},
+        {"steps": 3, "dns_steps": 3, "eta": 0.7, "dns_eta": 1.0, "spacing": "trailing", "dns_seed": 5, "max_length": 9},
+    ],
+    ids=range(5),
+)
+def test_settings_mean_what_they_mean_in_python(library, native, python, settings):
+    agree(library, native, python, {"prompt": SCENE, "seed": 2, **settings})
+
+
+@pytest.mark.slow
+def test_fifty_prompts_give_pythons_images_and_n_star(library, native, python):
+    for seed, prompt in enumerate(prompts(50)):
+        agree(library, native, python, {"prompt": prompt, "seed": seed})
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"beams": 4}, {"beams": 2, "prefix": "a large", "min_length": 8}], ids=range(3)
+)
+def test_captions_equal_pythons(library, native, python, settings):
+    from PIL.Image import fromarray
+
+    rng = np.random.default_rng(3)
+    for shape in ((64, 64), (33, 90), (200, 150)):
+        pixels = rng.integers(0, 256, (*shape, 3), np.uint8)
+        assert library.caption(native, pixels, **settings) == python.caption([fromarray(pixels)], **settings)[0]
+
+
+def test_dns_alone_gives_pythons_images_and_n_star(library, native, python):
+    settings = {"prompt": SCENE, "seed": 4, "dns_steps": 4, "images": 2}
+    final, dns, _, told = library.request(native, settings, call="dnp_find_negatives")
+    expected = python.dns(SCENE, seed=4, dns_steps=4, images=2)
+    assert (final, told["negatives"]) == ([], expected.negatives)
+    same_pictures(dns, expected.arrays)
+
+
+def test_progress_tells_every_step_and_shows_it(library, native):
+    steps, previews = [], []
+
+    def progress(_, step):
+        told = step.contents
+        steps.append((told.phase.decode(), told.index, told.total, told.images))
+        image = Image(ctypes.sizeof(Image))
+        library.check(library.c.dnp_step_preview(step, told.images - 1, ctypes.byref(image)))
+        previews.append(array(image))
+        with pytest.raises(NativeError, match="no image 2"):
+            library.check(library.c.dnp_step_preview(step, 2, ctypes.byref(image)))
+        return 0
+
+    settings = {"prompt": SCENE, "steps": 3, "dns_steps": 2, "images": 2, "seed": 1}
+    final, *_ = library.request(native, settings, progress)
+    assert steps[:2] == [("dns", 1, 2, 2), ("dns", 2, 2, 2)]
+    assert steps[-3:] == [("final", 1, 3, 2), ("final", 2, 3, 2), ("final", 3, 3, 2)]
+    assert all(phase == "caption" for phase, *_ in steps[2:-3])
+    assert all(picture.shape == (64, 64, 3) for picture in previews)
+    without, *_ = library.request(native, settings)
+    np.testing.assert_array_equal(final[1], without[1])  # looking changes nothing
+
+
+def test_a_callback_stops_the_work_and_the_pipeline_goes_on(library, native):
+    with pytest.raises(NativeError, match="final step 2 of 9") as stopped:
+        library.request(
+            native, {"prompt": SCENE, "steps": 9, "dnp": False}, lambda _, step: int(step.contents.index == 2)
+        )
+    assert stopped.value.code == 130
+    assert len(library.request(native, {"prompt": SCENE, "steps": 1, "dnp": False})[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b"[]", "must be a JSON object"),
+        (b'{"prompt": "\xff"}', "not valid JSON"),
+        (b'{"prompt": "\\ud800"}', "not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": "a", "stepz": 3}', "did you mean 'steps'"),
+        (
+            b'{"prompt": "a", "prefix": "a small red circle left of a large blue square", "max_length": 5}',
+            "leaves no room",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_named(library, native, settings, message):
+    with pytest.raises(NativeError, match=message) as refused:
+        library.request(native, settings)
+    assert refused.value.code == 2
+
+
+def test_what_cannot_be_opened_is_named(library, native, tmp_path):
+    for code, message, folder, options in (
+        (3, "does not exist", tmp_path / "none", {}),
+        (2, "unknown option", BUNDLE, {"thread": 1}),
+        (2, "threads must be", BUNDLE, {"threads": 0}),
+        (4, "has loaded ONNX Runtime", BUNDLE, {"onnxruntime": "another.so"}),
+    ):
+        with pytest.raises(NativeError, match=message) as refused:
+            library.open(folder, **options)
+        assert refused.value.code == code
+
+
+def test_structs_without_their_size_are_refused(library, native):
+    result = ctypes.c_void_p()
+    error = library.c.dnp_generate(native, b'{"prompt": "a"}', ctypes.byref(Callbacks(8)), ctypes.byref(result))
+    with pytest.raises(NativeError, match="set it to sizeof"):
+        library.check(error)
+    with pytest.raises(NativeError, match="pipeline is NULL"):
+        library.check(library.c.dnp_generate(None, b"{}", None, ctypes.byref(result)))
+    library.check(library.c.dnp_close(None))
+    assert library.c.dnp_error_message(None) == b"no error"
+
+
+def test_nothing_but_the_interface_is_exported(built, library):
+    names = {line.split()[-1] for line in run("nm", "-D", "--defined-only", built / "libdnp.so").splitlines()}
+    declared = set(re.findall(r"DNP_API[^;(]*?(dnp_\w+)\(", (ROOT / "native" / "include" / "dnp.h").read_text()))
+    assert names == declared
+    assert library.c.dnp_abi_version() == 1
+
+
+def test_ctest_passes(built):
+    run("ctest", "--test-dir", BUILD, "--output-on-failure", env={**os.environ, "DNP_ONNXRUNTIME": str(ONNXRUNTIME)})
+
+
+def test_an_installed_library_is_found_by_cmake_and_pkg_config(built, tmp_path):
+    prefix = tmp_path / "prefix"
+    run("cmake", "--install", BUILD, "--prefix", prefix)
+    run("cmake", "-S", "native/examples", "-B", tmp_path / "examples", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run("cmake", "--build", tmp_path / "examples")
+    where = {**os.environ, "DNP_ONNXRUNTIME": str(ONNXRUNTIME)}
+    told = run(tmp_path / "examples" / "example_c", BUNDLE, "a red circle", tmp_path / "image.ppm", env=where)
+    assert json.loads(told)["request"]["seed"] == 7
+    assert (tmp_path / "image.ppm").read_bytes().startswith(b"P6\n64 64\n255\n")
+    (described,) = prefix.rglob("dnp.pc")
+    assert "-ldnp" in described.read_text()
+
+
+def test_the_command_writes_pictures(built, tmp_path):
+    command = [built / "dnp-native", "generate", BUNDLE, SCENE, "--steps", "3", "--dns-steps", "2", "--seed", "5"]
+    out = run(*command, "--onnxruntime", ONNXRUNTIME, "--threads", "1", "--out", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"5-dnp.png", "5-dns.png"}
+    assert "n*: a " in out
+    assert read_settings(tmp_path / "5-dnp.png")["request"]["prompt"] == SCENE
+    caption = run(built / "dnp-native", "caption", BUNDLE, tmp_path / "5-dns.png", "--onnxruntime", ONNXRUNTIME)
+    assert f"n*: {caption}" in out
+
+
+def generated(*files):
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "native" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for file in files:
+        assert generate.FILES[file]() == (ROOT / "native" / file).read_text(encoding="utf-8"), "run native/generate.py"
+
+
+def test_generated_files_are_those_of_the_sources():
+    generated("src/generated/constants.hpp", "src/generated/samplers.inc")
+
+
+@pytest.mark.slow
+def test_generated_characters_are_those_of_the_tokenizers_library():
+    generated("src/generated/unicode.inc")
