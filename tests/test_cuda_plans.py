@@ -6,6 +6,7 @@ with the modules of diffusers and transformers that it was exported from, in flo
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections import Counter
@@ -190,7 +191,7 @@ def case(request, tmp_path_factory):
 
     dims = {symbol: 8 if symbol != "batch" else 2 for spec in inputs.values() for symbol in spec.symbols}
     signature = Signature(inputs, {"y": TensorSpec(("batch",))})
-    export = GraphExport("graph", in_precision(module, "fp16"), signature, fresh, dims, [dims], {"y": 1.0})
+    export = GraphExport("graph", copy.deepcopy(module), signature, fresh, dims, [dims], {"y": 1.0}, "fp16")
     write_graph(export, folder)
     found = {
         name: count if isinstance(count, int) else sum(isinstance(part, count) for part in module.modules())
