@@ -253,7 +253,7 @@ def golden() -> str:
     for sampler in samplers.sampler_names():
         table = samplers.sampler_table(schedule.read_schedule(config), sampler, 4, [1.5] * 4)
         asked = {"schedule": config, "size": [16, 16], "sampler": sampler, "steps": 4, "guidance": [1.5] * 4}
-        value = {"rows": bits(table.rows), "roles": table.roles, "noise_steps": len(table.noise_rows)}
+        value = {"rows": bits(table.rows), "roles": table.roles, "noise_steps": len(table.noise_steps)}
         questions.append({"ask": "table", **asked, "value": value})
     for name in ("prompt", "caption"):
         file = f"../../dnp/default/tokenizers/{name}.json"

@@ -140,7 +140,7 @@ def tables_agree(probe, config, sampler, steps, guidance, size=(64, 48), **setti
         rows, expected.rows, rtol=2e-6, atol=2e-7, err_msg=f"{config} {sampler} {steps} {settings}"
     )
     assert found["roles"] == [list(roles) for roles in expected.roles]
-    assert found["noise_steps"] == len(expected.noise_rows)
+    assert found["noise_steps"] == len(expected.noise_steps)
     assert found["init_noise_sigma"] == pytest.approx(expected.init_noise_sigma, rel=1e-7)
     return True
 
