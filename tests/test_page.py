@@ -336,6 +336,7 @@ def test_on_a_phone_nothing_is_cut_off_and_cancel_stays_in_sight(visit):
     fill(page, dns_steps=LONG)
     page.get_by_role("button", name="Generate").tap()
     expect(page.locator("#step")).not_to_be_empty()
+    assert page.locator("#results").bounding_box()["y"] < PHONE["viewport"]["height"] / 2
     for wanted in ("#cancel", "#phase", '[data-kind="dns"] .frame'):
         expect(page.locator(wanted)).to_be_in_viewport()
     at_rest(page)

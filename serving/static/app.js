@@ -305,7 +305,7 @@ function show(round) {
   });
   $("results").replaceChildren(shown.element);
   list();
-  refresh();
+  draw(); // at once: whoever shows it may want to scroll to it
 }
 
 /** Shows the newest round, or what the page is for. */
@@ -326,16 +326,19 @@ function list() {
   });
 }
 
+/** Brings the page up to date. */
+function draw() {
+  shown?.update(job !== null && !job.again);
+  showState(job, ended);
+  grow();
+}
+
 let drawn = 0;
 
-/** Brings the page up to date, at most once a frame. */
+/** Draws, at most once a frame. */
 function refresh() {
   cancelAnimationFrame(drawn);
-  drawn = requestAnimationFrame(() => {
-    shown?.update(job !== null && !job.again);
-    showState(job, ended);
-    grow();
-  });
+  drawn = requestAnimationFrame(draw);
 }
 
 // Hands and keys -----------------------------------------------------------------------------------------------------
