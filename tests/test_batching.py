@@ -99,6 +99,13 @@ def test_what_is_not_served_is_refused_at_once(batcher, settings, told):
         batcher.submit(Request(PROMPT, dnp=False, **settings))
 
 
+def test_half_a_request_gives_n_star_and_is_refused_where_there_is_none_to_find(batcher, pipeline):
+    with pytest.raises(SettingsError, match="DNS finds"):
+        batcher.submit(Request(PROMPT, negative="a cross"), what="negatives")
+    found = batcher.submit(Request(PROMPT, steps=3, dns_steps=2), what="negatives").result(60)
+    same(found, pipeline.dns(PROMPT, steps=3, dns_steps=2))
+
+
 def test_a_full_queue_and_a_drained_engine_say_so():
     with dnp.Pipeline.open() as pipeline, Batcher(pipeline, BatchOptions(samples=1, queue=1)) as batcher:
         tickets = []

@@ -86,11 +86,15 @@ def make_images(job: Job, tell: Tell = nobody, kept: Kept | None = None) -> Work
 
 
 def find_negatives(job: Job, tell: Tell = nobody, kept: Kept | None = None) -> Work[Made]:
-    """The first half: the DNS images, and n* of each. Raises SettingsError for a job that runs no DNS."""
+    """The first half: the DNS images, and n* of each. Raises SettingsError at once for a job that runs no DNS."""
     if not job.runs_dns:
         raise SettingsError("DNS finds n*; it takes no negative prompt of your own and cannot be switched off")
-    arrays, texts = yield from _negatives(job, tell, kept)
-    return Made(arrays, arrays, None, texts)
+
+    def work() -> Work[Made]:
+        arrays, texts = yield from _negatives(job, tell, kept)
+        return Made(arrays, arrays, None, texts)
+
+    return work()
 
 
 def describe(pictures: Sequence[Pixels], settings: CaptionSettings) -> Work[list[str]]:
