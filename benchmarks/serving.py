@@ -129,6 +129,8 @@ def main(context, clients, requests, bundle, backend, threads, out):
                     processes[way].url, load.Load(clients=count), load.bodies(load.DEFAULT_MIX, count), requests
                 )
                 found[way].append(asyncio.run(work))
+                if processes[way].poll() is not None or not found[way][-1].answered:
+                    sys.exit(f"the server '{way}' is gone, with code {processes[way].poll()}: nothing can be compared")
                 print(way, load.table(found[way][-1:]), sep="\n", flush=True)
     finally:
         for process in processes.values():

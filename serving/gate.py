@@ -13,7 +13,6 @@ import logging
 import re
 import secrets
 import time
-import traceback
 from typing import Any, Final
 
 from fastapi.responses import JSONResponse, Response
@@ -80,9 +79,8 @@ class Gate:
             if answered.status_code >= 500:
                 failure = error
             state["log"]["cause"] = answered.code
-            if status:
-                raise  # what was begun cannot be mended; the connection is closed
-            await JSONResponse(answered.body, answered.status_code, answered.headers)(scope, receive, answer)
+            if not status:  # what was begun cannot be mended: uvicorn closes the connection
+                await JSONResponse(answered.body, answered.status_code, answered.headers)(scope, receive, answer)
         finally:
             service.active -= work
             service.metrics.in_flight.dec()
@@ -124,9 +122,6 @@ class Gate:
         }
         if cause := fields.get("cause"):
             service.metrics.failures.labels(cause).inc()
-        if failure is not None:  # its message may hold what was asked for
-            fields["error"] = str(failure) if service.settings.log_prompts else type(failure).__name__
-            fields["at"] = "".join(traceback.format_tb(failure.__traceback__))
         quiet = scope["path"] in ("/healthz", "/readyz", "/metrics") and status < 400
         level = logging.DEBUG if quiet else logging.ERROR if failure else logging.INFO
-        say("request", level=level, **fields)
+        say("request", level=level, failure=failure, **fields)

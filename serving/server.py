@@ -21,6 +21,7 @@ from dnp.serving.logs import say
 from dnp.serving.service import Service
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_TWICE: Final = 1.0  # seconds: supervisors send the same signal to a process and to its group
 
 
 def bind(host: str, port: int, *, writer_seconds: float) -> socket.socket:
@@ -52,7 +53,7 @@ def bind(host: str, port: int, *, writer_seconds: float) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn, which on SIGTERM or Ctrl-C refuses new work, finishes what there is, and only then closes its port.
 
-    A second signal ends it at once.
+    A second signal, a second later or more, ends it at once.
 
     Attributes:
         interrupted: whether work was cut off, by a second signal or because it took too long.
@@ -81,11 +82,11 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; the second time end at once."""
-        if self._service.draining:
+        now = time.monotonic()
+        if not self._service.draining:
+            self._service.draining, self._since = True, now
+        elif now - self._since > _TWICE:
             self.interrupted = self.should_exit = self.force_exit = True
-        else:
-            self._service.draining = True
-            self._since = time.monotonic()
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is over."""

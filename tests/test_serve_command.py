@@ -85,9 +85,15 @@ def test_a_second_signal_ends_it_at_once():
         coming = pool.submit(post, http, {**SLOW, "steps": 120, "n": 10})
         wait_for(lambda: in_flight(http, 1))
         server.terminate()
+        server.terminate()  # the same one: supervisors tell a process and its group
         wait_for(lambda: is_draining(http))
-        server.terminate()
-        assert server.wait(30) == 130
+
+        def ended():
+            server.terminate()
+            return server.poll() is not None
+
+        wait_for(ended)
+        assert server.returncode == 130
         assert server.stderr.read().splitlines()[-1] == "dnp: cancelled"
         assert coming.result().status_code == 503
 

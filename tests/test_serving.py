@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from served import PROMPT, QUICK, SLOW, serving
 
 from dnp import Pipeline
 from dnp.runtime.batching import BatchOptions
+from dnp.serving import logs
 from dnp.serving.settings import ServerSettings
 
 
@@ -377,11 +379,7 @@ def test_a_slow_reader_loses_what_is_stale_and_nothing_else():
 
 def test_the_log_is_one_line_for_each_request_whatever_a_client_sends():
     """No prompt, no second line, nothing that a terminal would obey."""
-    import logging
-
-    from dnp.serving import logs
-
-    for formatter in (logs._Json(), logs._Text()):
+    for formatter in (logs.Json(), logs.Text()):
         record = logging.LogRecord("dnp.serving", logging.INFO, "", 0, "request", (), None)
         record.fields = {"path": "/v1\n\x1b[31m/x", "seconds": 0.5, "status": 404}
         line = formatter.format(record)
@@ -400,3 +398,34 @@ def test_the_page_is_served_and_kept_to_itself(served):
         assert answer.headers["content-type"].split(";")[0] in ("text/javascript", "text/css", "image/svg+xml")
         assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert served.get("/__init__.py").status_code == served.get("/docs").status_code == 404
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_of_the_servers_says_nothing_of_what_was_asked(served, monkeypatch, caplog, stream):
+    """Neither to the client nor in the log, and the server goes on; the id leads to the place in the code."""
+
+    def fail(*_):
+        raise RuntimeError(f"cannot do {PROMPT}")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(served.engine, "tokens" if stream else "resolve", fail)
+        try:
+            answer = served.post("/v1/images/generations", {**QUICK, "stream": stream})
+        except httpx.RemoteProtocolError:  # a stream that was begun ends in the middle
+            assert stream
+        else:
+            assert not stream and answer.status_code == 500
+            assert answer.json()["error"]["code"] == "internal_error" and PROMPT not in answer.text
+            assert answer.headers["x-request-id"]
+
+    def told():
+        return [r for r in caplog.records if r.name == "dnp.serving" and r.levelname == "ERROR"]
+
+    served.until(told)  # the answer is there before the line
+    (record,) = told()
+    for formatter in (logs.Json(), logs.Text()):
+        line = formatter.format(record)
+        assert "RuntimeError" in line and "test_serving.py" in line
+        assert PROMPT not in line and "\n" not in line
+    assert PROMPT in logs.Json(prompts=True).format(record)
+    assert served.post("/v1/images/generations", QUICK).status_code == 200

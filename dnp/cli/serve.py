@@ -104,7 +104,7 @@ def serve(
     engines: list[LocalEngine] = []
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     try:
-        logs.configure(log)
+        logs.configure(log, prompts=log_prompts)
         batching = BatchOptions(
             samples=samples,
             queue=queue,
