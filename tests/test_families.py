@@ -104,8 +104,7 @@ def our_latents(bundle, sampler, prompts, negatives, w, height, width, opened=op
             denoiser.join(place, Sample(table, seed))
         tokenizers = [PromptTokenizer(bundle, number) for number in range(len(bundle.text.tokenizers))]
         conditioner = Conditioner(bundle, encode, tokenizers)
-        for role, texts in ((0, negatives), (1, prompts)):
-            conditioner.write(denoiser.bank, role, texts, size=(height, width))
+        conditioner.write(denoiser.bank, dict(enumerate(zip(negatives, prompts, strict=True))), size=(height, width))
         while denoiser.step():
             pass
         return denoiser.latents.read()

@@ -273,7 +273,16 @@ def workshop(tmp_path):
     Returns the folder, and what reads those notes.
     """
     shutil.copy(REPOSITORY / "Makefile", tmp_path)
-    for name in ("pyproject.toml", "setup.py", "tests/constraints.txt", "dnp/a", "engine/a", "runtime/a", "export/a"):
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "tests/constraints.txt",
+        "dnp/a",
+        "engine/a",
+        "runtime/a",
+        "export/a",
+        "serving/a",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     python, export = tmp_path / ".venv-cuda/bin/python", tmp_path / ".venv-test/bin/dnp"

@@ -85,8 +85,7 @@ def our_latents(bundle, graphs, samples, pairs):
         denoiser.join(place, sample)
     conditioner = Conditioner(bundle, graphs["encode_text"], [PromptTokenizer(bundle)])
     size = latents.height * latents.vae_scale_factor, latents.width * latents.vae_scale_factor
-    for role, texts in ((1, [prompt for prompt, _ in pairs]), (0, [negative for _, negative in pairs])):
-        conditioner.write(denoiser.bank, role, texts, size=size)
+    conditioner.write(denoiser.bank, {place: (negative, p) for place, (p, negative) in enumerate(pairs)}, size=size)
     while denoiser.step():
         pass
     return denoiser.latents.read()
