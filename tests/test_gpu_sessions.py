@@ -459,7 +459,7 @@ def test_onnxruntime_replays_what_it_recorded_and_nothing_moves(open_pipeline, g
     pipeline = open_pipeline("cuda")
     pipeline.warm_up()
     numbers, before = set(gpu.ort.recorded), gpu.counted()
-    assert len(numbers) == 4 * 2 + 2 * 3  # four sessions at two batches; denoise at 1, 2 and 4 rows, twice
+    assert len(numbers) == 2 + 2 * 2 + 2 * 3  # two sessions at one image, two at two; denoise at 1, 2 and 4 rows, twice
     settings = {"negative": "n*", "sampler": "euler_a", "steps": 6}
     result = pipeline(PROMPT, **settings)
     assert set(gpu.ort.recorded) == numbers

@@ -66,7 +66,7 @@ class Stages:
         )
         slots = graphs.decode.limits.fit("places", room.places)
         self._decode_sizes = {"places": slots, "height": height, "width": width}
-        graphs.decode.reshape(batch=1, **self._decode_sizes)
+        graphs.decode.reshape(batch=graphs.decode.limits.nearest("batch", 1), **self._decode_sizes)
         self._room = room
         return slots
 
@@ -126,11 +126,13 @@ class Stages:
         One at a time: on no processor do several take less for each, and an image's bits depend on no other.
         """
         session = self._graphs.decode
-        session.reshape(batch=1, **self._decode_sizes)
-        session.inputs["decoded"].write(np.array([slot], np.int64))
+        count = session.limits.nearest("batch", 1)  # a plan may be for no fewer
+        session.reshape(batch=count, **self._decode_sizes)
+        session.inputs["decoded"].write(np.full(count, slot, np.int64))
         session.run()
-        self._shown = session.outputs["image"].read().astype(np.uint8, copy=False)
-        return self._shown
+        image = session.outputs["image"].read()[:1].astype(np.uint8, copy=False)
+        self._shown = image if count == 1 else None
+        return image
 
     def captioned(self, beams: int) -> int:
         """The most images captioned at once with so many beams each."""
