@@ -53,7 +53,7 @@ def widen(model: ir.Model) -> None:
     for value in model.graph.initializers.values():
         if value.dtype == HALF:
             users = list(value.uses())
-            single = _cast(model.graph, value, SINGLE, f"{value.name}.float32", before=first)
+            single = _cast(model.graph, value, SINGLE, f"{value.name}.widened", before=first)
             for user, index in users:
                 user.replace_input_with(index, single)
     for node in model.graph:
