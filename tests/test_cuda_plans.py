@@ -218,7 +218,7 @@ def computed(model, feeds, path, *, wide):
         infer_types(model)
         widen(model)
         feeds = {name: array.astype(np.float32) if array.dtype == F16 else array for name, array in feeds.items()}
-    ir.save(model, path)
+    ir.save(model, path, external_data=f"{path.name}.data")  # a plan's weights lie beside the plan
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return session.run(None, feeds)
 
