@@ -649,7 +649,7 @@ def test_settings_mean_what_they_mean_in_python(library, native, python, setting
 @pytest.mark.slow
 def test_fifty_prompts_give_pythons_images_and_n_star(library, native, python):
     for seed, prompt in enumerate(prompts(50)):
-        agree(library, native, python, {"prompt": prompt, "seed": seed})
+        agree(library, native, python, {"prompt": prompt, "seed": seed, "steps": 10, "dns_steps": 10})
 
 
 @pytest.mark.parametrize(
