@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import shutil
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,6 +19,7 @@ from served import serving
 from dnp import Pipeline, Request
 from dnp.runtime.batching import BatchOptions
 from dnp.runtime.pictures import read_settings
+from dnp.runtime.sampling.denoise import Denoiser
 from dnp.serving.settings import ServerSettings
 
 pytestmark = pytest.mark.slow
@@ -35,6 +37,18 @@ expect.set_options(timeout=120_000)  # milliseconds, for machines that are busy
 def server():
     with serving() as served:
         yield served
+
+
+@pytest.fixture
+def unhurried(monkeypatch):
+    """Steps that take a while, so that a page on a busy machine sees work that is still under way."""
+    step = Denoiser.step
+
+    def slowly(denoiser):
+        time.sleep(0.1)
+        return step(denoiser)
+
+    monkeypatch.setattr(Denoiser, "step", slowly)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +230,7 @@ def test_no_dns_where_n_star_need_not_be_found(visit, make, negative, shown):
     assert not [name for name in bodies[0] if name.startswith("dns_")]
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_partial_pictures_and_steps_are_shown_on_the_way(visit):
     page = visit()
     fill(page, dns_steps=LONG)
@@ -331,6 +346,7 @@ def test_the_keyboard_alone_is_enough(visit):
     expect(page.locator('[data-kind="plain"] .frame')).to_be_focused()
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_on_a_phone_nothing_is_cut_off_and_cancel_stays_in_sight(visit):
     page = visit(**PHONE)
     fill(page, dns_steps=LONG)
@@ -347,6 +363,7 @@ def test_on_a_phone_nothing_is_cut_off_and_cancel_stays_in_sight(visit):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+@pytest.mark.usefixtures("unhurried")
 def test_axe_finds_nothing(visit, size, scheme):
     def check(state):
         results = Axe().run(page, options={"resultTypes": ["violations", "passes"]}).response
@@ -420,6 +437,7 @@ def test_an_error_is_told_at_its_field(visit, field, value, words):
 
 
 @pytest.mark.parametrize("way", ["button", "escape", "leave"])
+@pytest.mark.usefixtures("unhurried")
 def test_cancel_stops_the_work_on_the_server(visit, server, way):
     page = visit()
     fill(page, n=8, steps=LONG, dns_steps=LONG)
@@ -438,6 +456,7 @@ def test_cancel_stops_the_work_on_the_server(visit, server, way):
         generate(page)
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_what_dns_found_stays_after_cancelling(visit, pipeline):
     page = visit()
     fill(page, make="dnp", steps=LONG)
@@ -473,6 +492,7 @@ def test_the_page_says_when_the_server_is_gone_and_goes_on_when_it_is_back(visit
     generate(page)
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_full_queue_is_asked_again_by_itself(visit):
     with serving(batching=BatchOptions(samples=1, queue=1)) as served:
         page, others = visit(served.url), [visit(served.url) for _ in range(2)]

@@ -1,6 +1,6 @@
 """A server under all that clients do, at once and for long: every answer is right, and nothing of it stays.
 
-300 requests; DNP_SOAK says how many otherwise.
+150 requests; DNP_SOAK says how many otherwise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dnp import Pipeline
 from dnp.runtime.batching import BatchOptions
 from dnp.serving.settings import ServerSettings
 
-REQUESTS = int(os.environ.get("DNP_SOAK", "300"))
+REQUESTS = int(os.environ.get("DNP_SOAK", "150"))
 CLIENTS = 8
 SLACK = 48e6  # bytes that the process may have grown by between the first third and the end
 PATH = "/v1/images/generations"
