@@ -11,6 +11,13 @@ const number = (name, label, hint, limits = {}) => ({ name, label, hint, kind: "
 const whole = (name, label, hint, limits = {}) => number(name, label, hint, { step: 1, min: 0, ...limits });
 const choice = (name, label, hint, choices) => ({ name, label, hint, kind: "choice", choices });
 const guidance = (name, label, hint) => ({ name, label, hint, kind: "guidance" });
+const ofPass = (prefix, scale, hint) => [
+  choice(`${prefix}sampler`, "Sampler", "", (model) => model.samplers),
+  whole(`${prefix}steps`, "Steps", "", { min: 1, max: (model) => model.limits.steps }),
+  guidance(`${prefix}guidance`, scale, hint),
+  number(`${prefix}eta`, "Eta", "DDIM’s share of fresh noise, 0 to 1.", { min: 0, max: 1, step: 0.1 }),
+  choice(`${prefix}spacing`, "Timesteps", "How they are spaced.", (model) => model.spacings),
+];
 const method = (name, label, hint) =>
   number(`methods.${name}`, label, hint, { only: (model) => model.methods.includes(name) });
 
@@ -31,11 +38,7 @@ const GROUPS = [
     title: "Final pass",
     formula: "ε(_n*_) + _w_·(ε(_p_) − ε(_n*_))",
     settings: [
-      choice("sampler", "Sampler", "", (model) => model.samplers),
-      whole("steps", "Steps", "", { min: 1, max: (model) => model.limits.steps }),
-      guidance("guidance", "Guidance _w_", "1 is the prompt alone. Or a list, with one number a step."),
-      number("eta", "Eta", "DDIM’s share of fresh noise, 0 to 1.", { min: 0, max: 1, step: 0.1 }),
-      choice("spacing", "Timesteps", "How they are spaced.", (model) => model.spacings),
+      ...ofPass("", "Guidance _w_", "1 is the prompt alone. Or a list, with one number a step."),
       number("embedded_guidance", "Embedded guidance", "The scale that this distilled model takes as an input.", {
         only: (model) => model.embedded_guidance,
       }),
@@ -52,11 +55,7 @@ const GROUPS = [
     finds: true,
     formula: "ε(∅) + _s_·(ε(∅) − ε(_p_))",
     settings: [
-      choice("dns_sampler", "Sampler", "", (model) => model.samplers),
-      whole("dns_steps", "Steps", "", { min: 1, max: (model) => model.limits.steps }),
-      guidance("dns_guidance", "Guidance _s_", "Larger is farther from the prompt."),
-      number("dns_eta", "Eta", "DDIM’s share of fresh noise, 0 to 1.", { min: 0, max: 1, step: 0.1 }),
-      choice("dns_spacing", "Timesteps", "How they are spaced.", (model) => model.spacings),
+      ...ofPass("dns_", "Guidance _s_", "Larger is farther from the prompt."),
       whole("dns_seed", "Seed", "Left empty, that of the pictures.", { empty: "the same" }),
     ],
   },
