@@ -51,16 +51,16 @@ class Rounds(LocalEngine):
         self._waiting = []
         self._inside = 0
 
-    async def submit(self, request, order) -> Work:
+    async def submit(self, job, order) -> Work:
         """Wait for the round of the request to begin."""
-        own = request.to_dict()
+        own = job.request.to_dict()
         settings = {name: value for name, value in own.items() if name not in ("prompt", "seed", "dns_seed")}
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append((settings, turn))
         self._begin()
         await turn
         try:
-            result = await result_of(await super().submit(request, order))
+            result = await result_of(await super().submit(job, order))
         finally:
             self._inside -= 1
             self._begin()

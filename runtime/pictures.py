@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from dnp.engine.errors import OutputError, SettingsError
 from dnp.engine.system.files import new_folder, refuse_folder, write_together
@@ -25,6 +25,8 @@ from dnp.runtime.lettering import Lettering
 from dnp.runtime.request import Request
 
 METADATA_KEY = "dnp"
+UNREADABLE: Final = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
+"""What Pillow raises for files that are no images, damaged, or too large."""
 MAX_PIXELS = 64_000_000  # of an image that is read: a photograph of the largest cameras, 200 MB as RGB
 SHEETS: Final = ("compared", "explored")  # the kinds that show all images of a request, in one file
 _PICTURES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp"})  # what nobody calls a folder
@@ -160,13 +162,16 @@ def png(image: Image.Image, settings: Mapping[str, Any] | None = None) -> bytes:
 
 def open_image(path: Path) -> Image.Image:
     """An image file as an RGB image, rotated as its EXIF says. Raises SettingsError when it is none."""
-    from PIL import ImageOps
-
     with _opened(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode in ("F", "I", "I;16"):
-            raise SettingsError(f"{path} has no 8-bit colours (mode {upright.mode}); convert it to RGB first")
-        return upright.convert("RGB")
+        return upright(image, str(path))
+
+
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """An image as RGB, rotated as its EXIF says. Raises SettingsError, about ``name``, for pixels of other kinds."""
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode in ("F", "I", "I;16"):
+        raise SettingsError(f"{name} has no 8-bit colours (mode {turned.mode}); convert it to RGB first")
+    return turned.convert("RGB")
 
 
 @contextmanager
@@ -183,7 +188,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise
     except FileNotFoundError as error:
         raise SettingsError(f"there is no image {path}") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise SettingsError(f"{path} cannot be read as an image: {error}") from error
 
 

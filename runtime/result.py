@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dnp.engine.errors import SettingsError
 from dnp.runtime.pictures import kinds_of, output_folder, outputs, save
 from dnp.runtime.request import Request
+
+MADE_WITH: Final = ("bundle", "backend", "precision", "runs_on")
+"""The fields of a ``Result`` that say what ran."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,8 @@ class Result:
 
     @property
     def made_with(self) -> dict[str, str | None]:
-        """What ran: ``bundle``, ``backend``, ``precision`` and ``runs_on``."""
-        return {name: getattr(self, name) for name in ("bundle", "backend", "precision", "runs_on")}
+        """What ran, by the names of ``MADE_WITH``."""
+        return {name: getattr(self, name) for name in MADE_WITH}
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
         """Write every picture to ``folder`` as the ``dnp`` command does, with its settings inside, or none of them.
@@ -103,3 +108,16 @@ class Result:
 def to_images(arrays: npt.NDArray[np.uint8]) -> list[Image.Image]:
     """uint8 ``[B, H, W, 3]`` to PIL images."""
     return [Image.fromarray(array) for array in arrays]
+
+
+def pixels_of(images: Iterable[Image.Image]) -> list[npt.NDArray[np.uint8]]:
+    """PIL images, whose sizes may differ, to uint8 ``[H, W, 3]`` each. Raises SettingsError for what is none."""
+    if isinstance(images, Image.Image) or not isinstance(images, Iterable):
+        raise SettingsError(f"caption takes a list of PIL images, not one {type(images).__name__}")
+    images = list(images)
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise SettingsError(
+                f"caption takes PIL images, not {type(image).__name__}; make one with PIL.Image.fromarray"
+            )
+    return [np.asarray(image.convert("RGB")) for image in images]

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from dnp.engine.errors import DnpError
+from dnp.runtime.result import MADE_WITH
 from dnp.serving import sdapi, v1
 from dnp.serving.engines import Engine, Engines
 from dnp.serving.errors import AGAIN, ApiError, api_error, invalid
@@ -103,11 +104,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
     async def readyz() -> JSONResponse:
         """Whether work is taken, and what will really do it."""
         status = "ready" if service.ready else "draining" if service.draining else "warming"
-        models = {
-            engine.name: {name: engine.card[name] for name in ("bundle", "backend", "precision", "runs_on")}
-            for engine in engines
-            if engine.ready
-        }
+        models = {engine.name: {name: engine.card[name] for name in MADE_WITH} for engine in engines if engine.ready}
         headers = None if service.ready else {"Retry-After": f"{AGAIN:g}"}
         return JSONResponse({"status": status, "models": models}, 200 if service.ready else 503, headers)
 

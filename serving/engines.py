@@ -20,6 +20,7 @@ from dnp.runtime.pipeline.pipeline import Pipeline
 from dnp.runtime.request import Request
 from dnp.runtime.result import Result
 from dnp.runtime.sampling.samplers import METHODS, sampler_names
+from dnp.runtime.sampling.schedule import SPACINGS
 from dnp.serving.errors import ApiError
 
 Observe = Callable[[str, float], object]
@@ -97,8 +98,8 @@ class Engine(Protocol):
     def listen(self, observe: Observe) -> None:
         """Have ``observe`` told what the engine measures: names as of ``Batcher``, and values."""
 
-    def resolve(self, request: Request) -> Request:
-        """The request with every setting explicit. Raises SettingsError for what cannot be honoured."""
+    def resolve(self, request: Request) -> Job:
+        """The request with nothing left open. Raises SettingsError for what cannot be honoured."""
 
     def truncated(self, request: Request) -> Mapping[str, str]:
         """What the model does not read of its texts, by field."""
@@ -106,7 +107,7 @@ class Engine(Protocol):
     def tokens(self, request: Request) -> int:
         """How many tokens the prompt has."""
 
-    async def submit(self, request: Request, order: Order) -> Work:
+    async def submit(self, job: Job, order: Order) -> Work:
         """Let the engine have a request. Raises SettingsError, Busy, Draining."""
 
     async def caption(self, images: Sequence[Image], order: Order, **settings: Any) -> list[str]:
@@ -119,7 +120,6 @@ class LocalEngine:
     def __init__(self, name: str, pipeline: Pipeline, options: BatchOptions) -> None:
         self.name, self._pipeline = name, pipeline
         self._listener: Observe = lambda name, value: None
-        self._last: Job | None = None  # that was resolved: the next to be submitted, as a rule
         self._batcher = Batcher(pipeline, options, lambda name, value: self._listener(name, value))
         self.ready = False
 
@@ -156,17 +156,16 @@ class LocalEngine:
             "examples": list(_EXAMPLES) if shipped else [],
             "defaults": defaults,
             "samplers": list(sampler_names()),
-            "spacings": ["leading", "linspace", "trailing"],
+            "spacings": list(SPACINGS),
             "sizes": [[width, height] for height, width in status.sizes],
             "limits": {"windows": max(status.windows), "steps": status.steps},
             "methods": list(METHODS) if bundle.guidance.methods else [],
             "embedded_guidance": bundle.guidance.embedded,
         }
 
-    def resolve(self, request: Request) -> Request:
-        """The request with every setting explicit. Raises SettingsError for what cannot be honoured."""
-        self._last = self._pipeline.resolve(request)
-        return self._last.request
+    def resolve(self, request: Request) -> Job:
+        """The request with nothing left open. Raises SettingsError for what cannot be honoured."""
+        return self._pipeline.resolve(request)
 
     def truncated(self, request: Request) -> Mapping[str, str]:
         """What the model does not read of its texts, by field."""
@@ -179,12 +178,11 @@ class LocalEngine:
         """How many tokens the prompt has, as far as it is read; begin and end are none."""
         return self._pipeline.tokenizer.count(request.prompt, request.windows)
 
-    async def submit(self, request: Request, order: Order) -> Work:
+    async def submit(self, job: Job, order: Order) -> Work:
         """Let the engine have a request. Raises SettingsError, Busy, Draining."""
         box = _Mailbox(asyncio.get_running_loop())
-        last = self._last  # resolving takes longer than all the rest, and was just done
         ticket = self._batcher.submit(
-            last if last is not None and last.request is request else request,
+            job,
             what=order.what,
             priority=order.priority,
             deadline=order.deadline,

@@ -13,9 +13,10 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from dnp.runtime.pictures import png
+from dnp.engine.errors import SettingsError
+from dnp.runtime.pictures import UNREADABLE, png, upright
 from dnp.serving.errors import ApiError
 
 T = TypeVar("T")
@@ -80,13 +81,12 @@ def _read(text: str, most: int) -> Image.Image:
                     f"has {image.width} x {image.height} pixels, and all images of a request have at most "
                     f"{MAX_PIXELS / 1e6:g} million; shrink it, or send fewer at once"
                 )
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("F", "I", "I;16"):
-                raise _no_image(f"has no 8-bit colours (mode {upright.mode}); convert it to RGB")
-            return upright.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, UnidentifiedImageError):
-            raise _no_image("is no image that is read here; send a PNG, JPEG or WebP") from None
+            return upright(image, "the image")
+    except SettingsError as error:
+        raise ApiError(400, "invalid_image", str(error), "image") from None
+    except UnidentifiedImageError:
+        raise _no_image("is no image that is read here; send a PNG, JPEG or WebP") from None
+    except UNREADABLE as error:
         raise _no_image(f"cannot be read ({error}); send it anew") from None
 
 

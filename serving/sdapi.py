@@ -18,9 +18,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from dnp.engine.errors import SettingsError
+from dnp.runtime import request as asked
 from dnp.runtime.batching import Event, Progress
 from dnp.runtime.pictures import settings_inside
-from dnp.runtime.request import Request as Job
 from dnp.runtime.result import Result
 from dnp.serving.bodies import JsonRoute
 from dnp.serving.engines import Engine, Order, Work, result_of
@@ -113,7 +113,7 @@ def router(service: Service) -> APIRouter:
         if service.settings.log_prompts:
             request.state.log["prompt"] = body.prompt
         try:
-            job = engine.resolve(_job(body, service.settings.most_images))
+            job = engine.resolve(_request(body, service.settings.most_images))
             work = await engine.submit(job, Order(request.state.id, deadline=service.deadline(request, None)))
         except SettingsError as error:
             names = {name: _NAMES.get(name, name) for name in Txt2Img.model_fields}
@@ -224,7 +224,7 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _job(body: Txt2Img, most: int) -> Job:
+def _request(body: Txt2Img, most: int) -> asked.Request:
     images = (body.batch_size or 1) * (body.n_iter or 1)
     if images > most:
         raise ApiError(
@@ -242,7 +242,7 @@ def _job(body: Txt2Img, most: int) -> Job:
         "height": body.height,
         "eta": body.eta,
     }
-    return Job(body.prompt, **{name: value for name, value in settings.items() if value is not None})
+    return asked.Request(body.prompt, **{name: value for name, value in settings.items() if value is not None})
 
 
 def _sampler(name: str | None, schedule: str | None) -> str | None:

@@ -17,9 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from dnp.engine.errors import SettingsError
 from dnp.runtime.batching import Event, Negatives, Picture, Plain, Progress
+from dnp.runtime.job import Job
 from dnp.runtime.pictures import settings_inside
-from dnp.runtime.request import Request as Job
-from dnp.runtime.result import Result
+from dnp.runtime.result import MADE_WITH, Result
 from dnp.serving.bodies import JsonRoute, read
 from dnp.serving.engines import Engine, Order, What, Work, result_of
 from dnp.serving.errors import ApiError, ErrorAnswer, api_error
@@ -65,7 +65,7 @@ class _Asked:
     """A body, resolved.
 
     Attributes:
-        job: every setting explicit.
+        job: what is asked for, resolved.
         kind: of its main images, as pictures name it: ``dnp``, ``plain`` or ``dns``.
     """
 
@@ -99,7 +99,7 @@ def router(service: Service) -> APIRouter:
             deadline=service.deadline(request, body.deadline, stream=bool(body.stream)),
             previews=body.partial_images or 0 if body.stream else 0,
         )
-        return _Asked(body, engine, job, order, "dns" if what == "negatives" else "dnp" if job.dnp else "plain")
+        return _Asked(body, engine, job, order, "dns" if what == "negatives" else "dnp" if job.request.dnp else "plain")
 
     async def answer(request: Request, body: Settings, what: What) -> Response:
         try:
@@ -232,9 +232,9 @@ def _form(it: _Asked) -> dict[str, Any]:
 
 
 def _made(it: _Asked, result: Result) -> dict[str, Any]:
-    tokens = it.engine.tokens(it.job)
+    tokens = it.engine.tokens(it.job.request)
     texts = {"prompt": "prompt", "negative": "negative_prompt"}
-    cut = it.engine.truncated(it.job)
+    cut = it.engine.truncated(it.job.request)
     return {
         "usage": {
             "input_tokens": tokens,
@@ -320,7 +320,7 @@ class _Writer:
             case Negatives() if more:
                 for index, (pixels, text) in enumerate(zip(event.images, event.texts, strict=True)):
                     picture = await self._picture(pixels, "dns", index, text)
-                    seed = (self._it.job.dns_seed or 0) + index
+                    seed = self._it.job.dns_seeds[index]
                     yield _sse(
                         "image_generation.negative", index=index, negative_prompt=text, seed=seed, b64_json=picture
                     )
@@ -331,8 +331,8 @@ class _Writer:
 
     async def _picture(self, pixels: npt.NDArray[np.uint8], kind: str, index: int, negative: str | None = None) -> str:
         card, body = self._it.engine.card, self._it.body
-        made = {name: card[name] for name in ("bundle", "backend", "precision", "runs_on")}
-        inside = settings_inside(self._it.job, made, kind, index, negative)
+        made = {name: card[name] for name in MADE_WITH}
+        inside = settings_inside(self._it.job.request, made, kind, index, negative)
         return await self._encode(pixels, body.format, body.output_compression, inside)
 
     async def _partial(self, event: Picture) -> str:

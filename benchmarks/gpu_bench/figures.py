@@ -1,4 +1,4 @@
-"""A report of ``bench.py`` as a table and a plot: ``python benchmarks/gpu_bench/report.py FILE`` makes them again."""
+"""A report of ``bench.py`` as a table and a plot: ``python benchmarks/gpu_bench/figures.py FILE`` makes them again."""
 
 from __future__ import annotations
 

@@ -47,9 +47,10 @@ def open_simulated(graph: GraphSpec) -> Iterator[Session]:
     """
     simulated = simulated_graph(graph, graph.path.parent)
     options = BackendOptions()
-    settings = cpu_settings(import_onnxruntime(), options)
+    ort = import_onnxruntime()
+    settings = cpu_settings(ort, options)
     if simulated is not graph:
-        settings.graph_optimization_level = import_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         with OrtSession(simulated, options, settings=settings) as session:
             yield session

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, Protocol
 
-import numpy as np
 from PIL.Image import Image
 
 from dnp.engine.bundle.bundle import Bundle
@@ -28,7 +27,7 @@ from dnp.runtime.captioning.captioner import CaptionSettings
 from dnp.runtime.job import Job
 from dnp.runtime.pipeline.graphs import Graphs
 from dnp.runtime.request import Request
-from dnp.runtime.result import Result, Step
+from dnp.runtime.result import Result, Step, pixels_of
 
 _log = logging.getLogger("dnp.runtime")
 _HEARTBEAT: Final = 1.0  # seconds between ticks with nothing to do, which show that the thread lives
@@ -257,12 +256,7 @@ class Batcher:
         settings: CaptionSettings = self.pipeline.graphs.captioner.settings(
             beams=beams, prefix=prefix, min_length=min_length, max_length=max_length
         )
-        for image in images:
-            if not isinstance(image, Image):
-                raise SettingsError(
-                    f"caption takes PIL images, not {type(image).__name__}; make one with PIL.Image.fromarray"
-                )
-        pixels = [np.asarray(image.convert("RGB")) for image in images]
+        pixels = pixels_of(images)
         ticket: Ticket[list[str]] = Ticket(listener, self._call)
         return self._queue(ticket, describe(pixels, settings), lambda texts, seconds: texts, priority, deadline, 0)
 

@@ -28,7 +28,7 @@ from dnp.runtime.captioning.captioner import part_sizes
 from dnp.runtime.job import Job, resolve
 from dnp.runtime.pipeline.graphs import Graphs, Needs
 from dnp.runtime.request import Request
-from dnp.runtime.result import Result, Step
+from dnp.runtime.result import Result, Step, pixels_of
 from dnp.runtime.sampling.samplers import check_defaults
 from dnp.runtime.sampling.schedule import Schedule, read_schedule
 from dnp.runtime.tokenizer import PromptTokenizer
@@ -224,18 +224,11 @@ class Pipeline:
         The settings are those of ``Request``. Raises SettingsError for what is no PIL image and for settings that
         cannot be honoured.
         """
-        if isinstance(images, Image.Image) or not isinstance(images, Iterable):
-            raise SettingsError(f"caption takes a list of PIL images, not one {type(images).__name__}")
-        images = list(images)
-        for image in images:
-            if not isinstance(image, Image.Image):
-                raise SettingsError(
-                    f"caption takes PIL images, not {type(image).__name__}; make one with PIL.Image.fromarray"
-                )
+        pictures = pixels_of(images)
         with self.exclusive():
             captioner = self.graphs.captioner
             how = captioner.settings(beams=beams, prefix=prefix, min_length=min_length, max_length=max_length)
-            return [captioner.captions(np.asarray(image.convert("RGB"))[None], how)[0] for image in images]
+            return [captioner.captions(picture[None], how)[0] for picture in pictures]
 
     def resolve(self, request: Request) -> Job:
         """``request`` with nothing left open, and everything about it checked; ``run`` and ``steps`` take it, too.
