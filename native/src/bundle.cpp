@@ -18,7 +18,7 @@ namespace {
 
 constexpr const char* manifest_name = "bundle.json";
 constexpr const char* seal_name = "bundle.sha256";
-constexpr std::uintmax_t most_bytes = 16u << 20;  // of a manifest; a real one has some kilobytes
+constexpr std::uintmax_t most_manifest_bytes = 16u << 20;  // of a manifest; a real one has some kilobytes
 constexpr std::size_t chunk = 1u << 20;
 constexpr const char* recopy = "; copy the bundle again, or export it again";
 constexpr const char* lfs_pointer = "version https://git-lfs.github.com/spec/";
@@ -104,10 +104,10 @@ Bundle open_folder(const fs::path& root) {
     fs::path file = root / manifest_name;
     if (!fs::is_regular_file(file))
         throw bundle_error(root.string(), ": no bundle, it has no ", manifest_name, "; name the folder that `dnp export` wrote");
-    std::string raw = read_file(file, most_bytes), digest = sha256(raw);
+    std::string raw = read_file(file, most_manifest_bytes), digest = sha256(raw);
     Bundle bundle;
     static_cast<Manifest&>(bundle) = parse_manifest(parse_json(raw, file.string(), Code::bundle), file.string());
-    if (read_file(root / seal_name, most_bytes).substr(0, 64) != digest)
+    if (read_file(root / seal_name, most_manifest_bytes).substr(0, 64) != digest)
         throw bundle_error(file.string(), ": edited since it was written, ", seal_name, " has another SHA-256", recopy);
     verify(root, bundle.files);
     bundle.path = root, bundle.fingerprint = digest.substr(0, 16);

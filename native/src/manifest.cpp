@@ -9,7 +9,7 @@ namespace dnp::core {
 
 namespace {
 
-constexpr std::int64_t largest = 2147483647;  // of any integer in a manifest that is no number of bytes
+constexpr std::int64_t largest_integer = 2147483647;  // of any integer in a manifest that is no number of bytes
 constexpr const char* remedy = "; export the model again";
 
 [[noreturn]] void refuse(const std::string& where, const char* wanted, const Json& found) {
@@ -36,7 +36,7 @@ public:
 
     std::string where(const std::string& key) const { return where_ + ": " + key; }
 
-    std::int64_t integer(const std::string& key, std::int64_t low, std::int64_t high = largest) {
+    std::int64_t integer(const std::string& key, std::int64_t low, std::int64_t high = largest_integer) {
         const Json& value = at(key);
         if (!is_integer(value, low, high)) refuse(where(key), cat("an integer from ", low).c_str(), value);
         return value.get<std::int64_t>();
@@ -104,7 +104,7 @@ std::vector<Json> shape_of(const Json& value, const std::string& where) {
     const char* wanted = "a shape such as [\"batch\", 4, \"4*height\"]";
     if (!value.is_array()) refuse(where, wanted, value);
     for (const Json& entry : value)
-        if (entry.is_string() ? !parse_entry(entry.get<std::string>()) : !is_integer(entry, 1, largest)) refuse(where, wanted, value);
+        if (entry.is_string() ? !parse_entry(entry.get<std::string>()) : !is_integer(entry, 1, largest_integer)) refuse(where, wanted, value);
     return value.get<std::vector<Json>>();
 }
 

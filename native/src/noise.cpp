@@ -7,7 +7,7 @@ namespace dnp::core {
 namespace {
 
 constexpr std::size_t block = 16;  // ATen fills 16 values or more in blocks: 8 radii and 8 angles
-constexpr double pi = 3.141592653589793;
+constexpr double tau = 6.283185307179586;
 
 struct SineCosine {
     float sine, cosine;
@@ -43,7 +43,7 @@ SineCosine sine_cosine(float x) {
 void box_muller(float* u) {
     for (std::size_t i = 0; i < block / 2; ++i) {
         double radius = std::sqrt(-2.0 * std::log(1.0 - static_cast<double>(u[i])));
-        auto [sine, cosine] = sine_cosine(static_cast<float>(2.0 * pi) * u[i + block / 2]);
+        auto [sine, cosine] = sine_cosine(static_cast<float>(tau) * u[i + block / 2]);
         u[i] = static_cast<float>(radius * cosine);
         u[i + block / 2] = static_cast<float>(radius * sine);
     }
@@ -79,8 +79,8 @@ double TorchNoise::scalar() {
     };
     double angle = random(), radius = random();
     double r = std::sqrt(-2.0 * std::log1p(-radius));
-    spare_ = r * std::sin(2.0 * pi * angle);
-    return r * std::cos(2.0 * pi * angle);
+    spare_ = r * std::sin(tau * angle);
+    return r * std::cos(tau * angle);
 }
 
 }  // namespace dnp::core
