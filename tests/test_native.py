@@ -1,13 +1,16 @@
 """The C++ library against the Python package: part by part through ``dnp-probe``, and whole through its C interface."""
 
 import ctypes
+import hashlib
 import importlib.util
 import json
+import logging
 import os
 import random
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -18,8 +21,11 @@ from test_tokenizers import PIECES, corpus
 from tokenizers import Tokenizer
 
 from dnp import Pipeline
+from dnp.engine.backends.onnxruntime.cpu import build_cpu_plans, plan_spec
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.errors import BundleError, DnpError, SettingsError
+from dnp.engine.plans.plan import PlanSpec
+from dnp.engine.plans.store import PlanStore
 from dnp.runtime.captioning.resize import resize_matrices
 from dnp.runtime.job import resolve
 from dnp.runtime.pictures import read_settings
@@ -370,8 +376,6 @@ def test_manifests_are_refused_as_python_refuses_them(probe, copied):
 
 
 def write_manifest(folder, manifest):
-    import hashlib
-
     raw = json.dumps(manifest).encode()
     (folder / "bundle.json").write_bytes(raw)
     (folder / "bundle.sha256").write_text(f"{hashlib.sha256(raw).hexdigest()}  bundle.json\n")
@@ -385,6 +389,79 @@ def write_manifest(folder, manifest):
 def test_no_manifest_at_all_is_refused(probe, copied, raw):
     (copied / "bundle.json").write_bytes(raw)
     both_refuse(probe, copied)
+
+
+# ------------------------------------------------------------------------------------------------ plans
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The default bundle, with plans of the processor."""
+    folder = shutil.copytree(BUNDLE, tmp_path_factory.mktemp("planned") / "default", ignore=lambda *_: ["plans"])
+    build_cpu_plans(Bundle.open(folder))
+    return folder
+
+
+def edited(change):
+    def spoil(plan):
+        sidecar = json.loads(plan.with_suffix(".json").read_text())
+        change(sidecar)
+        plan.with_suffix(".json").write_text(json.dumps(sidecar))
+
+    return spoil
+
+
+def flipped(file):
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+
+
+def of_another_version(plan):
+    """A plan that another version of ONNX Runtime made, and the one that is wanted gone."""
+    sidecar = json.loads(plan.with_suffix(".json").read_text())
+    spec = PlanSpec(**{**sidecar["spec"], "version": "1.21.0"})
+    other = plan.with_name(f"{spec.graph}-{spec.key}.plan")
+    other.with_suffix(".json").write_text(json.dumps({**sidecar, "spec": asdict(spec)}))
+    plan.rename(other)
+
+
+SPOILED = [
+    lambda plan: plan.unlink(),
+    lambda plan: plan.with_suffix(".json").unlink(),
+    lambda plan: plan.write_bytes(plan.read_bytes()[:-1]),
+    flipped,
+    lambda plan: flipped(*plan.parent.glob(f"{plan.stem}.*.weights")),
+    lambda plan: next(plan.parent.glob(f"{plan.stem}.*.weights")).unlink(),
+    lambda plan: plan.with_suffix(".json").write_text("[" * 100_000),
+    of_another_version,
+    edited(lambda sidecar: sidecar.pop("size")),
+    edited(lambda sidecar: sidecar["spec"].update(architecture="x86_64 another (avx)")),
+    edited(lambda sidecar: sidecar["spec"].update(profile={"batch": [1, 2, 3]})),
+    edited(lambda sidecar: sidecar["spec"].update(profile={"batch": 1})),
+    edited(lambda sidecar: sidecar["spec"].update(flags={"a flag": True})),
+    edited(lambda sidecar: sidecar["statistics"].update(weights_bytes=-1)),
+    edited(lambda sidecar: sidecar["weights"].update(file="../weights")),
+    edited(lambda sidecar: sidecar["weights"].update(unknown=1)),
+    edited(lambda sidecar: sidecar.update(weights=None)),
+]
+
+
+@pytest.mark.parametrize("spoil", [None, *SPOILED], ids=range(len(SPOILED) + 1))
+def test_plans_are_found_or_refused_as_python_does(probe, planned, tmp_path, spoil):
+    bundle, version = Bundle.open(planned), onnxruntime.__version__
+    folder = shutil.copytree(planned / "plans", tmp_path / "plans")
+    if spoil:
+        spoil(*folder.glob("encode_text-*.plan"))
+    plan, reason = PlanStore(folder).find(plan_spec(bundle, bundle.graph("encode_text")))
+    found = probe("plan", folder=str(planned), plans=str(folder), graph="encode_text", version=version)
+    if plan is not None:
+        assert spoil is None
+        assert found == str(plan.path)
+    else:
+        # What was found in JSON and in the system's errors is told in other words.
+        same = reason.split(" (")[0].split(" must be ")[0]
+        assert found["reason"].startswith(same)
 
 
 # ------------------------------------------------------------------------------------------------ requests
@@ -670,6 +747,38 @@ def test_dns_alone_gives_pythons_images_and_n_star(library, native, python):
     expected = python.dns(SCENE, seed=4, dns_steps=4, images=2)
     assert (final, told["negatives"]) == ([], expected.negatives)
     same_pictures(dns, expected.arrays)
+
+
+def test_plans_give_the_same_pictures(library, native, planned):
+    settings = {"prompt": SCENE, "seed": 3, "steps": 3, "dns_steps": 2}
+    with_plans = library.open(planned)
+    final, dns, _, told = library.request(with_plans, settings)
+    library.check(library.c.dnp_close(with_plans))
+    assert told["runs_on"].endswith(", plan)")
+    assert told["warnings"] == []
+    expected = library.request(native, settings)
+    np.testing.assert_array_equal(final, expected[0])
+    np.testing.assert_array_equal(dns, expected[1])
+    assert told["negatives"] == expected[3]["negatives"]
+
+
+def test_a_plan_that_cannot_be_used_is_named_as_python_names_it(library, planned, tmp_path, caplog):
+    folder = shutil.copytree(planned / "plans", tmp_path / "my plans")
+    damaged, no_plan = (next(folder.glob(f"{graph}-*.plan")) for graph in ("encode_text", "decode_latents"))
+    flipped(damaged)
+    no_plan.write_bytes(b"no graph")
+    record = {"size": 8, "sha256": hashlib.sha256(b"no graph").hexdigest()}
+    edited(lambda sidecar: sidecar.update(record))(no_plan)
+    settings = {"prompt": SCENE, "steps": 1, "dnp": False, "seed": 0}
+    with Pipeline.open(planned, threads=1, plans=folder) as python:
+        expected = python.run(Request.from_dict(settings))
+    pipeline = library.open(planned, plans=str(folder))
+    final, *_, told = library.request(pipeline, settings)
+    library.check(library.c.dnp_close(pipeline))
+    same_pictures(final, expected.arrays)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2
+    assert sorted(told["warnings"]) == sorted(warnings)
 
 
 def test_progress_tells_every_step_and_shows_it(library, native):

@@ -89,6 +89,7 @@ typedef struct dnp_pipeline dnp_pipeline;
  * `options`: a JSON object, or NULL for {}. It may hold
  *   "onnxruntime"  path of ONNX Runtime's library, 1.21 or later. Otherwise the environment variable DNP_ONNXRUNTIME
  *                  names it, or the system finds libonnxruntime.so.1. A process has one: the first that is loaded.
+ *   "plans"        folder of the plans that `dnp build` made; plans/ in the bundle when it is left out.
  *   "threads"      to compute with; every physical core that the process may use when it is left out.
  *
  * On success *pipeline is the caller's, to be freed by dnp_close. */
@@ -172,7 +173,8 @@ DNP_API size_t dnp_result_count(const dnp_result* result, dnp_kind kind);
 DNP_API dnp_error* dnp_result_image(const dnp_result* result, dnp_kind kind, size_t index, dnp_image* image);
 
 /* Everything else, as a JSON object: "negatives" (n* of each image, "" for plain guidance), "request" (the settings,
- * all explicit), "seconds" (by phase), "bundle", "backend", "precision", "runs_on". Lent, until the result is freed. */
+ * all explicit), "seconds" (by phase), "bundle", "backend", "precision", "runs_on", "warnings" (sentences about what the
+ * pipeline does without since it was opened, such as a plan that cannot be used). Lent, until the result is freed. */
 DNP_API const char* dnp_result_json(const dnp_result* result);
 
 DNP_API void dnp_result_free(dnp_result* result); /* NULL is allowed */

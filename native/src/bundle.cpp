@@ -1,13 +1,11 @@
 #include "bundle.hpp"
 
-#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
-#include <memory>
-#include <thread>
 #include <vector>
 
+#include "parallel.hpp"
 #include "sha256.hpp"
 
 namespace dnp::core {
@@ -53,32 +51,6 @@ bool is_pointer(const fs::path& path) {
     return start == lfs_pointer;
 }
 
-// Runs `work(0)` to `work(count - 1)` on a few threads, and throws the first error that one of them gave.
-template <class Work>
-void in_parallel(std::size_t count, Work work) {
-    std::atomic<std::size_t> next{0};
-    std::vector<std::exception_ptr> errors(count);
-    auto worker = [&] {
-        for (std::size_t i; (i = next++) < count;) {
-            try {
-                work(i);
-            } catch (...) {
-                errors[i] = std::current_exception();
-            }
-        }
-    };
-    std::vector<std::thread> threads;
-    std::size_t wanted = std::min<std::size_t>({count, std::max(1u, std::thread::hardware_concurrency()), 8});
-    try {
-        while (threads.size() + 1 < wanted) threads.emplace_back(worker);
-    } catch (const std::system_error&) {  // no more threads to be had: those that there are do it all
-    }
-    worker();
-    for (auto& thread : threads) thread.join();
-    for (const auto& error : errors)
-        if (error) std::rethrow_exception(error);
-}
-
 // Places and sizes first, which costs nothing, then the hashes.
 void verify(const fs::path& root, const std::map<std::string, FileRecord>& files) {
     std::vector<std::pair<fs::path, const FileRecord*>> listed;
@@ -115,6 +87,14 @@ Bundle open_folder(const fs::path& root) {
 }
 
 }  // namespace
+
+std::string Bundle::graph_sha256(const std::string& graph) const {
+    const std::string& file = graphs.at(graph).file;
+    std::string listed;
+    for (const std::string& name : {file, file + ".data"})
+        if (auto found = files.find(name); found != files.end()) listed += found->second.sha256 + "  " + name + "\n";
+    return sha256(listed);
+}
 
 std::string read_file(const fs::path& file, std::uintmax_t most) {
     std::ifstream stream(file, std::ios::binary | std::ios::ate);

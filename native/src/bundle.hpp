@@ -11,6 +11,8 @@ namespace dnp::core {
 struct Bundle : Manifest {
     std::filesystem::path path;  // absolute
     std::string fingerprint;     // 16 hexadecimal digits that change when anything in the bundle does
+
+    std::string graph_sha256(const std::string& graph) const;  // one hash for a graph's file and the weights beside it
 };
 
 // Opens the bundle in a folder and verifies all of it, as Bundle.open does in Python. Throws bundle_error, naming the

@@ -112,6 +112,7 @@ dnp_error* request(Method method, dnp_pipeline* pipeline, const char* settings, 
         made->result = (pipeline->pipeline.*method)(json_of(settings, "settings"), progress_of(callbacks));
         core::OrderedJson json{{"negatives", made->result.negatives}, {"request", made->result.request}, {"seconds", made->result.seconds}};
         json.update(made->result.made_with);  // the pipeline may be closed by now
+        json["warnings"] = made->result.warnings;
         made->json = json.dump();
         *result = made.release();
     });

@@ -43,6 +43,8 @@ public:
     void write(Denoiser& denoiser, std::int64_t role, const std::vector<std::string>& texts, std::int64_t height, std::int64_t width,
                std::int64_t windows, Stop& stop);
 
+    const std::string& runs_on() const { return session_.runs_on(); }
+
 private:
     const Bundle& bundle_;
     std::vector<PromptTokenizer> tokenizers_;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "processor.hpp"
 #include "version.hpp"
 
 namespace dnp::core {
@@ -24,8 +25,11 @@ Engine engine_of(const Json& options) {
         } else if (name == "threads") {
             if (!is_integer(value, 1, most_threads)) throw settings_error("threads must be an integer from 1 to ", most_threads, ", not ", shown(value));
             engine.threads = value.get<int>();
+        } else if (name == "plans") {
+            if (!value.is_string()) throw settings_error("plans must be the path of a folder, not ", shown(value));
+            engine.plans = value.get<std::string>();
         } else {
-            throw settings_error("unknown option '", name, "'; ", nearest(name, {"onnxruntime", "threads"}));
+            throw settings_error("unknown option '", name, "'; ", nearest(name, {"onnxruntime", "plans", "threads"}));
         }
     }
     if (!engine.threads) engine.threads = core_count();
@@ -176,9 +180,8 @@ Pipeline::Pipeline(const std::string& folder, const Json& options) {
     engine_ = engine_of(options);
     bundle_ = open_bundle(folder);
     schedule_ = schedule_of(bundle_);
-    std::string ort = load_onnxruntime(engine_);
+    load_onnxruntime(engine_);
     stop_.create();
-    runs_on_ = cat("cpu (ONNX Runtime ", ort, ", CPUExecutionProvider, f32, threads: ", engine_.threads, ")");
     conditioner();  // opened now, so that what cannot run says so here
     opening_ = now() - started;
 }
@@ -204,7 +207,7 @@ Result Pipeline::generate(const Json& settings, const Progress& progress) {
     if (job.runs_dns) run.find_negatives(result);
     if (job.compare) result.plain = run.sample("plain", job.final, prompts, empty, job.seed);
     result.final = run.sample("final", job.final, prompts, result.negatives, job.seed);
-    result.request = job.request, result.seconds = run.seconds(), result.made_with = made_with();
+    result.request = job.request, result.seconds = run.seconds(), result.made_with = made_with(), result.warnings = *engine_.warnings;
     return result;
 }
 
@@ -215,7 +218,7 @@ Result Pipeline::find_negatives(const Json& settings, const Progress& progress) 
     Run run(*this, job, progress);
     Result result;
     run.find_negatives(result);
-    result.request = job.request, result.seconds = run.seconds(), result.made_with = made_with();
+    result.request = job.request, result.seconds = run.seconds(), result.made_with = made_with(), result.warnings = *engine_.warnings;
     return result;
 }
 
@@ -272,7 +275,9 @@ Captioner& Pipeline::captioner() {
     return *captioner_;
 }
 
-OrderedJson Pipeline::made_with() const { return {{"bundle", bundle_.fingerprint}, {"backend", "cpu"}, {"precision", nullptr}, {"runs_on", runs_on_}}; }
+OrderedJson Pipeline::made_with() const {
+    return {{"bundle", bundle_.fingerprint}, {"backend", "cpu"}, {"precision", nullptr}, {"runs_on", conditioner_->runs_on()}};
+}
 
 OrderedJson Pipeline::info() const {
     OrderedJson told = made_with();

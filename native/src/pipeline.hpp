@@ -30,6 +30,7 @@ struct Result {
     OrderedJson request;
     std::map<std::string, double> seconds;  // by phase
     OrderedJson made_with;                  // what ran
+    Names warnings;                         // since the pipeline was opened
 };
 
 // One request at a time: a call that would have to wait throws. `cancel` may be called by any thread at any time.
@@ -62,7 +63,6 @@ private:
     Bundle bundle_;
     Schedule schedule_;
     Engine engine_;
-    std::string runs_on_;
     Stop stop_;
     std::unique_ptr<Conditioner> conditioner_;
     std::unique_ptr<Denoiser> denoiser_;

@@ -1,7 +1,6 @@
 #include "session.hpp"
 
 #include <dlfcn.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +10,9 @@
 #include <mutex>
 #include <set>
 #include <thread>
+
+#include "plans.hpp"
+#include "processor.hpp"
 
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
@@ -36,13 +38,6 @@ std::size_t item_size(const std::string& dtype) { return dtype == "float32" ? 4 
 std::string first_line(const char* message) {
     std::string text(message);
     return text.substr(0, text.find('\n'));
-}
-
-std::string read_text(const std::string& path) {
-    std::ifstream file(path);
-    std::string text;
-    std::getline(file, text);
-    return text;
 }
 
 // The one copy of ONNX Runtime of this process. It is never unloaded: its threads may outlive any pipeline.
@@ -122,23 +117,6 @@ std::string load_onnxruntime(const Engine& engine) {
     return library->version;
 }
 
-int core_count() {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    std::set<std::string> cores;
-    if (sched_getaffinity(0, sizeof set, &set) == 0)
-        for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
-            if (CPU_ISSET(cpu, &set)) {
-                std::string siblings = read_text(cat("/sys/devices/system/cpu/cpu", cpu, "/topology/thread_siblings_list"));
-                cores.insert(siblings.empty() ? std::to_string(cpu) : siblings);
-            }
-    int count = cores.empty() ? static_cast<int>(std::thread::hardware_concurrency()) : static_cast<int>(cores.size());
-    double quota = 0, period = 0;
-    std::istringstream limit(read_text("/sys/fs/cgroup/cpu.max"));
-    if (limit >> quota >> period && period > 0) count = std::min(count, static_cast<int>(std::nearbyint(quota / period)));
-    return std::max(1, count);
-}
-
 struct Stop::Options {
     Ort::RunOptions run;
 };
@@ -196,6 +174,10 @@ void Buffer::shape_to(const Shape& shape) {
     for (std::int64_t size : shape) count_ *= static_cast<std::size_t>(size);
 }
 
+struct Session::Settings {
+    Ort::SessionOptions& options;
+};
+
 struct Session::Bound {
     Ort::Session session{nullptr};
     Ort::IoBinding binding{nullptr};
@@ -205,7 +187,6 @@ struct Session::Bound {
 Session::Session(const Bundle& bundle, const std::string& graph, const Engine& engine) : graph_(bundle.graphs.at(graph)), bound_(std::make_unique<Bound>()) {
     for (const auto& [name, spec] : graph_.inputs) inputs_.emplace(name, Buffer(name, spec.dtype));
     for (const auto& [name, spec] : graph_.outputs) outputs_.emplace(name, Buffer(name, spec.dtype));
-    std::string path = (bundle.path / graph_.file).string();
     Ort::SessionOptions options;
     options.SetIntraOpNumThreads(engine.threads ? engine.threads : core_count());
     options.SetInterOpNumThreads(1);
@@ -215,14 +196,19 @@ Session::Session(const Bundle& bundle, const std::string& graph, const Engine& e
     options.DisableMemPattern();  // takes as much memory again, and no less time
     // Threads that wait by spinning take the cores from the next graph, and from everyone else.
     options.AddConfigEntry("session.intra_op.allow_spinning", "0");
-    try {
-        bound_->session = Ort::Session(*loaded()->env, path.c_str(), options);
-        bound_->binding = Ort::IoBinding(bound_->session);
-    } catch (const Ort::Exception& error) {
-        if (error.GetOrtErrorCode() == ORT_NOT_IMPLEMENTED)
-            throw backend_error(path, ": ONNX Runtime ", loaded()->version, " lacks an operator: ", first_line(error.what()));
-        throw bundle_error(path, ": no graph that ONNX Runtime can load: ", first_line(error.what()), "; export the model again");
+    bool planned = open_plan(bundle, engine, {options});
+    if (!planned) {
+        std::string path = (bundle.path / graph_.file).string();
+        try {
+            bound_->session = Ort::Session(*loaded()->env, path.c_str(), options);
+        } catch (const Ort::Exception& error) {
+            if (error.GetOrtErrorCode() == ORT_NOT_IMPLEMENTED)
+                throw backend_error(path, ": ONNX Runtime ", loaded()->version, " lacks an operator: ", first_line(error.what()));
+            throw bundle_error(path, ": no graph that ONNX Runtime can load: ", first_line(error.what()), "; export the model again");
+        }
     }
+    bound_->binding = Ort::IoBinding(bound_->session);
+    runs_on_ = cat("cpu (ONNX Runtime ", loaded()->version, ", CPUExecutionProvider, f32, threads: ", engine.threads, planned ? ", plan)" : ")");
     Ort::AllocatorWithDefaultOptions allocator;
     std::map<std::string, Ort::TypeInfo> found;
     for (std::size_t i = 0; i < bound_->session.GetInputCount(); ++i)
@@ -232,6 +218,27 @@ Session::Session(const Bundle& bundle, const std::string& graph, const Engine& e
     for (std::size_t i = 0; i < bound_->session.GetOutputCount(); ++i)
         found.emplace(bound_->session.GetOutputNameAllocated(i, allocator).get(), bound_->session.GetOutputTypeInfo(i));
     check_side(graph_, graph_.outputs, found, "outputs");
+}
+
+// Opens what ONNX Runtime made of the graph before, as it is. What cannot be used is named in a warning.
+bool Session::open_plan(const Bundle& bundle, const Engine& engine, const Settings& settings) {
+    std::filesystem::path folder = engine.plans.empty() ? bundle.path / "plans" : std::filesystem::absolute(engine.plans);
+    Names command{"dnp", "build", bundle.path.string(), "--backend", "cpu"};
+    if (!engine.plans.empty()) command.insert(command.end(), {"--plans", folder.string()});
+    auto [plan, reason] = PlanStore(folder).find(cpu_plan(bundle, graph_.name, loaded()->version));
+    if (plan) {
+        try {
+            Ort::SessionOptions as_it_is = settings.options.Clone();
+            as_it_is.SetGraphOptimizationLevel(ORT_DISABLE_ALL);
+            bound_->session = Ort::Session(*loaded()->env, plan->path.c_str(), as_it_is);
+            return true;
+        } catch (const Ort::Exception& error) {  // the graph may do well: it needs no file that is mapped
+            reason = cat(plan->path.filename().string(), " does not open: ", first_line(error.what()));
+            command.insert(command.end(), {"--force", "--graph", graph_.name});
+        }
+    }
+    if (!reason.empty()) engine.warnings->push_back(cat(graph_.name, ": opened without its plan: ", reason, "; build it again: ", command_line(command)));
+    return false;
 }
 
 Session::~Session() = default;

@@ -20,13 +20,13 @@ namespace dnp::core {
 struct Engine {
     std::string library;   // path of libonnxruntime.so; empty: $DNP_ONNXRUNTIME, or where the system finds it
     int threads = 0;       // to compute with; 0: every physical core that this process may use
+    std::string plans;     // folder of plans; empty: plans/ in the bundle
+    std::shared_ptr<Names> warnings = std::make_shared<Names>();  // what users should know, noted by whoever sees it
 };
 
 // Loads ONNX Runtime unless it is there. Throws backend_error when it is not found, too old, or another one than the
 // process has already. Returns its version.
 std::string load_onnxruntime(const Engine& engine);
-
-int core_count();  // physical cores that this process may use: affinity and quota are respected
 
 // Stops runs from other threads. After `create`, all members may be called at any time, `reset` only while nothing runs.
 class Stop {
@@ -99,8 +99,12 @@ public:
     void reshape(const Sizes& sizes);                                    // of every symbol of the graph
     void run(Stop& stop);  // throws Code::cancelled when stopped, backend_error when the graph cannot be run
 
+    const std::string& runs_on() const { return runs_on_; }  // what really runs it, as the library itself says
+
 private:
     struct Bound;
+    struct Settings;
+    bool open_plan(const Bundle& bundle, const Engine& engine, const Settings& settings);
     void bind_all();
 
     const Graph graph_;
@@ -108,6 +112,7 @@ private:
     std::map<std::string, Buffer*> aliased_;
     std::map<std::string, std::string> fed_back_;
     Sizes sizes_;
+    std::string runs_on_;
     std::unique_ptr<Bound> bound_;
 };
 

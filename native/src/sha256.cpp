@@ -33,7 +33,7 @@ void Sha256::update(const void* data, std::size_t size) {
     }
 }
 
-std::string Sha256::hex() {
+std::string Sha256::digest() {
     std::uint64_t bits = length_ * 8;
     const std::uint8_t one = 0x80, zero = 0;
     update(&one, 1);
@@ -41,9 +41,15 @@ std::string Sha256::hex() {
     std::uint8_t end[8];
     for (int i = 0; i < 8; ++i) end[i] = static_cast<std::uint8_t>(bits >> (56 - 8 * i));
     update(end, 8);
-    std::string text;
+    std::string bytes;
     for (std::uint32_t word : state_)
-        for (int shift = 28; shift >= 0; shift -= 4) text += "0123456789abcdef"[word >> shift & 15];
+        for (int shift = 24; shift >= 0; shift -= 8) bytes += static_cast<char>(word >> shift);
+    return bytes;
+}
+
+std::string Sha256::hex() {
+    std::string text;
+    for (unsigned char byte : digest()) text += {"0123456789abcdef"[byte >> 4], "0123456789abcdef"[byte & 15]};
     return text;
 }
 

@@ -12,7 +12,8 @@ namespace dnp::core {
 class Sha256 {
 public:
     void update(const void* data, std::size_t size);
-    std::string hex();  // 64 digits; ends the hash
+    std::string digest();  // 32 bytes; ends the hash
+    std::string hex();     // the same as 64 digits
 
 private:
     void block(const std::uint8_t* data);

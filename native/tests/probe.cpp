@@ -10,6 +10,7 @@
 #include "captioner.hpp"
 #include "job.hpp"
 #include "noise.hpp"
+#include "plans.hpp"
 #include "tokenizer.hpp"
 
 using namespace dnp::core;
@@ -82,10 +83,17 @@ Json resolved(const Json& ask) {  // {"folder", "settings"}: what a request is w
     return resolve(ask["settings"], bundle, read_schedule(bundle.schedule)).request;
 }
 
+Json plan(const Json& ask) {  // {"folder", "plans", "graph", "version"}: the plan of ONNX Runtime's that is used, or why none is
+    Bundle bundle = open_bundle(ask["folder"].get<std::string>());
+    auto [found, reason] = PlanStore(ask["plans"].get<std::string>()).find(cpu_plan(bundle, ask["graph"].get<std::string>(), ask["version"].get<std::string>()));
+    return found ? Json(found->path.string()) : Json{{"reason", reason}};
+}
+
 // An answer to a question: {"value"}, or {"error", "code"}.
 Json answer(const Json& ask) {
     static const std::map<std::string, Json (*)(const Json&)> answers{{"noise", noise},   {"table", table},   {"encode", encode},  {"decode", decode},
-                                                                     {"resize", resize}, {"bundle", bundle}, {"resolve", resolved}};
+                                                                     {"resize", resize}, {"bundle", bundle}, {"resolve", resolved},
+                                                                     {"plan", plan}};
     try {
         return {{"value", answers.at(ask["ask"].get<std::string>())(ask)}};
     } catch (const Error& error) {

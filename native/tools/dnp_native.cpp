@@ -24,7 +24,7 @@ constexpr const char* usage =
     "dnp-native info BUNDLE                                                   what a bundle is, and what it runs on\n"
     "\n"
     "A SETTING is one of Request: --seed 7, --steps 20, --sampler euler, --dns-guidance 1.5, --dnp false, and so on.\n"
-    "--onnxruntime FILE names ONNX Runtime's library, --threads N how many threads compute.\n";
+    "--onnxruntime FILE names ONNX Runtime's library, --plans FOLDER where plans are, --threads N how many threads compute.\n";
 
 struct Arguments {
     std::vector<std::string> words;
@@ -44,13 +44,13 @@ Arguments parse(int count, char** given) {
         if (i + 1 == count) throw std::runtime_error(word + " needs a value");
         std::string name = word.substr(2), value = given[++i];
         std::replace(name.begin(), name.end(), '-', '_');
-        bool text = name == "out" || name == "onnxruntime" || name == "negative" || name == "prefix";
+        bool text = name == "out" || name == "onnxruntime" || name == "plans" || name == "negative" || name == "prefix";
         Json parsed = text ? Json(value) : Json::parse(value, nullptr, false);
         if (parsed.is_discarded()) parsed = value;
         if (name == "out") {
             arguments.out = value;
         } else {
-            (name == "onnxruntime" || name == "threads" ? arguments.options : arguments.settings)[name] = parsed;
+            (name == "onnxruntime" || name == "plans" || name == "threads" ? arguments.options : arguments.settings)[name] = parsed;
         }
     }
     return arguments;
@@ -82,6 +82,7 @@ void generate(Arguments arguments) {
             std::cout << file.string() << "\n";
         }
     }
+    for (const Json& warning : told["warnings"]) std::cerr << "warning: " << warning.get<std::string>() << "\n";
     for (const Json& negative : told["negatives"]) std::cout << "n*: " << negative.get<std::string>() << "\n";
     std::printf("%.3f s on %s\n", told["seconds"]["total"].get<double>(), told["runs_on"].get<std::string>().c_str());
 }

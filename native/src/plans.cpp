@@ -1,0 +1,250 @@
+#include "plans.hpp"
+
+#include <chrono>
+#include <fstream>
+
+#include "parallel.hpp"
+#include "processor.hpp"
+#include "schema.hpp"
+#include "sha256.hpp"
+
+namespace dnp::core {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+constexpr std::int64_t hashed_apart = 64 << 20; // bytes of a file of weights that are hashed on their own
+constexpr std::uintmax_t most_sidecar_bytes = 1 << 20;  // a real one has some hundreds
+constexpr int exchanges[] = {0, 50, 200};       // milliseconds to wait before a plan that cannot be used is looked at again
+constexpr std::int64_t most_file_bytes = std::numeric_limits<std::int64_t>::max();
+
+// The fields, in order.
+std::vector<std::pair<const char*, Json>> fields_of(const PlanSpec& spec) {
+    return {{"graph", spec.graph},     {"graph_sha256", spec.graph_sha256}, {"backend", spec.backend}, {"version", spec.version},
+            {"architecture", spec.architecture}, {"precision", spec.precision}, {"profile", spec.profile}, {"flags", spec.flags}};
+}
+
+// A value as Python writes it.
+std::string written(const Json& value) {
+    if (value.is_null()) return "None";
+    if (value.is_boolean()) return value.get<bool>() ? "True" : "False";
+    if (value.is_string()) return value.get<std::string>();
+    if (!value.is_array()) return shown(value);
+    std::string text;
+    for (const Json& entry : value) text += (text.empty() ? "" : ", ") + written(entry);
+    return "[" + text + "]";
+}
+
+std::string brief(const Json& value) {
+    std::string text = written(value);
+    for (char& c : text)
+        if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) c = '?';  // sidecars can be edited
+    return text.size() <= 40 ? text : text.substr(0, 12) + "...";
+}
+
+struct WeightsFile : FileRecord {
+    std::string file;
+};
+
+struct Sidecar : FileRecord {
+    PlanSpec spec;
+    std::string built;  // when, as text that sorts by time
+    std::optional<WeightsFile> weights;
+};
+
+FileRecord record_of(Fields& fields) {
+    return {static_cast<std::uint64_t>(fields.integer("size", 0, most_file_bytes)), fields.text("sha256")};
+}
+
+PlanSpec spec_of(const Json& value, const std::string& where) {
+    Fields fields(value, where);
+    PlanSpec spec{fields.text("graph"), fields.text("graph_sha256"), fields.text("backend"), fields.text("version"), fields.text("architecture"),
+                  fields.text("precision"), fields.at("profile"), fields.at("flags")};
+    fields.finish();
+    for (const char* name : {"profile", "flags"})
+        if (!value[name].is_object()) refuse(fields.where(name), "an object", value[name]);
+    for (const auto& [name, entry] : spec.profile.items())
+        if (!entry.is_array() || !std::all_of(entry.begin(), entry.end(), [](const Json& size) { return size.is_number_integer(); }))
+            refuse(fields.where("profile") + "." + name, "a list of integers", entry);
+    return spec;
+}
+
+// The sidecar of a plan. Throws bundle_error when it is not as it was written.
+Sidecar read_sidecar(fs::path path) {
+    path.replace_extension(".json");
+    std::string where = path.filename().string();
+    Json value = parse_json(read_file(path, most_sidecar_bytes), where, Code::bundle);
+    Fields fields(value, where);
+    Sidecar sidecar;
+    static_cast<FileRecord&>(sidecar) = record_of(fields);
+    sidecar.spec = spec_of(fields.at("spec"), fields.where("spec"));
+    const Json& statistics = fields.at("statistics");
+    if (!statistics.is_object()) refuse(fields.where("statistics"), "an object", statistics);
+    const std::string ending = "_bytes";
+    for (const auto& [name, number] : statistics.items())
+        if (name.size() >= ending.size() && name.substr(name.size() - ending.size()) == ending && !is_integer(number, 0))
+            refuse(fields.where("statistics") + ": " + name, "a number of bytes", number);
+    sidecar.built = statistics.contains("built") && statistics["built"].is_string() ? statistics["built"].get<std::string>() : "None";
+    if (const Json* weights = fields.find("weights")) {
+        Fields of(*weights, fields.where("weights"));
+        sidecar.weights = WeightsFile{record_of(of), of.text("file")};
+        of.finish();
+        const std::string& file = sidecar.weights->file;
+        if (file.empty() || file == ".." || file == "." || fs::path(file).filename() != file) refuse(of.where("file"), "a file's name", Json(file));
+    }
+    fields.finish();
+    return sidecar;
+}
+
+// The SHA-256 of a file, from `start` on and of so many bytes at most. Throws bundle_error.
+Sha256 hashed(const fs::path& path, std::int64_t start, std::int64_t most) {
+    std::ifstream file(path, std::ios::binary);
+    file.seekg(start);
+    std::vector<char> chunk(1 << 20);
+    Sha256 hash;
+    while (most > 0 && file) {
+        file.read(chunk.data(), std::min<std::streamsize>(most, static_cast<std::streamsize>(chunk.size())));
+        hash.update(chunk.data(), static_cast<std::size_t>(file.gcount()));
+        most -= file.gcount();
+    }
+    if (most > 0 && !file.eof()) throw bundle_error(path.filename().string(), " cannot be read");
+    return hash;
+}
+
+std::string whole_hash(const fs::path& path) { return hashed(path, 0, most_file_bytes).hex(); }
+
+// Of the hashes of its blocks.
+std::string block_hash(const fs::path& path) {
+    auto blocks = static_cast<std::size_t>((static_cast<std::int64_t>(fs::file_size(path)) + hashed_apart - 1) / hashed_apart);
+    std::vector<std::string> digests(blocks);
+    in_parallel(blocks, [&](std::size_t i) { digests[i] = hashed(path, static_cast<std::int64_t>(i) * hashed_apart, hashed_apart).digest(); });
+    Sha256 hash;
+    for (const auto& digest : digests) hash.update(digest.data(), digest.size());
+    return hash.hex();
+}
+
+// How a file differs from what was written; empty when it does not.
+std::string damage(const fs::path& path, const FileRecord& wanted, std::string (*hash)(const fs::path&)) {
+    std::string name = path.filename().string();
+    std::error_code error;
+    std::uintmax_t size = fs::file_size(path, error);
+    if (error) return cat(name, " cannot be read (", error.message(), ")");
+    if (size != wanted.size) return cat(name, " is damaged: ", size, " bytes, wanted are ", wanted.size);
+    return hash(path) == wanted.sha256 ? "" : name + " is damaged: its SHA-256 differs";
+}
+
+std::string without_remedy(std::string message) {
+    std::size_t at = message.rfind(remedy);
+    return at == std::string::npos ? message : message.substr(0, at);
+}
+
+}  // namespace
+
+std::string PlanSpec::key() const {
+    Json all = Json::object();
+    for (const auto& [name, value] : fields_of(*this)) all[name] = value;
+    return sha256(all.dump(-1, ' ', true)).substr(0, 16);
+}
+
+std::string PlanSpec::difference(const PlanSpec& other) const {
+    auto mine = fields_of(*this), its = fields_of(other);
+    for (std::size_t i = 0; i < mine.size(); ++i) {
+        const auto& [name, wanted] = mine[i];
+        const Json& found = its[i].second;
+        if (wanted == found) continue;
+        if (!wanted.is_object()) return cat(name, " is ", brief(found), ", wanted is ", brief(wanted));
+        Json both = wanted;
+        both.update(found);
+        for (const auto& [key, value] : both.items()) {
+            Json one = wanted.value(key, Json()), another = found.value(key, Json());
+            if (one != another) return cat(name, ".", brief(key), " is ", brief(another), ", wanted is ", brief(one));
+        }
+    }
+    return "";
+}
+
+PlanStore::Found PlanStore::find(const PlanSpec& spec) const {
+    Found found = look(spec);
+    for (int pause : exchanges) {  // another process may be giving the files of a new build their names
+        if (found.plan || found.reason.empty()) break;
+        std::this_thread::sleep_for(std::chrono::milliseconds(pause));
+        found = look(spec);
+    }
+    return found;
+}
+
+PlanStore::Found PlanStore::look(const PlanSpec& spec) const {
+    fs::path path = place(spec);
+    try {
+        if (!fs::exists(path)) return {{}, nearest_to(spec)};
+        Sidecar sidecar;
+        try {
+            sidecar = read_sidecar(path);
+        } catch (const Error& error) {
+            return {{}, cat(path.filename().string(), " has no sidecar that can be read (", without_remedy(error.what()), ")")};
+        }
+        std::string reason = spec.difference(sidecar.spec);
+        if (!reason.empty()) return {{}, path.filename().string() + ": " + reason};
+        reason = damage(path, sidecar, whole_hash);
+        if (reason.empty() && sidecar.weights) reason = damage(folder_ / sidecar.weights->file, *sidecar.weights, block_hash);
+        if (!reason.empty()) return {{}, reason};
+        return {Plan{path, sidecar.spec}, ""};
+    } catch (const fs::filesystem_error& error) {
+        return {{}, cat(path.string(), " cannot be read (", error.code().message(), ")")};
+    }
+}
+
+std::vector<Plan> PlanStore::newest(const std::string& graph, const std::string& backend) const {
+    std::vector<std::tuple<std::string, std::string, Plan>> found;
+    std::error_code error;
+    for (const auto& entry : fs::directory_iterator(folder_, error)) {
+        if (entry.path().extension() != ".plan") continue;
+        try {
+            Sidecar sidecar = read_sidecar(entry.path());
+            if (sidecar.spec.graph == graph && sidecar.spec.backend == backend && entry.path() == place(sidecar.spec))
+                found.emplace_back(sidecar.built, entry.path().filename().string(), Plan{entry.path(), sidecar.spec});
+        } catch (const Error&) {
+        }
+    }
+    std::sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return std::tie(std::get<0>(a), std::get<1>(a)) > std::tie(std::get<0>(b), std::get<1>(b)); });
+    std::vector<Plan> plans;
+    for (auto& [built, name, plan] : found) plans.push_back(std::move(plan));
+    return plans;
+}
+
+// What is different about the plan that has most in common with `spec`.
+std::string PlanStore::nearest_to(const PlanSpec& spec) const {
+    auto wanted = fields_of(spec);
+    std::string told;
+    std::ptrdiff_t most = -1;
+    for (const Plan& plan : newest(spec.graph, spec.backend)) {
+        auto its = fields_of(plan.spec);
+        std::ptrdiff_t shared = 0;
+        for (std::size_t i = 0; i < its.size(); ++i) shared += its[i].second == wanted[i].second;
+        if (shared > most) most = shared, told = plan.path.filename().string() + ": " + spec.difference(plan.spec);
+    }
+    return told;
+}
+
+PlanSpec cpu_plan(const Bundle& bundle, const std::string& graph, const std::string& version) {
+    return {graph, bundle.graph_sha256(graph), "cpu", version, processor_architecture(), bundle.precision};
+}
+
+std::string command_line(const Names& words) {
+    static constexpr const char* safe = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_@%+=:,./-";
+    std::string line;
+    for (const auto& word : words) {
+        if (!line.empty()) line += ' ';
+        if (!word.empty() && word.find_first_not_of(safe) == std::string::npos) {
+            line += word;
+            continue;
+        }
+        line += '\'';
+        for (char c : word) line += c == '\'' ? std::string("'\"'\"'") : std::string(1, c);
+        line += '\'';
+    }
+    return line;
+}
+
+}  // namespace dnp::core

@@ -1,0 +1,54 @@
+// Plans: what `dnp build` made of graphs ahead. They are found by what lies beside them, and verified before use, as
+// dnp/engine/plans/store.py does. Nothing here writes.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "bundle.hpp"
+
+namespace dnp::core {
+
+// Everything that changes a plan.
+struct PlanSpec {
+    std::string graph, graph_sha256, backend, version, architecture, precision;
+    Json profile = Json::object(), flags = Json::object();
+
+    std::string key() const;                                 // 16 hexadecimal digits over all fields, Python's
+    std::string difference(const PlanSpec& other) const;     // the first field that is another there; empty when none is
+};
+
+struct Plan {
+    std::filesystem::path path;
+    PlanSpec spec;
+};
+
+class PlanStore {
+public:
+    explicit PlanStore(std::filesystem::path folder) : folder_(std::move(folder)) {}
+
+    struct Found {
+        std::optional<Plan> plan;
+        std::string reason;  // why there is none that can be used; empty when there never was one
+    };
+    Found find(const PlanSpec& spec) const;
+
+    // The plans of a graph for a backend, the newest first; not verified. Those whose sidecar cannot be read are left out.
+    std::vector<Plan> newest(const std::string& graph, const std::string& backend) const;
+
+private:
+    Found look(const PlanSpec& spec) const;
+    std::string nearest_to(const PlanSpec& spec) const;
+    std::filesystem::path place(const PlanSpec& spec) const { return folder_ / (spec.graph + "-" + spec.key() + ".plan"); }
+
+    std::filesystem::path folder_;
+};
+
+// What the plan of a graph is for this processor and this version of ONNX Runtime; it takes every size.
+PlanSpec cpu_plan(const Bundle& bundle, const std::string& graph, const std::string& version);
+
+// A command as a shell reads it.
+std::string command_line(const Names& words);
+
+}  // namespace dnp::core
