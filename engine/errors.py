@@ -64,6 +64,9 @@ class Busy(DnpError):  # noqa: N818  an outcome, not a fault
         super().__init__(message)
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[type[Busy], tuple[str, float]]:
+        return type(self), (str(self), self.retry_after)
+
 
 class Draining(Busy):
     """Nothing more is taken, since the engine is about to end; what was taken before is finished."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,12 +16,13 @@ from PIL.Image import Image
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.errors import SettingsError
 from dnp.runtime.batching import Batcher, BatchOptions, Event, Picture, Progress, Status, Ticket
-from dnp.runtime.job import Job
+from dnp.runtime.job import Job, resolve
 from dnp.runtime.pipeline.pipeline import Pipeline
 from dnp.runtime.request import Request
-from dnp.runtime.result import Result
+from dnp.runtime.result import MADE_WITH, Result
 from dnp.runtime.sampling.samplers import METHODS, sampler_names
-from dnp.runtime.sampling.schedule import SPACINGS
+from dnp.runtime.sampling.schedule import SPACINGS, read_schedule
+from dnp.runtime.tokenizer import PromptTokenizer
 from dnp.serving.errors import ApiError
 
 Observe = Callable[[str, float], object]
@@ -78,50 +80,89 @@ async def result_of(work: Work, hear: Callable[[Event], object] = lambda event: 
     raise AssertionError("the last thing that an engine tells is the result")
 
 
-class Engine(Protocol):
-    """What a server needs of a model, wherever it runs."""
+class Engine(ABC):
+    """What a server needs of a model, wherever it runs.
 
-    name: str
+    Attributes:
+        name: of the model.
+        ready: whether it is warm.
+    """
+
+    def __init__(self, name: str, bundle: Bundle) -> None:
+        self.name, self.ready = name, False
+        self._bundle = bundle
+        self._tokenizer = PromptTokenizer(bundle)
+        self._schedule = read_schedule(bundle.schedule)
 
     @property
-    def card(self) -> Mapping[str, Any]:
-        """What ``/v1/models`` tells of it."""
-
-    @property
+    @abstractmethod
     def status(self) -> Status:
         """How it is."""
 
     @property
-    def ready(self) -> bool:
-        """Whether it is warm."""
+    def card(self) -> Mapping[str, Any]:
+        """What ``/v1/models`` tells of it: what it is, its defaults, and what it takes where it runs."""
+        status = self.status
+        return {
+            **self._described,
+            **{name: getattr(status, name) for name in MADE_WITH},
+            "sizes": [[width, height] for height, width in status.sizes],
+            "limits": {"windows": max(status.windows), "steps": status.steps},
+        }
 
+    @cached_property
+    def _described(self) -> Mapping[str, Any]:
+        bundle = self._bundle
+        defaults = self.resolve(Request("a prompt")).request.to_dict()
+        del defaults["prompt"]
+        shipped = bundle.fingerprint == Bundle.default().fingerprint
+        return {
+            "name": bundle.name,
+            "fingerprint": bundle.fingerprint,
+            "description": _SHIPPED if shipped else None,
+            "examples": list(_EXAMPLES) if shipped else [],
+            "defaults": defaults,
+            "samplers": list(sampler_names()),
+            "spacings": list(SPACINGS),
+            "methods": list(METHODS) if bundle.guidance.methods else [],
+            "embedded_guidance": bundle.guidance.embedded,
+        }
+
+    @abstractmethod
     def listen(self, observe: Observe) -> None:
         """Have ``observe`` told what the engine measures: names as of ``Batcher``, and values."""
 
     def resolve(self, request: Request) -> Job:
         """The request with nothing left open. Raises SettingsError for what cannot be honoured."""
+        return resolve(request, self._bundle, self._schedule)
 
     def truncated(self, request: Request) -> Mapping[str, str]:
         """What the model does not read of its texts, by field."""
+        texts = {"prompt": request.prompt, "negative": request.negative}
+        found = {name: text and self._tokenizer.truncated(text, request.windows) for name, text in texts.items()}
+        return {name: lost for name, lost in found.items() if lost}
 
     def tokens(self, request: Request) -> int:
-        """How many tokens the prompt has."""
+        """How many tokens the prompt has, as far as it is read; begin and end are none."""
+        return self._tokenizer.count(request.prompt, request.windows)
 
+    @abstractmethod
     async def submit(self, job: Job, order: Order) -> Work:
         """Let the engine have a request. Raises SettingsError, Busy, Draining."""
 
+    @abstractmethod
     async def caption(self, images: Sequence[Image], order: Order, **settings: Any) -> list[str]:
-        """Put each image into words."""
+        """Put each image into words. Raises what ``submit`` raises, and what ends it."""
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """A model that runs in this process, on a thread of its own."""
 
     def __init__(self, name: str, pipeline: Pipeline, options: BatchOptions) -> None:
-        self.name, self._pipeline = name, pipeline
+        super().__init__(name, pipeline.bundle)
+        self._pipeline = pipeline
         self._listener: Observe = lambda name, value: None
         self._batcher = Batcher(pipeline, options, lambda name, value: self._listener(name, value))
-        self.ready = False
 
     def listen(self, observe: Observe) -> None:
         """Have ``observe`` told what the engine measures, in the engine's thread."""
@@ -141,46 +182,13 @@ class LocalEngine:
         """How the engine is."""
         return self._batcher.status
 
-    @cached_property
-    def card(self) -> Mapping[str, Any]:
-        """What ``/v1/models`` tells of it: what it is, its defaults, and what it takes."""
-        pipeline, bundle, status = self._pipeline, self._pipeline.bundle, self.status
-        defaults = pipeline.resolve(Request("a prompt")).request.to_dict()
-        del defaults["prompt"]
-        shipped = bundle.fingerprint == Bundle.default().fingerprint
-        return {
-            "name": bundle.name,
-            **pipeline.made_with,
-            "fingerprint": bundle.fingerprint,
-            "description": _SHIPPED if shipped else None,
-            "examples": list(_EXAMPLES) if shipped else [],
-            "defaults": defaults,
-            "samplers": list(sampler_names()),
-            "spacings": list(SPACINGS),
-            "sizes": [[width, height] for height, width in status.sizes],
-            "limits": {"windows": max(status.windows), "steps": status.steps},
-            "methods": list(METHODS) if bundle.guidance.methods else [],
-            "embedded_guidance": bundle.guidance.embedded,
-        }
-
     def resolve(self, request: Request) -> Job:
-        """The request with nothing left open. Raises SettingsError for what cannot be honoured."""
+        """As of ``Engine``, within the captioner's own limits."""
         return self._pipeline.resolve(request)
-
-    def truncated(self, request: Request) -> Mapping[str, str]:
-        """What the model does not read of its texts, by field."""
-        cut = self._pipeline.tokenizer.truncated
-        texts = {"prompt": request.prompt, "negative": request.negative}
-        found = {name: text and cut(text, request.windows) for name, text in texts.items()}
-        return {name: lost for name, lost in found.items() if lost}
-
-    def tokens(self, request: Request) -> int:
-        """How many tokens the prompt has, as far as it is read; begin and end are none."""
-        return self._pipeline.tokenizer.count(request.prompt, request.windows)
 
     async def submit(self, job: Job, order: Order) -> Work:
         """Let the engine have a request. Raises SettingsError, Busy, Draining."""
-        box = _Mailbox(asyncio.get_running_loop())
+        box = Mailbox(asyncio.get_running_loop())
         ticket = self._batcher.submit(
             job,
             what=order.what,
@@ -189,8 +197,7 @@ class LocalEngine:
             previews=order.previews,
             listener=box.hear,
         )
-        ticket.add_done_callback(lambda _: box.hear(ticket))
-        return _LocalWork(ticket, box)
+        return Posted(ticket, box)
 
     async def caption(self, images: Sequence[Image], order: Order, **settings: Any) -> list[str]:
         """Put each image into words."""
@@ -201,47 +208,48 @@ class LocalEngine:
             ticket.cancel()
 
 
-class _LocalWork:
-    """``Work`` of a thread of this process."""
+class Posted:
+    """``Work`` whose events come through a mailbox, and whose end is a future's."""
 
-    def __init__(self, ticket: Ticket[Result], box: _Mailbox) -> None:
-        self._ticket, self._box = ticket, box
+    def __init__(self, end: Ticket[Result] | asyncio.Task[Result], box: Mailbox) -> None:
+        self._end, self._box = end, box
+        end.add_done_callback(lambda _: box.hear(end))
 
-    def __aiter__(self) -> _LocalWork:
+    def __aiter__(self) -> Posted:
         return self
 
     async def __anext__(self) -> Event | Result:
         event = await self._box.next()
-        return event.result() if isinstance(event, Ticket) else event
+        return event if isinstance(event, Event) else event.result()
 
     async def aclose(self) -> None:
         """Cancel it, unless it is done."""
-        self._ticket.cancel()
+        self._end.cancel()
 
 
-class _Mailbox:
-    """Hands events of the engine's thread to the loop. What a slow reader leaves lying is bounded: of progress and
-    partial pictures the oldest go."""
+class Mailbox:
+    """Hands events of any thread to the loop. What a slow reader leaves lying is bounded: of progress and partial
+    pictures the oldest go."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._events: deque[Event | Ticket[Result]] = deque()
+        self._events: deque[Event | Ticket[Result] | asyncio.Task[Result]] = deque()
         self._came = asyncio.Event()
 
-    def hear(self, event: Event | Ticket[Result]) -> None:
+    def hear(self, event: Event | Ticket[Result] | asyncio.Task[Result]) -> None:
         """Called in any thread; never waits."""
         with suppress(RuntimeError):  # the loop is closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._put, event)
 
-    def _put(self, event: Event | Ticket[Result]) -> None:
+    def _put(self, event: Event | Ticket[Result] | asyncio.Task[Result]) -> None:
         passing = [place for place, other in enumerate(self._events) if isinstance(other, _PASSING)]
         if isinstance(event, _PASSING) and len(passing) >= _WAITING:
             del self._events[passing[0]]
         self._events.append(event)
         self._came.set()
 
-    async def next(self) -> Event | Ticket[Result]:
-        """The next event; the ticket itself when it is done."""
+    async def next(self) -> Event | Ticket[Result] | asyncio.Task[Result]:
+        """The next event; at the end the future itself."""
         while not self._events:
             self._came.clear()
             await self._came.wait()

@@ -20,8 +20,8 @@ from dnp.serving.engines import LocalEngine
 from dnp.serving.logs import say
 from dnp.serving.service import Service
 
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-_TWICE: Final = 1.0  # seconds: supervisors send the same signal to a process and to its group
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+TWICE: Final = 1.0  # seconds: supervisors send the same signal to a process and to its group
 
 
 def bind(host: str, port: int, *, writer_seconds: float) -> socket.socket:
@@ -85,7 +85,7 @@ class Server(uvicorn.Server):
         now = time.monotonic()
         if not self._service.draining:
             self._service.draining, self._since = True, now
-        elif now - self._since > _TWICE:
+        elif now - self._since > TWICE:
             self.interrupted = self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
@@ -103,7 +103,7 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
         try:
             yield
         finally:

@@ -105,15 +105,15 @@ def router(service: Service) -> APIRouter:
         try:
             it = asked(request, body, what)
             work = await it.engine.submit(it.job, it.order)
+            if body.stream:
+                return _EventStream(_events(service, request, it, work), work)
+            try:
+                return JSONResponse(await while_there(request, whole(it, work)))
+            finally:
+                await work.aclose()
         except SettingsError as error:
             names = {name: _NAMES.get(name, name) for name in type(body).model_fields}
             raise api_error(error, param_of(error, body.sent, names)) from error
-        if body.stream:
-            return _EventStream(_events(service, request, it, work), work)
-        try:
-            return JSONResponse(await while_there(request, whole(it, work)))
-        finally:
-            await work.aclose()
 
     async def whole(it: _Asked, work: Work) -> dict[str, Any]:
         result = await result_of(work)

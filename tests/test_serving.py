@@ -358,12 +358,12 @@ def test_the_program_of_the_page_about_serving(served, capsys):
 def test_a_slow_reader_loses_what_is_stale_and_nothing_else():
     """What waits for it is bounded, and what it asked for is kept."""
     from dnp.runtime.batching import Negatives, Picture, Plain, Progress, Ticket
-    from dnp.serving.engines import _WAITING, _Mailbox
+    from dnp.serving.engines import _WAITING, Mailbox
 
     kept = [Negatives(np.zeros((1, 2, 2, 3), np.uint8), ["n*"]), Plain(np.zeros((1, 2, 2, 3), np.uint8)), Ticket()]
 
     async def scenario():
-        box = _Mailbox(asyncio.get_running_loop())
+        box = Mailbox(asyncio.get_running_loop())
         for event in kept:
             for index in range(50):
                 box.hear(Progress("final", index, 50))

@@ -323,22 +323,7 @@ class Batcher:
         """Raises SettingsError for what would have to be allocated or captured while others are served."""
         self._require_serving()
         self.pipeline.graphs.require_open()
-        if (job.height, job.width) not in self.sizes:
-            served = ", ".join(f"{width}x{height}" for height, width in self.sizes)
-            raise SettingsError(
-                f"images of {job.width}x{job.height} are not served here, only {served} (width x height); start with "
-                f"--size {job.width}x{job.height} besides"
-            )
-        if job.windows not in self.options.windows:
-            raise SettingsError(
-                f"prompts of {job.windows} windows are not served here; start with --windows {job.windows} besides"
-            )
-        for table in job.tables:
-            if table.calls > self.options.steps:
-                raise SettingsError(
-                    f"a pass of {table.calls} calls of the network is not served here, at most {self.options.steps} "
-                    f"are; ask for fewer steps, or start with --max-steps {table.calls}"
-                )
+        check_served(job, self.sizes, self.options.windows, self.options.steps)
         self.pipeline.graphs.validate(job)
 
     def _require_serving(self) -> None:
@@ -432,3 +417,23 @@ class Batcher:
             if task in inbox:
                 self._core.tasks.append(task)
             self._core.drop(task, error)
+
+
+def check_served(job: Job, sizes: Sequence[tuple[int, int]], windows: Sequence[int], steps: int) -> None:
+    """Raises SettingsError for a job outside of what ``BatchOptions`` say is served, with the option that widens it."""
+    if (job.height, job.width) not in sizes:
+        served = ", ".join(f"{width}x{height}" for height, width in sizes)
+        raise SettingsError(
+            f"images of {job.width}x{job.height} are not served here, only {served} (width x height); start with "
+            f"--size {job.width}x{job.height} besides"
+        )
+    if job.windows not in windows:
+        raise SettingsError(
+            f"prompts of {job.windows} windows are not served here; start with --windows {job.windows} besides"
+        )
+    for table in job.tables:
+        if table.calls > steps:
+            raise SettingsError(
+                f"a pass of {table.calls} calls of the network is not served here, at most {steps} "
+                f"are; ask for fewer steps, or start with --max-steps {table.calls}"
+            )
