@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # What libraries tell their makers, switched off before any of them is loaded, and for this process alone: ONNX Runtime
 # keeps an identifier and events below ~/.cache and sends them. Some are loaded by others, diffusers among them.
-os.environ.update(ORT_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_TELEMETRY="1")
+os.environ.update(ORT_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_TELEMETRY="1", RAY_USAGE_STATS_ENABLED="0")
 
 _HOMES = {
     "Pipeline": "dnp.runtime.pipeline.pipeline",

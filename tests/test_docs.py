@@ -35,6 +35,7 @@ NOT_RUN = {
     f"dnp build {BUNDLE} --backend cuda": "a bundle of 512 pixels: tests/test_cuda_plans.py",
     f'dnp generate "an astronaut riding a horse" --bundle {BUNDLE} --backend tensorrt-rtx': "a GPU",
     "dnp serve": "a process that stays: tests/test_serve_command.py",
+    "serve run": "Ray and a process that stays: tests/test_ray.py runs what it runs",
     "dnp bench-serve": "a server: tests/test_load.py",
     "apt-get install": "root",
     "native/get-headers.sh": "the network",

@@ -43,6 +43,7 @@ def test_every_extra_exists_and_none_brings_both_onnxruntimes():
         "openvino",
         "export",
         "serve",
+        "ray",
         "bench",
         "build",
         "gpu",

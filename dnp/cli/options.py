@@ -55,20 +55,23 @@ class PipelineOptions:
     memory_limit: int | None
     plans: Path | None
 
+    @property
+    def of_backend(self) -> dict[str, Any]:
+        """By the names of ``BackendOptions``."""
+        return {
+            "threads": self.threads,
+            "precision": self.precision,
+            "device": self.device or 0,
+            "eager": self.eager,
+            "memory_limit": None if self.memory_limit is None else self.memory_limit * MB,
+            "plans": self.plans,
+        }
+
     def open(self) -> Pipeline:
         """The pipeline asked for, closed when the command ends; raises what ``Pipeline.open`` raises."""
         from dnp.runtime.pipeline.pipeline import Pipeline
 
-        pipeline = Pipeline.open(
-            self.bundle,
-            self.backend or "cpu",
-            precision=self.precision,
-            threads=self.threads,
-            device=self.device or 0,
-            eager=self.eager,
-            memory_limit=None if self.memory_limit is None else self.memory_limit * MB,
-            plans=self.plans,
-        )
+        pipeline = Pipeline.open(self.bundle, self.backend or "cpu", **self.of_backend)
         return click.get_current_context().with_resource(pipeline)
 
 

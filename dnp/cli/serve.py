@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -51,6 +52,11 @@ _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 @click.option("--no-cache", is_flag=True, help="Do not keep n* of prompts that were asked for before.")
 @click.option("--log", "log", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log, which never holds them otherwise.")
+@click.option("--ray", is_flag=True, help="Serve on Ray: on the cluster that this machine is part of, or its own.")
+@click.option("--fronts", type=click.IntRange(1), default=2, show_default=True, help="With --ray: replicas of the API.")
+@click.option("--replicas", default="1:4", show_default=True, metavar="MIN:MAX", help="With --ray: engines of a model.")
+@click.option("--cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="Of each of these engines.")
+@click.option("--gpus", type=click.FloatRange(0), default=0.0, show_default=True, help="Of each of these engines.")
 @backend_options
 def serve(
     options: PipelineOptions,
@@ -73,6 +79,11 @@ def serve(
     no_cache: bool,
     log: str,
     log_prompts: bool,
+    ray: bool,
+    replicas: str,
+    fronts: int,
+    cpus: float,
+    gpus: float,
 ) -> int:
     """Serve bundles over HTTP, in OpenAI's form, with a page at / to try them.
 
@@ -100,19 +111,32 @@ def serve(
         sdapi=sdapi,
         log_prompts=log_prompts,
     )
+    served: dict[str, Any] = {
+        "samples": samples,
+        "queue": queue,
+        "sizes": tuple(map(_size, sizes)),
+        "windows": tuple(range(1, windows + 1)),
+        "steps": max_steps,
+    }
+    if host not in _LOOPBACK and not settings.keys:
+        complain(f"{host} can be reached from other machines, and no key is asked for; consider --api-keys")
     listener = bind(host, port, writer_seconds=settings.writer_seconds)
-    engines: list[LocalEngine] = []
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+    def ready() -> None:
+        click.echo(f"ready: open {address}/ in a browser, or point a client at {address}/v1")
+
+    if ray:
+        port = listener.getsockname()[1]
+        listener.close()  # Ray's own process takes the port
+        click.echo(f"starting on Ray, to serve on {address}")
+        more = {"server": settings, "cache": not no_cache, "log": log, "fronts": fronts, "cpus": cpus, "gpus": gpus}
+        args = {**served, **more, "replicas": _range(replicas)}
+        return _stopped(_run_on_ray(options, bundles, args, host, port, ready))
+    engines: list[LocalEngine] = []
     try:
         logs.configure(log, prompts=log_prompts)
-        batching = BatchOptions(
-            samples=samples,
-            queue=queue,
-            sizes=tuple(map(_size, sizes)),
-            windows=tuple(range(1, windows + 1)),
-            steps=max_steps,
-            negatives=None if no_cache else NegativeCache(),
-        )
+        batching = BatchOptions(**served, negatives=None if no_cache else NegativeCache())
         for name, path in map(_named, bundles or [None]):
             pipeline = replace(options, bundle=path).open()
             engines.append(LocalEngine(name or pipeline.bundle.name, pipeline, batching))
@@ -122,17 +146,53 @@ def serve(
         for engine in engines:
             engine.close()
         raise
-    if host not in _LOOPBACK and not settings.keys:
-        complain(f"{host} can be reached from other machines, and no key is asked for; consider --api-keys")
-
-    def ready() -> None:
-        click.echo(f"ready: open {address}/ in a browser, or point a client at {address}/v1")
 
     click.echo(f"serving {', '.join(engine.name for engine in engines)} on {address}; warming up")
-    if not run(app, listener, engines, ready):
-        raise KeyboardInterrupt  # what was in flight was cut off
+    return _stopped(run(app, listener, engines, ready))
+
+
+def _stopped(whole: bool) -> int:
+    """Say that it is over. Raises KeyboardInterrupt when it is not ``whole``: what was in flight was cut off."""
+    if not whole:
+        raise KeyboardInterrupt
     click.echo("stopped; everything that was in flight was answered")
     return 0
+
+
+def _run_on_ray(
+    options: PipelineOptions,
+    bundles: tuple[str, ...],
+    args: dict[str, Any],
+    host: str,
+    port: int,
+    ready: Callable[[], None],
+) -> bool:
+    """Serve on Ray with these ``args`` of ``ray_app.Args``. Returns whether all work was finished."""
+    from dnp.engine.backends.session import BackendOptions
+    from dnp.engine.bundle.bundle import Bundle
+    from dnp.engine.errors import SettingsError
+
+    os.environ.update(RAY_DISABLE_WORKER_LOG_PREFIX="1", RAY_DEDUP_LOGS="0")  # every line of the log, as it is
+    try:
+        from dnp.serving import ray_app
+    except ModuleNotFoundError as error:
+        raise _missing(error, "cpu,ray", "serving on Ray") from error
+
+    paths = {name or Bundle.open(path).name: path for name, path in map(_named, bundles) if path}
+    if len(paths) < len(bundles):
+        raise SettingsError(f"two models have the same name ({', '.join(bundles)}); name them apart, as NAME=PATH")
+    backend = BackendOptions(**options.of_backend)
+    found = ray_app.Args(bundles=paths, backend=options.backend or "cpu", options=backend, **args)
+    return ray_app.run(found, host, port, ready)
+
+
+def _range(text: str) -> tuple[int, int]:
+    """``2:4``, or ``2`` for exactly so many."""
+    least, colon, most = text.partition(":")
+    most = most if colon else least
+    if not (least.isascii() and least.isdigit() and most.isascii() and most.isdigit() and 1 <= int(least) <= int(most)):
+        raise click.BadParameter(f"{text!r} is no MIN:MAX, such as 1:4", param_hint="--replicas")
+    return int(least), int(most)
 
 
 def _named(text: str | None) -> tuple[str | None, Path | None]:
