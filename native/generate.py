@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
+from dnp.engine.backends.onnxruntime import cuda_plans
 from dnp.engine.bundle import columns, contract, manifest
 from dnp.engine.bundle.bundle import Bundle
+from dnp.engine.system import cuda
 from dnp.runtime import job, request, tokenizer
 from dnp.runtime.captioning import captioner, resize
 from dnp.runtime.sampling import grids, samplers, schedule, settings
@@ -54,6 +56,9 @@ def constants() -> str:
         "max_beams": captioner.MAX_BEAMS,
         "max_characters": tokenizer.MAX_CHARACTERS,
         "max_side": resize.MAX_SIDE,
+        "usual_steps": contract.STEPS,
+        "cuda_revision": cuda_plans.REVISION,
+        "oldest_gpu": cuda.OLDEST,
     }
     lines += [f"constexpr std::int64_t {name} = {value};" for name, value in limits.items()]
     lines.append("\n}  // namespace dnp::core\n")

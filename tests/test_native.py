@@ -13,16 +13,22 @@ import subprocess
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
+import PIL.Image
 import pytest
 from test_tokenizers import PIECES, corpus
 from tokenizers import Tokenizer
 
 from dnp import Pipeline
 from dnp.engine.backends.onnxruntime.cpu import build_cpu_plans, plan_spec
-from dnp.engine.bundle.bundle import Bundle
+from dnp.engine.backends.onnxruntime.cuda import CudaSession
+from dnp.engine.backends.onnxruntime.cuda_plans import build_command, build_cuda_plans
+from dnp.engine.backends.onnxruntime.passes.definitions import inlined
+from dnp.engine.bundle.bundle import Bundle, file_record
 from dnp.engine.errors import BundleError, DnpError, SettingsError
 from dnp.engine.plans.plan import PlanSpec
 from dnp.engine.plans.store import PlanStore
@@ -779,6 +785,128 @@ def test_a_plan_that_cannot_be_used_is_named_as_python_names_it(library, planned
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2
     assert sorted(told["warnings"]) == sorted(warnings)
+
+
+# ------------------------------------------------------------------------------------------------ the backend cuda
+
+
+@pytest.fixture(scope="module")
+def planned_for_gpus(tmp_path_factory):
+    """The default bundle with plans of ``cuda``, each operator that only CUDA has as the definition that it carries."""
+    folder = shutil.copytree(BUNDLE, tmp_path_factory.mktemp("gpu") / "default", ignore=lambda *_: ["plans"])
+    for plan in build_cuda_plans(Bundle.open(folder)):
+        ir.save(inlined(ir.load(plan.path)), plan.path)
+        edited(lambda sidecar, path=plan.path: sidecar.update(asdict(file_record(path))))(plan.path)
+    return folder
+
+
+@pytest.fixture
+def on_stand_in(built, tmp_path):
+    """A function that runs ``dnp-native generate`` on ``cuda`` where there is none: its picture, output and log.
+
+    ONNX Runtime and the driver are stood in for by native/tests/stand_in_*.cpp: the processor does the work.
+    """
+
+    def generate(bundle, *options, driver=True, sm=90):
+        log = tmp_path / "log"
+        where = {
+            **os.environ,
+            "DNP_ONNXRUNTIME": str(built / "tests" / "libonnxruntime_stand_in.so"),
+            "DNP_STAND_IN_FOR": str(ONNXRUNTIME),
+            "DNP_STAND_IN_LOG": str(log),
+            "DNP_STAND_IN_SM": str(sm),
+            **({"LD_LIBRARY_PATH": str(built / "tests")} if driver else {}),
+        }
+        command = [built / "dnp-native", "generate", bundle, SCENE, "--seed", "5", "--out", tmp_path]
+        settings = ["--steps", "4", "--dns-steps", "4", "--backend", "cuda", *options]
+        done = subprocess.run([*map(str, command), *settings], capture_output=True, text=True, env=where)
+        return done, log.read_text().splitlines() if log.exists() else []
+
+    return generate
+
+
+def picture(file):
+    with PIL.Image.open(file) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("plans", [False, True])
+def test_cuda_gives_the_processors_picture(on_stand_in, library, native, planned_for_gpus, tmp_path, plans):
+    done, log = on_stand_in(planned_for_gpus if plans else BUNDLE, "--images", "2")
+    assert done.returncode == 0, done.stderr
+    assert "on cuda (ONNX Runtime stand-in, CUDAExecutionProvider, Stand-in, SM 90, cuda:0)" in done.stdout
+    final, dns, _, told = library.request(native, {"prompt": SCENE, "seed": 5, "steps": 4, "dns_steps": 4, "images": 2})
+    same_pictures([picture(tmp_path / f"{seed}-dnp.png") for seed in (5, 6)], final)
+    same_pictures([picture(tmp_path / f"{seed}-dns.png") for seed in (5, 6)], dns)
+    assert [line[4:] for line in done.stdout.splitlines() if line.startswith("n*: ")] == told["negatives"]
+    runs = [line for line in log if line.startswith(("run", "record", "replay"))]
+    if plans:
+        assert done.stderr == ""
+        assert all(".plan" in line for line in log if line.startswith("open"))
+        # The first step is as it comes, the second is recorded, the others of both passes are replayed.
+        assert runs.count("record 1") >= 2  # of the denoiser, and of captions
+        assert runs.count("replay 1") >= 6
+        assert not any("waits" in line for line in runs)
+    else:
+        assert "runs without CUDA graphs" in done.stderr
+        assert "there is no plan for height 16, width 16" in done.stderr
+        assert set(runs) == {"run waits"}
+
+
+def test_cuda_at_a_size_without_a_plan_runs_the_graph_itself(on_stand_in, library, native, planned_for_gpus, tmp_path):
+    done, log = on_stand_in(planned_for_gpus, "--height", "48", "--dnp", "false")
+    final, *_ = library.request(native, {"prompt": SCENE, "seed": 5, "steps": 4, "height": 48, "dnp": False})
+    same_pictures([picture(tmp_path / "5-plain.png")], final)
+    command = build_command(
+        Bundle.open(planned_for_gpus), Bundle.default().graph("denoise"), {"height": 12, "width": 16}, None
+    )
+    assert done.stderr.count("warning") == 1
+    assert done.stderr.endswith(f"can record: {command}\n")
+    assert "run waits" in log
+
+
+def test_cuda_without_what_it_needs_is_refused(on_stand_in, built):
+    plain = ["--onnxruntime", str(ONNXRUNTIME)]
+    for message, options, more in (
+        ("has no CUDA provider; name the library of the package onnxruntime-gpu", plain, {}),
+        ("there is no NVIDIA driver here: install one", [], {"driver": False}),
+        ("there is no GPU number 1 here", ["--device", "1"], {}),
+        ("Stand-in (SM 61) is too old", [], {"sm": 61}),
+    ):
+        done, log = on_stand_in(BUNDLE, *options, **more)
+        assert done.returncode == 4
+        assert message in done.stderr
+        assert not log
+
+
+def test_cuda_has_pythons_options(on_stand_in, planned_for_gpus):
+    asked = []
+
+    class Module:
+        """What Python's session tells ONNX Runtime."""
+
+        SessionOptions = SimpleNamespace
+
+        class RunOptions(dict):
+            add_run_config_entry = dict.__setitem__
+
+        class InferenceSession:
+            def __init__(self, path, options, providers, enable_fallback):
+                asked.append(dict(providers[0][1]))
+
+            def get_providers(self):
+                return ["CUDAExecutionProvider"]
+
+    session = SimpleNamespace(_ort=Module, _number=0, _gpu=SimpleNamespace(stream=7), graph=SimpleNamespace(name="a"))
+    for planned, record in ((False, True), (False, False), (True, True)):
+        CudaSession._load(session, Path("a"), None, planned=planned, record=record)
+        asked[-1]["user_compute_stream"] = "set"
+    log = on_stand_in(BUNDLE, "--dnp", "false")[1] + on_stand_in(planned_for_gpus, "--dnp", "false")[1]
+    told = [dict(word.split("=") for word in line.split()[1:]) for line in log if line.startswith("session")]
+    assert [settings for number, settings in enumerate(told) if settings not in told[:number]] == asked
+    for recordable, waits in ((True, "1"), (False, "0")):  # as the log of the runs above has it
+        way = CudaSession._way(session, SimpleNamespace(recordable=recordable), 3)
+        assert way == {"disable_synchronize_execution_providers": waits, "gpu_graph_id": "3"}
 
 
 def test_progress_tells_every_step_and_shows_it(library, native):

@@ -55,7 +55,7 @@ typedef enum dnp_code {
     DNP_ERROR = 1,          /* anything that fits nowhere below */
     DNP_ERROR_SETTINGS = 2, /* a setting, prompt or image that cannot be honoured */
     DNP_ERROR_BUNDLE = 3,   /* a bundle that is missing, damaged, edited or too new */
-    DNP_ERROR_BACKEND = 4,  /* ONNX Runtime is missing or too old, or a graph cannot be run */
+    DNP_ERROR_BACKEND = 4,  /* ONNX Runtime, a driver or a GPU is missing or too old, or a graph cannot be run */
     DNP_CANCELLED = 130     /* stopped by dnp_cancel, a callback, or dnp_close */
 } dnp_code;
 
@@ -87,6 +87,8 @@ typedef struct dnp_pipeline dnp_pipeline;
 /* Opens the bundle in a folder, and verifies every byte of it.
  *
  * `options`: a JSON object, or NULL for {}. It may hold
+ *   "backend"      "cpu", or "cuda" for ONNX Runtime's CUDA provider; "cpu" when it is left out.
+ *   "device"       number of the GPU, 0 when it is left out.
  *   "onnxruntime"  path of ONNX Runtime's library, 1.21 or later. Otherwise the environment variable DNP_ONNXRUNTIME
  *                  names it, or the system finds libonnxruntime.so.1. A process has one: the first that is loaded.
  *   "plans"        folder of the plans that `dnp build` made; plans/ in the bundle when it is left out.
@@ -104,7 +106,7 @@ DNP_API dnp_error* dnp_warm_up(dnp_pipeline* pipeline, int captioner);
  * in pixels, "samplers". Lent, until the pipeline is closed. */
 DNP_API const char* dnp_info(const dnp_pipeline* pipeline);
 
-/* Stops what the pipeline is doing, within the network call that is under way; the call that asked for it gives
+/* Stops what the pipeline is doing, within the network call that is under way (on a GPU, when it is done); the call that asked for it gives
  * DNP_CANCELLED. Does nothing when nothing runs. From any thread, and from callbacks. */
 DNP_API void dnp_cancel(dnp_pipeline* pipeline);
 

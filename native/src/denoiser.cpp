@@ -13,14 +13,12 @@ Denoiser::Denoiser(const Bundle& bundle, const Engine& engine) : session_(bundle
 }
 
 void Denoiser::open(const SamplerTable& table, const std::vector<std::int64_t>& seeds, std::int64_t height, std::int64_t width, std::int64_t tokens) {
-    auto places = static_cast<std::int64_t>(seeds.size()), steps = static_cast<std::int64_t>(table.rows.size());
-    sizes_ = {{"places", places}, {"rows", 1}, {"steps", steps}, {"noise_steps", std::max<std::int64_t>(1, table.noise_steps)},
+    auto places = static_cast<std::int64_t>(seeds.size()), steps = session_.fit(static_cast<std::int64_t>(table.rows.size()));
+    sizes_ = {{"places", places}, {"rows", 1}, {"steps", steps}, {"noise_steps", session_.fit(std::max<std::int64_t>(1, table.noise_steps))},
               {"height", height}, {"width", width}, {"tokens", tokens}};
     session_.reshape(sizes_);
     Buffer &state = session_.input("state"), &noise = session_.input("noise"), &rows = session_.input("table"), &index = session_.input("index");
-    std::memset(state.data(), 0, state.bytes());
-    std::memset(noise.data(), 0, noise.bytes());
-    std::memset(index.data(), 0, index.bytes());
+    for (Buffer* buffer : {&state, &noise, &rows, &index}) buffer->clear();
     std::size_t latent = state.part(2);  // values of [C, h, w]
     for (std::int64_t place = 0; place < places; ++place) {
         // In torch's order: the start, and one more for each call that draws, as one generator per image does.

@@ -13,6 +13,7 @@ enum class Code { general = 1, settings = 2, bundle = 3, backend = 4, output = 6
 struct Error : std::runtime_error {
     Error(Code code, const std::string& message) : std::runtime_error(message), code(code) {}
     Code code;
+    std::string cause;  // what a library said, where it was one
 };
 
 // All parts in one text.

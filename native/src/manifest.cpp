@@ -220,6 +220,14 @@ Shape TensorSpec::resolve(const Sizes& sizes) const {
     return resolved;
 }
 
+TensorSpec TensorSpec::at(const Sizes& fixed) const {
+    TensorSpec found = *this;
+    for (Json& entry : found.shape)
+        if (entry.is_string())
+            if (auto [factor, symbol] = *parse_entry(entry.get<std::string>()); fixed.count(symbol)) entry = factor * fixed.at(symbol);
+    return found;
+}
+
 std::string TensorSpec::text() const { return dtype + " " + Json(shape).dump(); }
 
 std::vector<std::string> Manifest::text_inputs() const {

@@ -20,6 +20,7 @@ struct TensorSpec {
     std::string dtype = "float32";  // or float16, int64, uint8
 
     Shape resolve(const Sizes& sizes) const;
+    TensorSpec at(const Sizes& fixed) const;  // with these sizes fixed
     bool operator==(const TensorSpec& other) const { return shape == other.shape && dtype == other.dtype; }
     std::string text() const;
 };

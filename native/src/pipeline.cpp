@@ -11,7 +11,7 @@ namespace dnp::core {
 
 namespace {
 
-constexpr int most_threads = 1024;
+constexpr int most_threads = 1024, most_devices = 65535;
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -19,7 +19,13 @@ Engine engine_of(const Json& options) {
     if (!options.is_object()) throw settings_error("the options must be a JSON object, not ", shown(options));
     Engine engine;
     for (const auto& [name, value] : options.items()) {
-        if (name == "onnxruntime") {
+        if (name == "backend") {
+            check_choice(name, value, {"cpu", "cuda"});
+            engine.backend = value.get<std::string>();
+        } else if (name == "device") {
+            if (!is_integer(value, 0, most_devices)) throw settings_error("device must be the number of a GPU, not ", shown(value));
+            engine.device = value.get<int>();
+        } else if (name == "onnxruntime") {
             if (!value.is_string()) throw settings_error("onnxruntime must be the path of a library, not ", shown(value));
             engine.library = value.get<std::string>();
         } else if (name == "threads") {
@@ -29,9 +35,10 @@ Engine engine_of(const Json& options) {
             if (!value.is_string()) throw settings_error("plans must be the path of a folder, not ", shown(value));
             engine.plans = value.get<std::string>();
         } else {
-            throw settings_error("unknown option '", name, "'; ", nearest(name, {"onnxruntime", "plans", "threads"}));
+            throw settings_error("unknown option '", name, "'; ", nearest(name, {"backend", "device", "onnxruntime", "plans", "threads"}));
         }
     }
+    if (engine.device && engine.backend == "cpu") throw settings_error("device is for a backend on a GPU, and 'cpu' runs on the processor; leave it out");
     if (!engine.threads) engine.threads = core_count();
     return engine;
 }
@@ -180,7 +187,7 @@ Pipeline::Pipeline(const std::string& folder, const Json& options) {
     engine_ = engine_of(options);
     bundle_ = open_bundle(folder);
     schedule_ = schedule_of(bundle_);
-    load_onnxruntime(engine_);
+    start(engine_);
     stop_.create();
     conditioner();  // opened now, so that what cannot run says so here
     opening_ = now() - started;
@@ -207,7 +214,7 @@ Result Pipeline::generate(const Json& settings, const Progress& progress) {
     if (job.runs_dns) run.find_negatives(result);
     if (job.compare) result.plain = run.sample("plain", job.final, prompts, empty, job.seed);
     result.final = run.sample("final", job.final, prompts, result.negatives, job.seed);
-    result.request = job.request, result.seconds = run.seconds(), result.made_with = made_with(), result.warnings = *engine_.warnings;
+    result.request = job.request, result.seconds = run.seconds(), result.made_with = made_with(), result.warnings = warnings();
     return result;
 }
 
@@ -218,7 +225,7 @@ Result Pipeline::find_negatives(const Json& settings, const Progress& progress) 
     Run run(*this, job, progress);
     Result result;
     run.find_negatives(result);
-    result.request = job.request, result.seconds = run.seconds(), result.made_with = made_with(), result.warnings = *engine_.warnings;
+    result.request = job.request, result.seconds = run.seconds(), result.made_with = made_with(), result.warnings = warnings();
     return result;
 }
 
@@ -246,7 +253,7 @@ Job Pipeline::resolved(const Json& settings) {
 Pixels Pipeline::decoded(Buffer& latents) {
     const Shape& shape = latents.shape();  // [places, C, h, w]
     decode().reshape({{"places", shape[0]}, {"batch", shape[0]}, {"height", shape[2]}, {"width", shape[3]}});
-    std::memcpy(decode().input("latents").data(), latents.data(), latents.bytes());
+    decode().input("latents").copy(latents);
     Ids all(static_cast<std::size_t>(shape[0]));
     for (std::size_t i = 0; i < all.size(); ++i) all[i] = static_cast<std::int64_t>(i);
     decode().input("decoded").fill(all);
@@ -276,7 +283,13 @@ Captioner& Pipeline::captioner() {
 }
 
 OrderedJson Pipeline::made_with() const {
-    return {{"bundle", bundle_.fingerprint}, {"backend", "cpu"}, {"precision", nullptr}, {"runs_on", conditioner_->runs_on()}};
+    return {{"bundle", bundle_.fingerprint}, {"backend", engine_.backend}, {"precision", nullptr}, {"runs_on", conditioner_->runs_on()}};
+}
+
+Names Pipeline::warnings() const {
+    Names told;
+    for (const auto& [topic, message] : *engine_.warnings) told.push_back(message);
+    return told;
 }
 
 OrderedJson Pipeline::info() const {

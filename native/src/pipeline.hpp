@@ -59,6 +59,7 @@ private:
     Captioner& captioner();
     Job resolved(const Json& settings);
     Pixels decoded(Buffer& latents);
+    Names warnings() const;
 
     Bundle bundle_;
     Schedule schedule_;

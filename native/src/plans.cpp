@@ -3,6 +3,7 @@
 #include <chrono>
 #include <fstream>
 
+#include "generated/constants.hpp"
 #include "parallel.hpp"
 #include "processor.hpp"
 #include "schema.hpp"
@@ -14,9 +15,9 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr std::int64_t hashed_apart = 64 << 20; // bytes of a file of weights that are hashed on their own
+constexpr std::int64_t hashed_apart = 64 << 20;         // bytes of a file of weights that are hashed on their own
 constexpr std::uintmax_t most_sidecar_bytes = 1 << 20;  // a real one has some hundreds
-constexpr int exchanges[] = {0, 50, 200};       // milliseconds to wait before a plan that cannot be used is looked at again
+constexpr int exchanges[] = {0, 50, 200};               // milliseconds to wait before a plan that cannot be used is looked at again
 constexpr std::int64_t most_file_bytes = std::numeric_limits<std::int64_t>::max();
 
 // The fields, in order.
@@ -229,6 +230,47 @@ std::string PlanStore::nearest_to(const PlanSpec& spec) const {
 
 PlanSpec cpu_plan(const Bundle& bundle, const std::string& graph, const std::string& version) {
     return {graph, bundle.graph_sha256(graph), "cpu", version, processor_architecture(), bundle.precision};
+}
+
+Sizes with_beams(const Sizes& sizes) {
+    Sizes all = sizes;
+    if (sizes.count("sequences") && sizes.count("images")) all[beams] = sizes.at("sequences") / sizes.at("images");
+    return all;
+}
+
+std::vector<std::pair<Sizes, PlanSpec>> cuda_plans(const Bundle& bundle, const std::string& graph, const PlanStore& store) {
+    std::vector<std::pair<Sizes, PlanSpec>> found;
+    PlanSpec wanted{graph, bundle.graph_sha256(graph), "cuda", cat("revision ", cuda_revision), "every GPU", bundle.precision};
+    for (const Plan& plan : store.newest(graph, "cuda")) {
+        Sizes sizes;
+        wanted.profile = Json::object();
+        for (const auto& [symbol, range] : plan.spec.profile.items())
+            if (!range.empty() && is_integer(range[0])) {
+                auto size = sizes[symbol] = range[0].get<std::int64_t>();
+                wanted.profile[symbol] = {size, size, size};
+            }
+        bool known = std::any_of(found.begin(), found.end(), [&](const auto& other) { return other.first == sizes; });
+        if (!known && wanted.difference(plan.spec).empty()) found.emplace_back(sizes, plan.spec);
+    }
+    return found;
+}
+
+Names size_options(const Bundle& bundle, const Sizes& sizes) {
+    const auto& latents = bundle.latents;
+    std::int64_t scale = latents.vae_scale_factor, length = bundle.text.length;
+    const struct {
+        const char *symbol, *option;
+        std::int64_t usual, factor, divisor;
+    } known[] = {{"height", "--height", latents.height, scale, 1},
+                 {"width", "--width", latents.width, scale, 1},
+                 {"tokens", "--windows", length, 1, length},
+                 {"image_height", "--image-height", latents.height * scale, 1, 1},
+                 {"image_width", "--image-width", latents.width * scale, 1, 1}};
+    Names options;
+    for (const auto& [symbol, option, usual, factor, divisor] : known)
+        if (auto size = sizes.find(symbol); size != sizes.end() && size->second != usual)
+            options.insert(options.end(), {option, std::to_string(size->second * factor / divisor)});
+    return options;
 }
 
 std::string command_line(const Names& words) {

@@ -48,6 +48,16 @@ private:
 // What the plan of a graph is for this processor and this version of ONNX Runtime; it takes every size.
 PlanSpec cpu_plan(const Bundle& bundle, const std::string& graph, const std::string& version);
 
+// Plans of the backend `cuda`, each for one image size and for one sequence an image, greedy search.
+constexpr const char* beams = "beams";  // how many sequences each image has: a size that no input has by itself
+Sizes with_beams(const Sizes& sizes);   // `beams` too, where there are any
+
+// What plans of a graph there are, by the sizes that they have fixed, the newest first; not verified.
+std::vector<std::pair<Sizes, PlanSpec>> cuda_plans(const Bundle& bundle, const std::string& graph, const PlanStore& store);
+
+// The options of `dnp build` that ask for a plan for these sizes of a graph, where they are not the bundle's own.
+Names size_options(const Bundle& bundle, const Sizes& sizes);
+
 // A command as a shell reads it.
 std::string command_line(const Names& words);
 

@@ -24,7 +24,10 @@ constexpr const char* usage =
     "dnp-native info BUNDLE                                                   what a bundle is, and what it runs on\n"
     "\n"
     "A SETTING is one of Request: --seed 7, --steps 20, --sampler euler, --dns-guidance 1.5, --dnp false, and so on.\n"
-    "--onnxruntime FILE names ONNX Runtime's library, --plans FOLDER where plans are, --threads N how many threads compute.\n";
+    "--onnxruntime FILE names ONNX Runtime's library, --plans FOLDER where plans are, --threads N how many threads compute;\n"
+    "--backend cuda runs on an NVIDIA GPU, --device N on another than the first.\n";
+
+constexpr const char* options[] = {"backend", "device", "onnxruntime", "plans", "threads"};  // of dnp_open
 
 struct Arguments {
     std::vector<std::string> words;
@@ -44,13 +47,14 @@ Arguments parse(int count, char** given) {
         if (i + 1 == count) throw std::runtime_error(word + " needs a value");
         std::string name = word.substr(2), value = given[++i];
         std::replace(name.begin(), name.end(), '-', '_');
+        bool option = std::find(std::begin(options), std::end(options), name) != std::end(options);
         bool text = name == "out" || name == "onnxruntime" || name == "plans" || name == "negative" || name == "prefix";
         Json parsed = text ? Json(value) : Json::parse(value, nullptr, false);
         if (parsed.is_discarded()) parsed = value;
         if (name == "out") {
             arguments.out = value;
         } else {
-            (name == "onnxruntime" || name == "plans" || name == "threads" ? arguments.options : arguments.settings)[name] = parsed;
+            (option ? arguments.options : arguments.settings)[name] = parsed;
         }
     }
     return arguments;

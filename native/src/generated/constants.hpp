@@ -37,5 +37,8 @@ constexpr std::int64_t max_windows = 8;
 constexpr std::int64_t max_beams = 16;
 constexpr std::int64_t max_characters = 100000;
 constexpr std::int64_t max_side = 32768;
+constexpr std::int64_t usual_steps = 128;
+constexpr std::int64_t cuda_revision = 2;
+constexpr std::int64_t oldest_gpu = 75;
 
 }  // namespace dnp::core
