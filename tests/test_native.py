@@ -9,7 +9,10 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -540,125 +543,21 @@ def test_requests_are_resolved_or_refused_as_python_does(probe, settings):
 # ------------------------------------------------------------------------------------------------ the C interface
 
 
-class NativeError(Exception):
-    def __init__(self, code, message):
-        super().__init__(message)
-        self.code = code
-
-
-class Image(ctypes.Structure):
-    _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("height", ctypes.c_uint32),
-        ("width", ctypes.c_uint32),
-        ("pixels", ctypes.c_void_p),
-    )
-
-
-class Step(ctypes.Structure):
-    _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("phase", ctypes.c_char_p),
-        ("index", ctypes.c_uint32),
-        ("total", ctypes.c_uint32),
-        ("images", ctypes.c_uint32),
-        ("context", ctypes.c_void_p),
-    )
-
-
-PROGRESS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(Step))
-
-
-class Callbacks(ctypes.Structure):
-    _fields_ = (("size", ctypes.c_size_t), ("user_data", ctypes.c_void_p), ("progress", PROGRESS))
-
-
-def array(image):
-    shape = (image.height, image.width, 3)
-    return np.frombuffer(ctypes.string_at(image.pixels, int(np.prod(shape))), np.uint8).reshape(shape)
-
-
-class Library:
-    """What a caller in another language writes over dnp.h."""
-
-    def __init__(self, file):
-        self.c = ctypes.CDLL(str(file))
-        handle, text = ctypes.c_void_p, ctypes.c_char_p
-        for name, result, *arguments in (
-            ("dnp_abi_version", ctypes.c_uint32),
-            ("dnp_version", text),
-            ("dnp_error_code", ctypes.c_int, handle),
-            ("dnp_error_message", text, handle),
-            ("dnp_error_free", None, handle),
-            ("dnp_open", handle, text, text, handle),
-            ("dnp_close", handle, handle),
-            ("dnp_info", text, handle),
-            ("dnp_warm_up", handle, handle, ctypes.c_int),
-            ("dnp_generate", handle, handle, text, handle, handle),
-            ("dnp_find_negatives", handle, handle, text, handle, handle),
-            ("dnp_caption", handle, handle, handle, text, handle),
-            ("dnp_text_free", None, handle),
-            ("dnp_step_preview", handle, handle, ctypes.c_uint32, handle),
-            ("dnp_result_count", ctypes.c_size_t, handle, ctypes.c_int),
-            ("dnp_result_image", handle, handle, ctypes.c_int, ctypes.c_size_t, handle),
-            ("dnp_result_json", text, handle),
-            ("dnp_result_free", None, handle),
-        ):
-            function = getattr(self.c, name)
-            function.restype, function.argtypes = result, arguments
-
-    def check(self, error):
-        if error:
-            code, message = self.c.dnp_error_code(error), self.c.dnp_error_message(error).decode()
-            self.c.dnp_error_free(error)
-            raise NativeError(code, message)
-
-    def open(self, folder=BUNDLE, **options):
-        pipeline = ctypes.c_void_p()
-        options = {"onnxruntime": str(ONNXRUNTIME), "threads": 1, **options}
-        self.check(self.c.dnp_open(str(folder).encode(), json.dumps(options).encode(), ctypes.byref(pipeline)))
-        return pipeline
-
-    def request(self, pipeline, settings, progress=None, call="dnp_generate"):
-        """Images by kind, and everything else."""
-        result = ctypes.c_void_p()
-        callbacks = Callbacks(ctypes.sizeof(Callbacks), None, PROGRESS(progress or (lambda *_: 0)))
-        raw = settings if isinstance(settings, bytes) else json.dumps(settings).encode()
-        try:
-            self.check(getattr(self.c, call)(pipeline, raw, ctypes.byref(callbacks), ctypes.byref(result)))
-        except NativeError:
-            assert not result
-            raise
-        images = []
-        for kind in range(3):
-            images.append([])
-            for index in range(self.c.dnp_result_count(result, kind)):
-                image = Image(ctypes.sizeof(Image))
-                self.check(self.c.dnp_result_image(result, kind, index, ctypes.byref(image)))
-                images[-1].append(array(image))
-        told = json.loads(self.c.dnp_result_json(result))
-        self.c.dnp_result_free(result)
-        return *images, told
-
-    def caption(self, pipeline, pixels, **settings):
-        pixels = np.ascontiguousarray(pixels)
-        image, text = Image(ctypes.sizeof(Image), *pixels.shape[:2], pixels.ctypes.data), ctypes.c_void_p()
-        self.check(self.c.dnp_caption(pipeline, ctypes.byref(image), json.dumps(settings).encode(), ctypes.byref(text)))
-        found = ctypes.string_at(text).decode()
-        self.c.dnp_text_free(text)
-        return found
-
-
 @pytest.fixture(scope="session")
-def library(built):
-    return Library(built / "libdnp.so")
+def dnp_native(built, tmp_path_factory):
+    """The package for Python, with the library beside it as in the wheel."""
+    folder = shutil.copytree(ROOT / "native" / "python" / "dnp_native", tmp_path_factory.mktemp("wheel") / "dnp_native")
+    (folder / "libdnp.so").symlink_to(built / "libdnp.so")
+    spec = importlib.util.spec_from_file_location("dnp_native", folder / "__init__.py")
+    module = sys.modules["dnp_native"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
-def native(library):
-    pipeline = library.open()
-    yield pipeline
-    library.check(library.c.dnp_close(pipeline))
+def native(dnp_native):
+    with dnp_native.Pipeline.open(BUNDLE, threads=1) as pipeline:
+        yield pipeline
 
 
 @pytest.fixture(scope="module")
@@ -674,15 +573,15 @@ def same_pictures(found, expected):
         assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
-def agree(library, native, python, settings):
-    final, dns, plain, told = library.request(native, settings)
+def agree(native, python, settings):
+    found = native.generate(**settings)
     expected = python.run(Request.from_dict(settings))
-    assert told["negatives"] == expected.negatives
-    same_pictures(final, expected.arrays)
-    same_pictures(dns, [] if expected.dns_arrays is None else expected.dns_arrays)
-    same_pictures(plain, [] if expected.plain_arrays is None else expected.plain_arrays)
-    assert told["request"] == nothing_less(expected.request.to_dict())
-    assert told["bundle"] == expected.bundle
+    assert found.negatives == expected.negatives
+    same_pictures(found.images, expected.arrays)
+    same_pictures(found.dns_images, [] if expected.dns_arrays is None else expected.dns_arrays)
+    same_pictures(found.plain_images, [] if expected.plain_arrays is None else expected.plain_arrays)
+    assert found.told["request"] == nothing_less(expected.request.to_dict())
+    assert found.told["bundle"] == expected.bundle
 
 
 def prompts(count):
@@ -701,7 +600,7 @@ def prompts(count):
 
 
 @pytest.mark.parametrize("sampler", sampler_names())
-def test_images_and_n_star_equal_pythons(library, native, python, sampler):
+def test_images_and_n_star_equal_pythons(native, python, sampler):
     for seed, prompt in enumerate(prompts(2)):
         settings = {
             "prompt": prompt,
@@ -711,7 +610,7 @@ def test_images_and_n_star_equal_pythons(library, native, python, sampler):
             "dns_steps": 5,
             "seed": seed,
         }
-        agree(library, native, python, settings)
+        agree(native, python, settings)
 
 
 @pytest.mark.parametrize(
@@ -725,50 +624,48 @@ def test_images_and_n_star_equal_pythons(library, native, python, sampler):
     ],
     ids=range(5),
 )
-def test_settings_mean_what_they_mean_in_python(library, native, python, settings):
-    agree(library, native, python, {"prompt": SCENE, "seed": 2, **settings})
+def test_settings_mean_what_they_mean_in_python(native, python, settings):
+    agree(native, python, {"prompt": SCENE, "seed": 2, **settings})
 
 
 @pytest.mark.slow
-def test_fifty_prompts_give_pythons_images_and_n_star(library, native, python):
+def test_fifty_prompts_give_pythons_images_and_n_star(native, python):
     for seed, prompt in enumerate(prompts(50)):
-        agree(library, native, python, {"prompt": prompt, "seed": seed, "steps": 10, "dns_steps": 10})
+        agree(native, python, {"prompt": prompt, "seed": seed, "steps": 10, "dns_steps": 10})
 
 
 @pytest.mark.parametrize(
     "settings", [{}, {"beams": 4}, {"beams": 2, "prefix": "a large", "min_length": 8}], ids=range(3)
 )
-def test_captions_equal_pythons(library, native, python, settings):
+def test_captions_equal_pythons(native, python, settings):
     from PIL.Image import fromarray
 
     rng = np.random.default_rng(3)
     for shape in ((64, 64), (33, 90), (200, 150)):
         pixels = rng.integers(0, 256, (*shape, 3), np.uint8)
-        assert library.caption(native, pixels, **settings) == python.caption([fromarray(pixels)], **settings)[0]
+        assert native.caption(pixels, **settings) == python.caption([fromarray(pixels)], **settings)[0]
 
 
-def test_dns_alone_gives_pythons_images_and_n_star(library, native, python):
-    settings = {"prompt": SCENE, "seed": 4, "dns_steps": 4, "images": 2}
-    final, dns, _, told = library.request(native, settings, call="dnp_find_negatives")
+def test_dns_alone_gives_pythons_images_and_n_star(native, python):
+    found = native.find_negatives(SCENE, seed=4, dns_steps=4, images=2)
     expected = python.dns(SCENE, seed=4, dns_steps=4, images=2)
-    assert (final, told["negatives"]) == ([], expected.negatives)
-    same_pictures(dns, expected.arrays)
+    assert (found.images, found.negatives) == ([], expected.negatives)
+    same_pictures(found.dns_images, expected.arrays)
 
 
-def test_plans_give_the_same_pictures(library, native, planned):
-    settings = {"prompt": SCENE, "seed": 3, "steps": 3, "dns_steps": 2}
-    with_plans = library.open(planned)
-    final, dns, _, told = library.request(with_plans, settings)
-    library.check(library.c.dnp_close(with_plans))
-    assert told["runs_on"].endswith(", plan)")
-    assert told["warnings"] == []
-    expected = library.request(native, settings)
-    np.testing.assert_array_equal(final, expected[0])
-    np.testing.assert_array_equal(dns, expected[1])
-    assert told["negatives"] == expected[3]["negatives"]
+def test_plans_give_the_same_pictures(dnp_native, native, planned):
+    settings = {"seed": 3, "steps": 3, "dns_steps": 2}
+    with dnp_native.Pipeline.open(planned, threads=1) as with_plans:
+        found = with_plans.generate(SCENE, **settings)
+    assert found.told["runs_on"].endswith(", plan)")
+    assert found.told["warnings"] == []
+    expected = native.generate(SCENE, **settings)
+    np.testing.assert_array_equal(found.images, expected.images)
+    np.testing.assert_array_equal(found.dns_images, expected.dns_images)
+    assert found.negatives == expected.negatives
 
 
-def test_a_plan_that_cannot_be_used_is_named_as_python_names_it(library, planned, tmp_path, caplog):
+def test_a_plan_that_cannot_be_used_is_named_as_python_names_it(dnp_native, planned, tmp_path, caplog):
     folder = shutil.copytree(planned / "plans", tmp_path / "my plans")
     damaged, no_plan = (next(folder.glob(f"{graph}-*.plan")) for graph in ("encode_text", "decode_latents"))
     flipped(damaged)
@@ -778,13 +675,12 @@ def test_a_plan_that_cannot_be_used_is_named_as_python_names_it(library, planned
     settings = {"prompt": SCENE, "steps": 1, "dnp": False, "seed": 0}
     with Pipeline.open(planned, threads=1, plans=folder) as python:
         expected = python.run(Request.from_dict(settings))
-    pipeline = library.open(planned, plans=str(folder))
-    final, *_, told = library.request(pipeline, settings)
-    library.check(library.c.dnp_close(pipeline))
-    same_pictures(final, expected.arrays)
+    with dnp_native.Pipeline.open(planned, threads=1, plans=str(folder)) as pipeline:
+        found = pipeline.generate(**settings)
+    same_pictures(found.images, expected.arrays)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2
-    assert sorted(told["warnings"]) == sorted(warnings)
+    assert sorted(found.told["warnings"]) == sorted(warnings)
 
 
 # ------------------------------------------------------------------------------------------------ the backend cuda
@@ -831,14 +727,14 @@ def picture(file):
 
 
 @pytest.mark.parametrize("plans", [False, True])
-def test_cuda_gives_the_processors_picture(on_stand_in, library, native, planned_for_gpus, tmp_path, plans):
+def test_cuda_gives_the_processors_picture(on_stand_in, native, planned_for_gpus, tmp_path, plans):
     done, log = on_stand_in(planned_for_gpus if plans else BUNDLE, "--images", "2")
     assert done.returncode == 0, done.stderr
     assert "on cuda (ONNX Runtime stand-in, CUDAExecutionProvider, Stand-in, SM 90, cuda:0)" in done.stdout
-    final, dns, _, told = library.request(native, {"prompt": SCENE, "seed": 5, "steps": 4, "dns_steps": 4, "images": 2})
-    same_pictures([picture(tmp_path / f"{seed}-dnp.png") for seed in (5, 6)], final)
-    same_pictures([picture(tmp_path / f"{seed}-dns.png") for seed in (5, 6)], dns)
-    assert [line[4:] for line in done.stdout.splitlines() if line.startswith("n*: ")] == told["negatives"]
+    expected = native.generate(SCENE, seed=5, steps=4, dns_steps=4, images=2)
+    same_pictures([picture(tmp_path / f"{seed}-dnp.png") for seed in (5, 6)], expected.images)
+    same_pictures([picture(tmp_path / f"{seed}-dns.png") for seed in (5, 6)], expected.dns_images)
+    assert [line[4:] for line in done.stdout.splitlines() if line.startswith("n*: ")] == expected.negatives
     runs = [line for line in log if line.startswith(("run", "record", "replay"))]
     if plans:
         assert done.stderr == ""
@@ -853,10 +749,10 @@ def test_cuda_gives_the_processors_picture(on_stand_in, library, native, planned
         assert set(runs) == {"run waits"}
 
 
-def test_cuda_at_a_size_without_a_plan_runs_the_graph_itself(on_stand_in, library, native, planned_for_gpus, tmp_path):
+def test_cuda_at_a_size_without_a_plan_runs_the_graph_itself(on_stand_in, native, planned_for_gpus, tmp_path):
     done, log = on_stand_in(planned_for_gpus, "--height", "48", "--dnp", "false")
-    final, *_ = library.request(native, {"prompt": SCENE, "seed": 5, "steps": 4, "height": 48, "dnp": False})
-    same_pictures([picture(tmp_path / "5-plain.png")], final)
+    expected = native.generate(SCENE, seed=5, steps=4, height=48, dnp=False)
+    same_pictures([picture(tmp_path / "5-plain.png")], expected.images)
     command = build_command(
         Bundle.open(planned_for_gpus), Bundle.default().graph("denoise"), {"height": 12, "width": 16}, None
     )
@@ -909,36 +805,39 @@ def test_cuda_has_pythons_options(on_stand_in, planned_for_gpus):
         assert way == {"disable_synchronize_execution_providers": waits, "gpu_graph_id": "3"}
 
 
-def test_progress_tells_every_step_and_shows_it(library, native):
+def test_progress_tells_every_step_and_shows_it(dnp_native, native):
     steps, previews = [], []
 
-    def progress(_, step):
-        told = step.contents
-        steps.append((told.phase.decode(), told.index, told.total, told.images))
-        image = Image(ctypes.sizeof(Image))
-        library.check(library.c.dnp_step_preview(step, told.images - 1, ctypes.byref(image)))
-        previews.append(array(image))
-        with pytest.raises(NativeError, match="no image 2"):
-            library.check(library.c.dnp_step_preview(step, 2, ctypes.byref(image)))
-        return 0
+    def progress(step):
+        steps.append((step.phase, step.index, step.total, step.images))
+        previews.append(step.preview(step.images - 1))
+        with pytest.raises(dnp_native.DnpError, match="no image 2"):
+            step.preview(2)
 
-    settings = {"prompt": SCENE, "steps": 3, "dns_steps": 2, "images": 2, "seed": 1}
-    final, *_ = library.request(native, settings, progress)
+    settings = {"steps": 3, "dns_steps": 2, "images": 2, "seed": 1}
+    found = native.generate(SCENE, progress, **settings)
     assert steps[:2] == [("dns", 1, 2, 2), ("dns", 2, 2, 2)]
     assert steps[-3:] == [("final", 1, 3, 2), ("final", 2, 3, 2), ("final", 3, 3, 2)]
     assert all(phase == "caption" for phase, *_ in steps[2:-3])
     assert all(picture.shape == (64, 64, 3) for picture in previews)
-    without, *_ = library.request(native, settings)
-    np.testing.assert_array_equal(final[1], without[1])  # looking changes nothing
+    without = native.generate(SCENE, **settings)
+    np.testing.assert_array_equal(found.images[1], without.images[1])  # looking changes nothing
 
 
-def test_a_callback_stops_the_work_and_the_pipeline_goes_on(library, native):
-    with pytest.raises(NativeError, match="final step 2 of 9") as stopped:
-        library.request(
-            native, {"prompt": SCENE, "steps": 9, "dnp": False}, lambda _, step: int(step.contents.index == 2)
-        )
+def test_a_callback_stops_the_work_and_the_pipeline_goes_on(dnp_native, native):
+    with pytest.raises(dnp_native.DnpError, match=r"stopped .* in final step 2 of 9") as stopped:
+        native.generate(SCENE, lambda step: step.index != 2, steps=9, dnp=False)
     assert stopped.value.code == 130
-    assert len(library.request(native, {"prompt": SCENE, "steps": 1, "dnp": False})[0]) == 1
+    with pytest.raises(dnp_native.DnpError, match="cancelled in final step 2 of 9") as stopped:
+        native.generate(SCENE, lambda step: native.cancel() if step.index == 2 else None, steps=9, dnp=False)
+    assert stopped.value.code == 130
+
+    def broken(step):
+        raise RuntimeError("a fault of the callback's")
+
+    with pytest.raises(RuntimeError, match="a fault of the callback's"):
+        native.generate(SCENE, broken, steps=1, dnp=False)
+    assert len(native.generate(SCENE, steps=1, dnp=False).images) == 1
 
 
 @pytest.mark.parametrize(
@@ -956,40 +855,55 @@ def test_a_callback_stops_the_work_and_the_pipeline_goes_on(library, native):
         ),
     ],
 )
-def test_settings_that_cannot_be_honoured_are_named(library, native, settings, message):
-    with pytest.raises(NativeError, match=message) as refused:
-        library.request(native, settings)
+def test_settings_that_cannot_be_honoured_are_named(dnp_native, native, settings, message):
+    result = ctypes.c_void_p()
+    error = dnp_native.LIBRARY.dnp_generate(native._handle, settings, None, ctypes.byref(result))
+    with pytest.raises(dnp_native.DnpError, match=message) as refused:
+        dnp_native.check(error)
     assert refused.value.code == 2
+    assert not result
 
 
-def test_what_cannot_be_opened_is_named(library, native, tmp_path):
+def test_a_pipeline_that_is_closed_and_an_image_that_is_none_are_refused(dnp_native):
+    pipeline = dnp_native.Pipeline.open(BUNDLE, threads=1)
+    assert pipeline.info["bundle"] == Bundle.default().fingerprint
+    for image in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8)):
+        with pytest.raises(dnp_native.DnpError, match="uint8 array"):
+            pipeline.caption(image)
+    pipeline.close()
+    pipeline.close()
+    with pytest.raises(dnp_native.DnpError, match="is closed"):
+        pipeline.generate(SCENE)
+
+
+def test_what_cannot_be_opened_is_named(dnp_native, native, tmp_path):
     for code, message, folder, options in (
         (3, "does not exist", tmp_path / "none", {}),
         (2, "unknown option", BUNDLE, {"thread": 1}),
         (2, "threads must be", BUNDLE, {"threads": 0}),
         (4, "has loaded ONNX Runtime", BUNDLE, {"onnxruntime": "another.so"}),
     ):
-        with pytest.raises(NativeError, match=message) as refused:
-            library.open(folder, **options)
+        with pytest.raises(dnp_native.DnpError, match=message) as refused:
+            dnp_native.Pipeline.open(folder, **options)
         assert refused.value.code == code
 
 
-def test_structs_without_their_size_are_refused(library, native):
-    result = ctypes.c_void_p()
-    error = library.c.dnp_generate(native, b'{"prompt": "a"}', ctypes.byref(Callbacks(8)), ctypes.byref(result))
-    with pytest.raises(NativeError, match="set it to sizeof"):
-        library.check(error)
-    with pytest.raises(NativeError, match="pipeline is NULL"):
-        library.check(library.c.dnp_generate(None, b"{}", None, ctypes.byref(result)))
-    library.check(library.c.dnp_close(None))
-    assert library.c.dnp_error_message(None) == b"no error"
+def test_structs_without_their_size_are_refused(dnp_native, native):
+    result, c = ctypes.c_void_p(), dnp_native.LIBRARY
+    too_small = ctypes.byref(dnp_native.Callbacks(8))
+    with pytest.raises(dnp_native.DnpError, match="set it to sizeof"):
+        dnp_native.check(c.dnp_generate(native._handle, b'{"prompt": "a"}', too_small, ctypes.byref(result)))
+    with pytest.raises(dnp_native.DnpError, match="pipeline is NULL"):
+        dnp_native.check(c.dnp_generate(None, b"{}", None, ctypes.byref(result)))
+    dnp_native.check(c.dnp_close(None))
+    assert c.dnp_error_message(None) == b"no error"
 
 
-def test_nothing_but_the_interface_is_exported(built, library):
+def test_nothing_but_the_interface_is_exported(built, dnp_native):
     names = {line.split()[-1] for line in run("nm", "-D", "--defined-only", built / "libdnp.so").splitlines()}
     declared = set(re.findall(r"DNP_API[^;(]*?(dnp_\w+)\(", (ROOT / "native" / "include" / "dnp.h").read_text()))
     assert names == declared
-    assert library.c.dnp_abi_version() == 1
+    assert dnp_native.LIBRARY.dnp_abi_version() == 1
 
 
 def test_ctest_passes(built):
@@ -1006,7 +920,12 @@ def test_an_installed_library_is_found_by_cmake_and_pkg_config(built, tmp_path):
     assert json.loads(told)["request"]["seed"] == 7
     assert (tmp_path / "image.ppm").read_bytes().startswith(b"P6\n64 64\n255\n")
     (described,) = prefix.rglob("dnp.pc")
-    assert "-ldnp" in described.read_text()
+    flags = run("pkg-config", "--cflags", "--libs", "dnp", env={**os.environ, "PKG_CONFIG_PATH": str(described.parent)})
+    program = tmp_path / "with_pkg_config"
+    run("cc", "native/examples/generate.c", "-o", program, *flags.split())
+    where["LD_LIBRARY_PATH"] = str(described.parents[1])
+    assert run(program, BUNDLE, "a red circle", tmp_path / "same.ppm", env=where)
+    assert (tmp_path / "same.ppm").read_bytes() == (tmp_path / "image.ppm").read_bytes()
 
 
 def test_the_command_writes_pictures(built, tmp_path):
@@ -1017,6 +936,28 @@ def test_the_command_writes_pictures(built, tmp_path):
     assert read_settings(tmp_path / "5-dnp.png")["request"]["prompt"] == SCENE
     caption = run(built / "dnp-native", "caption", BUNDLE, tmp_path / "5-dns.png", "--onnxruntime", ONNXRUNTIME)
     assert f"n*: {caption}" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_command_killed_at_work_leaves_no_half_picture(built, tmp_path, number):
+    command = [built / "dnp-native", "generate", BUNDLE, SCENE, "--steps", "900", "--onnxruntime", ONNXRUNTIME]
+    told, terminal = os.openpty()  # where progress is shown
+    with subprocess.Popen([*map(str, command), "--out", str(tmp_path)], stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        said = b""
+        while b"dns 2/" not in said:
+            said += os.read(told, 1000)
+        process.send_signal(number)
+        with suppress(OSError):  # the end of a terminal
+            while more := os.read(told, 1000):
+                said += more
+    os.close(told)
+    assert not list(tmp_path.iterdir())
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 130
+        assert re.search(rb"dnp-native: cancelled in dns step \d+ of \d+", said)
 
 
 def generated(*files):

@@ -175,8 +175,9 @@ DNP_API size_t dnp_result_count(const dnp_result* result, dnp_kind kind);
 DNP_API dnp_error* dnp_result_image(const dnp_result* result, dnp_kind kind, size_t index, dnp_image* image);
 
 /* Everything else, as a JSON object: "negatives" (n* of each image, "" for plain guidance), "request" (the settings,
- * all explicit), "seconds" (by phase), "bundle", "backend", "precision", "runs_on", "warnings" (sentences about what the
- * pipeline does without since it was opened, such as a plan that cannot be used). Lent, until the result is freed. */
+ * all explicit), "seconds" (by phase), "inside" (how many of them within ONNX Runtime's runs), "bundle", "backend",
+ * "precision", "runs_on", "warnings" (sentences about what the pipeline does without since it was opened, such as a plan
+ * that cannot be used). Lent, until the result is freed. */
 DNP_API const char* dnp_result_json(const dnp_result* result);
 
 DNP_API void dnp_result_free(dnp_result* result); /* NULL is allowed */

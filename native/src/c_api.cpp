@@ -110,7 +110,7 @@ dnp_error* request(Method method, dnp_pipeline* pipeline, const char* settings, 
         require(pipeline, "pipeline"), require(settings, "settings"), require(result, "result");
         auto made = std::make_unique<dnp_result>();
         made->result = (pipeline->pipeline.*method)(json_of(settings, "settings"), progress_of(callbacks));
-        core::OrderedJson json{{"negatives", made->result.negatives}, {"request", made->result.request}, {"seconds", made->result.seconds}};
+        core::OrderedJson json{{"negatives", made->result.negatives}, {"request", made->result.request}, {"seconds", made->result.seconds}, {"inside", made->result.inside}};
         json.update(made->result.made_with);  // the pipeline may be closed by now
         json["warnings"] = made->result.warnings;
         made->json = json.dump();

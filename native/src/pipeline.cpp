@@ -80,6 +80,7 @@ public:
     Run(Pipeline& pipeline, const Job& job, const Progress& progress) : p_(pipeline), job_(job), progress_(progress), started_(now()) {
         add("open", p_.opening_);
         started_ -= p_.opening_;
+        *p_.engine_.inside = 0;
         timed("open", [&] { p_.denoiser(), p_.conditioner(), p_.decode(); });
         if (job.runs_dns) timed("open", [&] { p_.captioner(); });
         p_.opening_ = 0;
@@ -158,10 +159,10 @@ private:
     }
 
     void tell(const Step& step) {
-        if (p_.stop_.requested()) throw Error(Code::cancelled, cat("cancelled in ", step.phase, " step ", step.index, " of ", step.total));
         double before = now();
         bool goes_on = !progress_ || progress_(step);
         outside_ += now() - before;
+        if (p_.stop_.requested()) throw Error(Code::cancelled, cat("cancelled in ", step.phase, " step ", step.index, " of ", step.total));
         if (!goes_on) throw Error(Code::cancelled, cat("stopped by the progress callback in ", step.phase, " step ", step.index, " of ", step.total));
     }
 
@@ -214,7 +215,7 @@ Result Pipeline::generate(const Json& settings, const Progress& progress) {
     if (job.runs_dns) run.find_negatives(result);
     if (job.compare) result.plain = run.sample("plain", job.final, prompts, empty, job.seed);
     result.final = run.sample("final", job.final, prompts, result.negatives, job.seed);
-    result.request = job.request, result.seconds = run.seconds(), result.made_with = made_with(), result.warnings = warnings();
+    result.request = job.request, result.seconds = run.seconds(), result.inside = *engine_.inside, result.made_with = made_with(), result.warnings = warnings();
     return result;
 }
 
@@ -225,7 +226,7 @@ Result Pipeline::find_negatives(const Json& settings, const Progress& progress) 
     Run run(*this, job, progress);
     Result result;
     run.find_negatives(result);
-    result.request = job.request, result.seconds = run.seconds(), result.made_with = made_with(), result.warnings = warnings();
+    result.request = job.request, result.seconds = run.seconds(), result.inside = *engine_.inside, result.made_with = made_with(), result.warnings = warnings();
     return result;
 }
 

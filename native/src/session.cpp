@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -504,11 +505,10 @@ void Session::run(Stop& stop) {
     State present = state();
     try {
         if (present != file.bound) bind_all(file), file.bound = present;
-        if (engine_.gpu) {
-            file.session.Run(file.way(present), file.binding);
-        } else {
-            file.session.Run(stop.options_->run, file.binding);
-        }
+        const Ort::RunOptions& how = engine_.gpu ? file.way(present) : stop.options_->run;
+        auto before = std::chrono::steady_clock::now();
+        file.session.Run(how, file.binding);
+        *engine_.inside += std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count();
     } catch (const Ort::Exception& error) {
         if (stop.requested()) throw Error(Code::cancelled, "cancelled");
         throw backend_error("graph '", graph_.name, "' failed with ", described(sizes_), ": ", first_line(error.what()),

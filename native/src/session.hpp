@@ -31,6 +31,8 @@ struct Engine {
     std::shared_ptr<std::vector<std::pair<std::string, std::string>>> warnings = std::make_shared<std::vector<std::pair<std::string, std::string>>>();
     void warn(const std::string& topic, const std::string& message) const;
 
+    std::shared_ptr<double> inside = std::make_shared<double>(0);  // seconds in ONNX Runtime's runs so far
+
     std::filesystem::path plan_folder(const Bundle& bundle) const;
     Names build_command(const Bundle& bundle) const;  // `dnp build`, of plans for it
 };

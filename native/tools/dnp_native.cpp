@@ -6,6 +6,7 @@
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
 #include <iostream>
 #include <vector>
 
@@ -25,14 +26,15 @@ constexpr const char* usage =
     "\n"
     "A SETTING is one of Request: --seed 7, --steps 20, --sampler euler, --dns-guidance 1.5, --dnp false, and so on.\n"
     "--onnxruntime FILE names ONNX Runtime's library, --plans FOLDER where plans are, --threads N how many threads compute;\n"
-    "--backend cuda runs on an NVIDIA GPU, --device N on another than the first.\n";
+    "--backend cuda runs on an NVIDIA GPU, --device N on another than the first.\n"
+    "--json FILE keeps all that a result tells, and the most memory that the process had.\n";
 
 constexpr const char* options[] = {"backend", "device", "onnxruntime", "plans", "threads"};  // of dnp_open
 
 struct Arguments {
     std::vector<std::string> words;
     Json settings = Json::object(), options = Json::object();
-    std::string out = ".";
+    std::string out = ".", json;
 };
 
 // `--dns-steps 20` is the setting "dns_steps": 20. What is no JSON is text.
@@ -48,11 +50,13 @@ Arguments parse(int count, char** given) {
         std::string name = word.substr(2), value = given[++i];
         std::replace(name.begin(), name.end(), '-', '_');
         bool option = std::find(std::begin(options), std::end(options), name) != std::end(options);
-        bool text = name == "out" || name == "onnxruntime" || name == "plans" || name == "negative" || name == "prefix";
+        bool text = name == "out" || name == "json" || name == "onnxruntime" || name == "plans" || name == "negative" || name == "prefix";
         Json parsed = text ? Json(value) : Json::parse(value, nullptr, false);
         if (parsed.is_discarded()) parsed = value;
         if (name == "out") {
             arguments.out = value;
+        } else if (name == "json") {
+            arguments.json = value;
         } else {
             (option ? arguments.options : arguments.settings)[name] = parsed;
         }
@@ -60,17 +64,32 @@ Arguments parse(int count, char** given) {
     return arguments;
 }
 
+// The largest resident size of this process so far, in bytes.
+std::size_t peak_memory() {
+    std::ifstream file("/proc/self/status");
+    std::size_t kilobytes = 0;
+    for (std::string line; std::getline(file, line);)
+        if (line.rfind("VmHWM:", 0) == 0) kilobytes = std::stoul(line.substr(6));
+    return kilobytes << 10;
+}
+
 std::atomic<bool> interrupted{false};
 
-bool show(const dnp::StepView& step) {
-    if (isatty(STDERR_FILENO)) std::fprintf(stderr, "\r%s %u/%u   %s", step.phase(), step.index(), step.total(), step.index() == step.total() ? "\n" : "");
-    return !interrupted;
+// The first signal stops the work at its next step, a second one the process.
+void interrupt(int signal) {
+    interrupted = true;
+    std::signal(signal, SIG_DFL);
 }
 
 void generate(Arguments arguments) {
     dnp::Pipeline pipeline(arguments.words[1], arguments.options.dump());
     arguments.settings["prompt"] = arguments.words[2];
-    dnp::Result result = pipeline.generate(arguments.settings.dump(), show);
+    dnp::Result result = pipeline.generate(arguments.settings.dump(), [&](const dnp::StepView& step) {
+        if (isatty(STDERR_FILENO))
+            std::fprintf(stderr, "\r%s %u/%u   %s", step.phase(), step.index(), step.total(), step.index() == step.total() ? "\n" : "");
+        if (interrupted) pipeline.cancel();
+        return true;
+    });
     Json told = Json::parse(result.json());
     std::filesystem::create_directories(arguments.out);
     auto seed = told["request"]["seed"].get<std::int64_t>();
@@ -88,6 +107,8 @@ void generate(Arguments arguments) {
     }
     for (const Json& warning : told["warnings"]) std::cerr << "warning: " << warning.get<std::string>() << "\n";
     for (const Json& negative : told["negatives"]) std::cout << "n*: " << negative.get<std::string>() << "\n";
+    told["peak_memory_bytes"] = peak_memory();
+    if (!arguments.json.empty() && !(std::ofstream(arguments.json) << told.dump(1) << std::endl)) throw std::runtime_error(arguments.json + ": cannot be written");
     std::printf("%.3f s on %s\n", told["seconds"]["total"].get<double>(), told["runs_on"].get<std::string>().c_str());
 }
 
@@ -100,7 +121,7 @@ void caption(const Arguments& arguments) {
 }  // namespace
 
 int main(int count, char** given) {
-    std::signal(SIGINT, [](int) { interrupted = true; });
+    std::signal(SIGINT, interrupt), std::signal(SIGTERM, interrupt);
     try {
         Arguments arguments = parse(count, given);
         std::string command = arguments.words.empty() ? "" : arguments.words[0];
