@@ -15,6 +15,8 @@ from dnp.serving.errors import ApiError
 
 _DEPTH: Final = 16  # of lists and objects inside each other
 _DIGITS: Final = 40  # of an integer: more than any setting can have
+_FIELDS: Final = 1000  # of an object: more than any program sends
+_COMMAS: Final = 100_000  # in a body, those in texts included: what bounds the values that are looked at one by one
 
 
 class JsonRequest(Request):
@@ -85,7 +87,12 @@ async def read(request: Request) -> bytes:
 
 
 def parse(data: bytes) -> Any:
-    """JSON of RFC 8259 in UTF-8, nested at most 16 deep, its numbers finite. Raises ApiError for anything else."""
+    """JSON of RFC 8259 in UTF-8, of bearable size and depth, its numbers finite. Raises ApiError for anything else.
+
+    The event loop stands still meanwhile, for everybody, so what would take long is refused before it is looked at.
+    """
+    if data.count(b",") > _COMMAS:
+        raise ApiError(400, "invalid_json", f"the body has more than {_COMMAS} values; send what is asked for alone")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -105,6 +112,8 @@ def parse(data: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _FIELDS:
+        raise ApiError(400, "invalid_json", f"an object of the body has more than {_FIELDS} fields; send fewer")
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -105,7 +105,7 @@ def invalid(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) -> ApiErr
     words = [part for part in first["loc"][1:] if part in known]
     if kind == "extra_forbidden":
         name = str(first["loc"][-1])
-        near = get_close_matches(name, known, 1)
+        near = get_close_matches(name[:64], known, 1)  # which takes seconds for megabytes
         hint = f"did you mean {near[0]!r}?" if near else "leave it out; /openapi.json lists the fields"
         return ApiError(400, "unknown_field", f"there is no field {shown(name)}; {hint}", name[:64])
     param = words[0] if words else None

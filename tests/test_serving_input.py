@@ -70,6 +70,15 @@ BAD = {
     "deep": (IMAGES, raw('{"prompt": ' + "[" * 50 + "]" * 50 + "}"), 400, "invalid_json", None, "16 deep"),
     "very deep": (IMAGES, raw("[" * 100_000), 400, "invalid_json", None, "16 deep"),
     "twice the same": (IMAGES, raw('{"prompt": "x", "prompt": "y"}'), 400, "duplicate_field", None, "'prompt' twice"),
+    "a field too many": (
+        IMAGES, body(methods={f"m{i}": 1 for i in range(1001)}), 400, "invalid_json", None, "1000 fields",
+    ),
+    "fields without end": (IMAGES, body(**{f"a{i}": 1 for i in range(200_000)}), 400, "invalid_json", None, "values"),
+    "values without end": (IMAGES, body(guidance=[1] * 100_001), 400, "invalid_json", None, "100000 values"),
+    "a field twice among many": (
+        IMAGES, raw("{" + "".join(f'"a{i}": 1, ' for i in range(90_000)) + '"z": 1, "z": 1}'), 400, "invalid_json",
+        None, "fields",
+    ),
     "no prompt": (IMAGES, b"{}", 400, "missing_field", "prompt", "prompt is missing"),
     "prompt null": (IMAGES, body(prompt=None), 400, "missing_field", "prompt", "prompt is missing"),
     "prompt empty": (IMAGES, body(prompt=""), 400, "invalid_value", "prompt", "empty"),
