@@ -161,7 +161,7 @@ def build(bundle: Bundle, backend: str, folder: Path) -> list[Plan]:
 
 
 def close_often(bundle: Bundle, backend: str, options: BackendOptions) -> dict:
-    """Close sessions with work under way, recorded and not, in this thread and in another, and after an error.
+    """Close sessions with work under way, captured and not, in this thread and in another, and after an error.
 
     What can go wrong here ends the process: that this returns is the result.
     """

@@ -40,7 +40,7 @@ class FakeCuda:
         self.calls, self.fail = [], {}
         self.device, self.pinned = {}, {}
         self.pending = []  # started, and not yet done
-        self.recording = None
+        self.capturing = None
         self.graphs, self.events, self.streams = {}, {}, set()
         self.handles = itertools.count(100)
         self.threads = set()  # those that have made the device theirs
@@ -104,16 +104,16 @@ class FakeCuda:
         self.streams.remove(stream)
 
     def synchronize(self, stream):
-        assert self.recording is None, "waiting while recording is an error"
+        assert self.capturing is None, "waiting while capturing is an error"
         self._drain()
 
     def begin_capture(self, stream):
-        assert self.recording is None
-        self.recording = []
+        assert self.capturing is None
+        self.capturing = []
 
     def end_capture(self, stream):
         handle = next(self.handles)
-        self.graphs[handle], self.recording = self.recording, None
+        self.graphs[handle], self.capturing = self.capturing, None
         return handle
 
     def launch(self, graph, stream):
@@ -130,10 +130,10 @@ class FakeCuda:
         return handle
 
     def record(self, event, stream):
-        assert self.recording is None
+        assert self.capturing is None
 
     def wait(self, event):
-        assert self.recording is None, "waiting while recording is an error"
+        assert self.capturing is None, "waiting while capturing is an error"
         self._drain()
 
     def elapsed(self, start, end):
@@ -145,7 +145,7 @@ class FakeCuda:
     def _start(self, stream, work):
         assert stream in self.streams, "work on a stream that does not exist"
         assert threading.get_ident() in self.threads, "this thread works on another device"
-        (self.pending if self.recording is None else self.recording).append(work)
+        (self.pending if self.capturing is None else self.capturing).append(work)
 
     def _drain(self):
         work, self.pending = self.pending, []
@@ -397,7 +397,7 @@ class FakeContext:
             self.module.say("the fake was told to fail")
             return False
         assert self.scratch, "no device memory was given"
-        shapes, addresses = dict(self.shapes), dict(self.addresses)  # what a recording holds too
+        shapes, addresses = dict(self.shapes), dict(self.addresses)  # what a capture holds too
         self.module.cuda._start(stream, lambda: self._execute(shapes, addresses))
         return True
 
@@ -421,10 +421,10 @@ class FakeOnnxRuntime:
     __version__ = "0.0.0.fake"
 
     def __init__(self, cuda, providers=("CUDAExecutionProvider",)):
-        self.cuda, self.providers, self.recorded = cuda, list(providers), []
+        self.cuda, self.providers, self.captured = cuda, list(providers), []
         self.settings = []  # those of each session that was opened
         self.aborts = []  # what would have ended the process
-        self.refuse_recording = False
+        self.refuse_capture = False
         self.SessionOptions = onnxruntime.SessionOptions
 
     def get_available_providers(self):
@@ -444,7 +444,7 @@ class FakeOrtSession:
         self.module, self.settings, self.path = module, dict(settings), path
         self.deferred = 0  # runs whose buffers on the host nobody has given back
         module.settings.append(self.settings)
-        if module.refuse_recording and settings["enable_cuda_graph"] == "1":
+        if module.refuse_capture and settings["enable_cuda_graph"] == "1":
             raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
@@ -455,7 +455,7 @@ class FakeOrtSession:
 
     def __del__(self):
         # Runs that ONNX Runtime may not wait for leave what they took of the host's memory to the session's end. There
-        # a callback gives it back, unless runs are recorded, and a callback must not free: CUDA failure 800.
+        # a callback gives it back, unless runs are captured, and a callback must not free: CUDA failure 800.
         if getattr(self, "deferred", 0) and self.settings["enable_cuda_graph"] == "0":
             self.module.aborts.append("a session ended with buffers that its runs took")
         if self.module.cuda.pending:
@@ -478,10 +478,10 @@ class FakeOrtSession:
         self.deferred = self.deferred + 1 if asynchronous else 0
         bound, number = dict(binding.bound), int(how["gpu_graph_id"])
         if number > 0:
-            # what was recorded under a number is done again, whatever is bound by then
+            # what was captured under a number is done again, whatever is bound by then
             assert self.settings["enable_cuda_graph"] == "1"
             bound = self.replays.setdefault(number, bound)
-            self.module.recorded.append(number)
+            self.module.captured.append(number)
         self.module.cuda._start(int(self.settings["user_compute_stream"]), lambda: self._execute(bound))
 
     def _execute(self, bound):

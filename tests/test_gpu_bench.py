@@ -44,7 +44,7 @@ def answers(*commands):
     return [json.loads(line) for line in out.getvalue().splitlines()], code
 
 
-def test_our_contender_does_every_command_on_recorded_runs(gpu, default_bundle, tmp_path):
+def test_our_contender_does_every_command_on_captured_runs(gpu, default_bundle, tmp_path):
     build_cuda_plans(default_bundle, folder=tmp_path / "plans")
     job = {"bundle": str(default_bundle.path), "plans": str(tmp_path / "plans"), "pixels": 64, "steps": 2, "tokens": 12}
     picture = tmp_path / "picture.npy"
@@ -66,7 +66,7 @@ def test_our_contender_does_every_command_on_recorded_runs(gpu, default_bundle, 
     assert len(step["ms"]) == worker.BLOCKS
     assert len(step["host_ms"]) == worker.BLOCK
     runs = 4 + worker.BLOCKS * worker.BLOCK + worker.BLOCK
-    assert len(set(gpu.ort.recorded[-runs:])) == 1  # every one of them is the one that was recorded
+    assert len(set(gpu.ort.captured[-runs:])) == 1  # every one of them is the one that was captured
     assert not gpu.ort.aborts
 
 

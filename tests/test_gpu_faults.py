@@ -146,12 +146,12 @@ class TestRefit:
 
 
 class TestInterruptions:
-    def test_a_ctrl_c_while_a_run_is_recorded_ends_the_recording(self, open_pipeline, gpu, monkeypatch):
+    def test_a_ctrl_c_while_a_run_is_captured_ends_the_capture(self, open_pipeline, gpu, monkeypatch):
         pipeline = open_pipeline()
         execute, interrupted = fake_gpu.FakeContext.execute_async_v3, []
 
         def interrupt(self, stream):
-            if gpu.recording is not None and not interrupted:
+            if gpu.capturing is not None and not interrupted:
                 interrupted.append(True)
                 raise KeyboardInterrupt
             return execute(self, stream)
@@ -160,23 +160,23 @@ class TestInterruptions:
         with pytest.raises(KeyboardInterrupt):
             pipeline.warm_up()
         assert interrupted
-        assert gpu.recording is None
+        assert gpu.capturing is None
         assert len(pipeline(PROMPT, **QUICK).images) == 1
         pipeline.close()
         assert not gpu.device
 
-    def test_a_failure_while_a_run_is_recorded_leaves_the_session_without_recorded_runs(
+    def test_a_failure_while_a_run_is_captured_leaves_the_session_without_captured_runs(
         self, open_pipeline, gpu, monkeypatch, caplog
     ):
         execute = fake_gpu.FakeContext.execute_async_v3
         monkeypatch.setattr(
             fake_gpu.FakeContext,
             "execute_async_v3",
-            lambda self, stream: gpu.recording is None and execute(self, stream),
+            lambda self, stream: gpu.capturing is None and execute(self, stream),
         )
         result = open_pipeline()(PROMPT, **QUICK)
         assert len(result.images) == 1
-        assert gpu.recording is None
+        assert gpu.capturing is None
         (told,) = [record.message for record in caplog.records if "runs without CUDA graphs" in record.message]
         assert "failed" in told
 

@@ -75,11 +75,11 @@ def test_a_whole_request_is_the_same_as_on_the_cpu(open_pipeline, on_cpu, backen
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
-def test_recorded_runs_give_the_bits_of_eager_ones(open_pipeline, sampler):
+def test_captured_runs_give_the_bits_of_eager_ones(open_pipeline, sampler):
     settings = {"seed": 5, "sampler": sampler, **QUICK}
-    recorded, eager = (open_pipeline(eager=eager)(PROMPT, **settings) for eager in (False, True))
-    assert np.array_equal(recorded.arrays, eager.arrays)
-    assert recorded.negatives == eager.negatives
+    captured, eager = (open_pipeline(eager=eager)(PROMPT, **settings) for eager in (False, True))
+    assert np.array_equal(captured.arrays, eager.arrays)
+    assert captured.negatives == eager.negatives
 
 
 def test_between_steps_nothing_is_waited_for_and_nothing_crosses(open_pipeline, gpu):
@@ -117,7 +117,7 @@ def test_contexts_latents_and_vision_features_stay_on_the_device(open_pipeline, 
     # the place to decode. The image comes down, and the latents, which must be finite
     assert calls["to_device"] == 2 * 4 + 3 + 2 + 1
     assert calls["to_host"] == 2
-    assert calls["on_device"] == 2 + 1  # the embeddings, and the latents to decode; all else is aliased or recorded
+    assert calls["on_device"] == 2 + 1  # the embeddings, and the latents to decode; all else is aliased or captured
 
 
 def test_a_request_records_nothing_and_allocates_nothing_on_the_device(open_pipeline, gpu):
@@ -386,7 +386,7 @@ def test_no_session_of_onnxruntime_ends_with_anything_left_to_do(gpu, default_bu
     opened.close()
 
 
-def test_onnxruntime_waits_for_no_run_that_is_recorded(gpu, default_bundle):
+def test_onnxruntime_waits_for_no_run_that_is_captured(gpu, default_bundle):
     opened = ort_cuda.CudaBackend()
     session = opened.session(default_bundle.graphs["encode_text"], default_bundle)
     session.capture(batch=1, tokens=default_bundle.text.length)
@@ -455,23 +455,23 @@ def test_sidecars_say_what_the_plan_is(open_pipeline, tmp_path, default_bundle):
         assert next(iter(change)) in spec.difference(replace(spec, **change))
 
 
-def test_onnxruntime_replays_what_it_recorded_and_nothing_moves(open_pipeline, gpu, on_cpu):
+def test_onnxruntime_replays_what_it_captured_and_nothing_moves(open_pipeline, gpu, on_cpu):
     pipeline = open_pipeline("cuda")
     pipeline.warm_up()
-    numbers, before = set(gpu.ort.recorded), gpu.counted()
+    numbers, before = set(gpu.ort.captured), gpu.counted()
     assert len(numbers) == 2 + 2 * 2 + 2 * 3  # two sessions at one image, two at two; denoise at 1, 2 and 4 rows, twice
     settings = {"negative": "n*", "sampler": "euler_a", "steps": 6}
     result = pipeline(PROMPT, **settings)
-    assert set(gpu.ort.recorded) == numbers
+    assert set(gpu.ort.captured) == numbers
     assert gpu.counted()["malloc"] == before["malloc"]
     assert abs(result.arrays.astype(int) - on_cpu(PROMPT, **settings).arrays).max() <= 1
-    # a size that was not prepared moves the buffers: what was recorded for them is never replayed again
-    since = len(gpu.ort.recorded)
+    # a size that was not captured moves the buffers: what was captured for them is never replayed again
+    since = len(gpu.ort.captured)
     larger = pipeline(PROMPT, negative="n*", height=192, steps=2)
     again = pipeline(PROMPT, **settings)
     assert larger.arrays.shape[1] == 192
     assert np.array_equal(again.arrays, result.arrays)
-    assert len(gpu.ort.recorded[since:]) == 4  # two requests, two texts each: those buffers have not moved
+    assert len(gpu.ort.captured[since:]) == 4  # two requests, two texts each: those buffers have not moved
 
 
 def test_onnxruntime_between_steps_waits_for_nothing(open_pipeline, gpu):
@@ -483,12 +483,12 @@ def test_onnxruntime_between_steps_waits_for_nothing(open_pipeline, gpu):
     assert between == [["on_device", "on_device"]] * 7  # the state and the row index
 
 
-def test_onnxruntime_that_cannot_record_runs_eagerly_and_says_so_once(open_pipeline, gpu, caplog):
-    gpu.ort.refuse_recording = True
+def test_onnxruntime_that_cannot_capture_runs_eagerly_and_says_so_once(open_pipeline, gpu, caplog):
+    gpu.ort.refuse_capture = True
     with caplog.at_level(logging.WARNING, "dnp.engine"):
         assert open_pipeline("cuda")(PROMPT, **QUICK).images
     assert len([r for r in caplog.records if "without CUDA graphs" in r.getMessage()]) == 1
-    assert not gpu.ort.recorded
+    assert not gpu.ort.captured
 
 
 def test_onnxruntime_without_its_cuda_provider_is_refused(open_pipeline, gpu):
@@ -597,7 +597,7 @@ def test_weights_are_exchanged_and_come_back(open_pipeline, gpu, default_bundle,
     assert np.array_equal(again.arrays, first.arrays)
     assert again.bundle == default_bundle.fingerprint
     calls = gpu.counted(since)
-    assert calls["launch"] == QUICK["steps"] + 2 + 1  # recorded anew by refit itself
+    assert calls["launch"] == QUICK["steps"] + 2 + 1  # captured anew by refit itself
     assert not calls["begin_capture"]
     assert gpu.trt.built == built
 
@@ -628,22 +628,22 @@ def test_what_cannot_be_refitted_says_so_and_changes_nothing(open_pipeline, gpu,
 
 
 @pytest.mark.parametrize("backend", ["tensorrt-rtx", "cuda"])
-def test_more_sizes_can_be_recorded_at_warm_up(open_pipeline, gpu, default_bundle, tmp_path, backend):
+def test_more_sizes_can_be_captured_at_warm_up(open_pipeline, gpu, default_bundle, tmp_path, backend):
     if backend != "cuda":
         sides = dict.fromkeys(("height", "width"), Range(64, 64, 96))
         build_plans(default_bundle, backend, ranges={"batch": Range(1, 1, 1), **sides}, folder=tmp_path / "plans")
     pipeline = open_pipeline(backend, largest=1)
     pipeline.warm_up()
     pipeline.warm_up(captioner=False, sizes=[(64, 96), (96, 64)])
-    numbers, before = set(gpu.ort.recorded), gpu.counted()
+    numbers, before = set(gpu.ort.captured), gpu.counted()
     for height, width in ((64, 64), (64, 96), (96, 64), (64, 64)):
-        since, runs = len(gpu.calls), len(gpu.ort.recorded)
+        since, runs = len(gpu.calls), len(gpu.ort.captured)
         request = pipeline.resolve(dnp.Request(prompt=PROMPT, height=height, width=width, **QUICK))
         phases = [step.phase for step in pipeline.steps(request)]
-        replayed = gpu.counted(since)["launch"] if backend != "cuda" else len(gpu.ort.recorded) - runs
+        replayed = gpu.counted(since)["launch"] if backend != "cuda" else len(gpu.ort.captured) - runs
         runs = len(phases) + 3 + 2 + 1  # the texts, the decoder twice, the image encoder
         assert replayed == runs, (height, width)
-    assert set(gpu.ort.recorded) == numbers
+    assert set(gpu.ort.captured) == numbers
     for call in ("begin_capture", "malloc"):
         assert gpu.counted()[call] == before[call], call
     with pytest.raises(SettingsError, match="height 65 does not fit the latents"):

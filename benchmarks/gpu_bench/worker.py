@@ -90,7 +90,7 @@ def step_times(contender: Any, batch: int) -> dict[str, Any]:
     for launching one, when the device has nothing to do.
     """
     begin, step, wait = contender.step(batch)
-    for _ in range(4):  # a CUDA graph is recorded in the first of them
+    for _ in range(4):  # a CUDA graph is captured in the first of them
         step()
     whole, host = [], []
     for _ in range(BLOCKS):

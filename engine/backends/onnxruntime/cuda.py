@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from dnp.engine.bundle.bundle import Bundle
 
 PROVIDER: Final = "CUDAExecutionProvider"
-_NOT_RECORDED: Final = -1  # ONNX Runtime's number for "neither record nor replay this run"
-_RUNS_TO_RECORD: Final = 2  # one as it comes, one that is recorded
-_numbers = itertools.count(1)  # to record runs under, each once
+_NOT_CAPTURED: Final = -1  # ONNX Runtime's number for "neither capture nor replay this run"
+_RUNS_TO_CAPTURE: Final = 2  # one as it comes, one that is captured
+_numbers = itertools.count(1)  # to capture runs under, each once
 
 
 class CudaSession(DeviceSession):
@@ -40,7 +40,7 @@ class CudaSession(DeviceSession):
 
     Files are opened when a size asks for them first, and stay open: one for each image size that has a plan, and one
     for all others. ONNX Runtime records a run under a number that it is given, and replays it when it meets the number
-    again: sizes that were prepared have one each, as long as no buffer moves.
+    again: sizes that were captured have one each, as long as no buffer moves.
     """
 
     def __init__(self, graph: GraphSpec, backend: CudaBackend, limits: Limits, bundle: Bundle | None = None) -> None:
@@ -74,7 +74,7 @@ class CudaSession(DeviceSession):
             self._backend.warn_about(
                 "plans",
                 f"{self._where}: there is no plan for {asked or 'it'}, so it runs as it was exported; in a plan ONNX "
-                f"Runtime finds its fused kernels, takes less memory, and can record: {command}",
+                f"Runtime finds its fused kernels, takes less memory, and can capture: {command}",
             )
         return self._opened(wanted)
 
@@ -114,20 +114,20 @@ class CudaSession(DeviceSession):
         gpu, planned = self._gpu, fixed is not None
         left = gpu.left
         # What runs beside a plan, such as a search with beams, is not tried: it would be refused.
-        record = not self._eager and (planned or not self._plans)
+        capture = not self._eager and (planned or not self._plans)
         gpu.hold(nbytes, f"the weights of {self.graph.name!r}", "raise --memory-limit")
         try:
-            session, refusal = self._load(path, left, planned=planned, record=record)
+            session, refusal = self._load(path, left, planned=planned, capture=capture)
             check_session(at_sizes(self.graph, fixed or {}), session)
         except BaseException:
             gpu.release(nbytes)
             raise
         if refusal is not None:
             self._backend.warn_about("capture", f"{self._where}: runs without CUDA graphs: {refusal}")
-        return _File(session, session.io_binding(), nbytes, recordable=record and refusal is None)
+        return _File(session, session.io_binding(), nbytes, capturable=capture and refusal is None)
 
-    def _load(self, path: Path, left: int | None, *, planned: bool, record: bool) -> tuple[Any, str | None]:
-        """ONNX Runtime's session, with so many bytes for it, and why it cannot record if it cannot."""
+    def _load(self, path: Path, left: int | None, *, planned: bool, capture: bool) -> tuple[Any, str | None]:
+        """ONNX Runtime's session, with so many bytes for it, and why it cannot capture if it cannot."""
         ort = self._ort
         options = ort.SessionOptions()
         options.log_severity_level = FATAL
@@ -136,7 +136,7 @@ class CudaSession(DeviceSession):
             "user_compute_stream": str(int(self._gpu.stream)),
             "do_copy_in_default_stream": "1",
             "use_tf32": "0",
-            "enable_cuda_graph": "1" if record else "0",
+            "enable_cuda_graph": "1" if capture else "0",
             "cudnn_conv_algo_search": "HEURISTIC",  # by measuring, two sessions may choose differently
             "arena_extend_strategy": "kSameAsRequested",
             "prefer_nhwc": "1" if planned else "0",  # a plan's group normalisations have the channels last
@@ -154,7 +154,7 @@ class CudaSession(DeviceSession):
             try:
                 session = attempt()
             except Exception as refused:
-                if _is_about_memory(refused) or not record:
+                if _is_about_memory(refused) or not capture:
                     raise
                 refusal = first_line(refused)
                 settings["enable_cuda_graph"] = "0"
@@ -181,10 +181,10 @@ class CudaSession(DeviceSession):
         return [dict(zip(self.graph.symbols, sizes, strict=True)) for _, sizes, _ in self._numbers]
 
     def _capture(self) -> None:
-        if not self._file.recordable or self._state() in self._numbers:
+        if not self._file.capturable or self._state() in self._numbers:
             return
         self._numbers[self._state()] = next(_numbers)
-        for _ in range(_RUNS_TO_RECORD):
+        for _ in range(_RUNS_TO_CAPTURE):
             self.run()
         self._cuda.synchronize(self._gpu.stream)
 
@@ -197,7 +197,7 @@ class CudaSession(DeviceSession):
         if file.bound != state:
             self._bind(file)
             file.bound = state
-        number = self._numbers.get(state, _NOT_RECORDED)
+        number = self._numbers.get(state, _NOT_CAPTURED)
         if number not in file.ways:
             file.ways[number] = self._way(file, number)
         try:
@@ -209,13 +209,13 @@ class CudaSession(DeviceSession):
         self._start_feedback()
 
     def _way(self, file: _File, number: int) -> Any:
-        """ONNX Runtime's options of a run that is recorded, and replayed, under ``number``."""
+        """ONNX Runtime's options of a run that is captured, and replayed, under ``number``."""
         how = self._ort.RunOptions()
-        # Where nothing is recorded, ONNX Runtime gives back what a run took of the host's memory by a callback on the
+        # Where nothing is captured, ONNX Runtime gives back what a run took of the host's memory by a callback on the
         # stream, at the end of a run that it may wait for. Runs that it may not wait for leave that to the session's
         # end, where the callback can be the last to hold the pool, and CUDA forbids callbacks to free memory: the
-        # process would end. Where runs are recorded there is no callback, and a replay needs what its recording took.
-        how.add_run_config_entry("disable_synchronize_execution_providers", "1" if file.recordable else "0")
+        # process would end. Where runs are captured there is no callback, and a replay needs what its capture took.
+        how.add_run_config_entry("disable_synchronize_execution_providers", "1" if file.capturable else "0")
         how.add_run_config_entry("gpu_graph_id", str(number))
         return how
 
@@ -227,7 +227,7 @@ class CudaSession(DeviceSession):
             binding.bind_output(name, "cuda", number, buffer.dtype, list(buffer.shape), buffer.address)
 
     def _state(self) -> tuple[tuple[int, ...], ...]:
-        """What a recorded run depends on: the thread, which ONNX Runtime keeps it for, the sizes, and the addresses."""
+        """What a captured run depends on: the thread, which ONNX Runtime keeps it for, the sizes, and the addresses."""
         buffers = [*self._inputs.values(), *self._outputs.values()]
         sizes, addresses = tuple(self._require_dims().values()), tuple(buffer.address for buffer in buffers)
         return (threading.get_ident(),), sizes, addresses
@@ -253,13 +253,13 @@ class _File:
     """What ONNX Runtime holds of a file: the session, and its binding, which must go first.
 
     Attributes:
-        recordable: whether runs can be recorded.
+        capturable: whether runs can be captured.
         bound: the state that the binding is of; to bind takes as long as to launch.
-        ways: the options of a run, by the number that it is recorded under.
+        ways: the options of a run, by the number that it is captured under.
     """
 
-    def __init__(self, session: Any, binding: Any, nbytes: int, *, recordable: bool) -> None:
-        self.session, self.binding, self.nbytes, self.recordable = session, binding, nbytes, recordable
+    def __init__(self, session: Any, binding: Any, nbytes: int, *, capturable: bool) -> None:
+        self.session, self.binding, self.nbytes, self.capturable = session, binding, nbytes, capturable
         self.bound: tuple[tuple[int, ...], ...] | None = None
         self.ways: dict[int, Any] = {}
 

@@ -26,7 +26,7 @@ from dnp.engine.backends.onnxruntime.passes.patterns import (
 )
 
 _FEW_ROWS = 128  # of one image: a single tile of a product's rows
-_MOST_PARTS = 32  # of a Split: beyond, ONNX Runtime copies a list of them from the host, which cannot be recorded
+_MOST_PARTS = 32  # of a Split: beyond, ONNX Runtime copies a list of them from the host, which cannot be captured
 
 
 def fuse_bias_add(model: ir.Model) -> int:
