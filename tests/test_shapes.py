@@ -55,6 +55,14 @@ def test_integers_of_a_step_are_its_look_ups(tiny_export, tmp_path):
     assert Counter(node.op_type for node in model.graph)["GatherElements"] == 2  # of the table, and of the noise
 
 
+def test_sequences_are_not_divided_by_images(tiny_export):
+    """TensorRT would bound the quotient by the sequences, and plan for as many of each image as there can be of all."""
+    model = ir.load(Bundle.open(tiny_export.path).graph("caption_step").path)
+    ir.passes.common.ShapeInferencePass()(model)
+    sizes = [node.op_type for node in model.graph if any(value.dtype in INTEGERS for value in node.outputs)]
+    assert "Shape" in sizes and "Div" not in sizes
+
+
 def reshaped(before, after, target):
     """A graph that reshapes ``x``, of sizes ``before``, to those of ``after``, by ``target`` at run time."""
     x = ir.Value(name="x", shape=ir.Shape(before), type=ir.TensorType(ir.DataType.FLOAT))

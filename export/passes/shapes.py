@@ -67,7 +67,11 @@ class _Writer:
             0 if isinstance(dim, str) and dim in before[axis : axis + 1] else dim for axis, dim in enumerate(after)
         ]
         open_ = [axis for axis, dim in enumerate(settled) if isinstance(dim, str)]
-        if 0 in open_:
+        if open_ == [0, 1] and all(self._counts(settled[axis]) for axis in open_):
+            # The images, and how many rows each has. Said the other way round, TensorRT would plan for as many rows of
+            # each image as there can be rows, and for as many images.
+            settled[1] = -1
+        elif 0 in open_:
             settled[0] = -1  # it counts images or rows, which are never fixed
         elif len(open_) == 1:
             settled[open_[0]] = -1  # of height and width both are said, or who infers shapes finds neither
@@ -76,6 +80,11 @@ class _Writer:
         except LookupError:  # an expression of another kind: torch has written it, too
             return
         reshape.attributes.pop("allowzero", None)
+
+    def _counts(self, dim: int | str | None) -> bool:
+        """Whether a size counts images or rows, which the first axis of the graph's inputs does."""
+        symbols = {node.id for node in ast.walk(ast.parse(str(dim))) if isinstance(node, ast.Name)}
+        return symbols <= {symbol for symbol, (_, axis) in self._places.items() if axis == 0}
 
     def _target(self, dims: Dims, reshape: ir.Node) -> ir.Value:
         key = tuple(dims)
