@@ -21,6 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from dnp import Pipeline
 from dnp.runtime.batching import BatchOptions
@@ -111,7 +113,7 @@ def main(context, clients, requests, bundle, backend, threads, out):
         *(["--threads", threads] if threads else []),
     ]
     found = {way: [] for way in WAYS}
-    ready = {}
+    ready, own = {}, []
     processes = {}
     try:
         for way in WAYS:
@@ -125,10 +127,11 @@ def main(context, clients, requests, bundle, backend, threads, out):
             asyncio.run(warm)
         for count in clients:
             for way in WAYS:  # in turn, so that whatever else the machine does meets all three
-                work = load.drive(
-                    processes[way].url, load.Load(clients=count), load.bodies(load.DEFAULT_MIX, count), requests
-                )
+                url, before = processes[way].url, totals(processes[way].url)
+                work = load.drive(url, load.Load(clients=count), load.bodies(load.DEFAULT_MIX, count), requests)
                 found[way].append(asyncio.run(work))
+                if way == "step":
+                    own.append({"clients": count, **own_share(before, totals(url), found[way][-1])})
                 if processes[way].poll() is not None or not found[way][-1].answered:
                     sys.exit(f"the server '{way}' is gone, with code {processes[way].poll()}: nothing can be compared")
                 print(way, load.table(found[way][-1:]), sep="\n", flush=True)
@@ -144,12 +147,37 @@ def main(context, clients, requests, bundle, backend, threads, out):
         "bundle": str(bundle or "the shipped one"),
         "mix": load.DEFAULT_MIX,
         "seconds_to_ready": ready,
+        "own_share": own,
         "ways": {way: [asdict(one) for one in measured] for way, measured in found.items()},
         "ratios": ratios(found),
     }
     (out / "serving.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     load.plot({WAYS[way]: measured for way, measured in found.items()}, out / "serving.png")
     print(json.dumps(report["ratios"], indent=1))
+
+
+def totals(url):
+    """The seconds and the number of all requests so far, by the server's own metrics."""
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    wanted = ("dnp_http_request_seconds", "dnp_request_latency_seconds")
+    samples = [sample for family in families if family.name in wanted for sample in family.samples]
+    return {
+        name: sum(sample.value for sample in samples if sample.name == name and is_images(sample))
+        for name in (f"{metric}_{kind}" for metric in wanted for kind in ("sum", "count"))
+    }
+
+
+def is_images(sample):
+    return sample.labels.get("endpoint", "/v1/images/generations") == "/v1/images/generations"
+
+
+def own_share(before, after, measured):
+    """Milliseconds of a request that are not the engine's: in the server, its PNG and JSON included, and as the client
+    sees it, which reads them."""
+    spent = {name: after[name] - before[name] for name in after}
+    engine = spent["dnp_request_latency_seconds_sum"] / spent["dnp_request_latency_seconds_count"]
+    server = spent["dnp_http_request_seconds_sum"] / spent["dnp_http_request_seconds_count"]
+    return {"in_server_ms": 1e3 * (server - engine), "with_client_ms": 1e3 * (measured.latency["mean"] - engine)}
 
 
 def ratios(found):
