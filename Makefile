@@ -8,8 +8,9 @@ BACKEND ?= tensorrt
 BENCH ?=
 BUNDLE ?= build/fp16
 EXPLORED := a large blue cross on a plain red background
-# Two at a time, each file's tests in one process, of one thread: as fast as two cores are.
-PYTEST := OMP_NUM_THREADS=1 .venv-test/bin/pytest --numprocesses 2 --dist loadfile
+# Two at a time, each file's tests in one process, of one thread: as fast as two cores are. The files begin in the order
+# of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 .venv-test/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 SOURCES := $(shell find dnp engine runtime export serving -type f -not -path '*/__pycache__/*')
 
 # What cannot be is said before anything is installed; that there is no GPU, before the bundle is exported.
@@ -31,7 +32,7 @@ test: .venv-test/installed  ## the tests but the slow ones, against the built wh
 	$(PYTEST) -m "not slow"
 
 test-all: test  ## after them the slow ones, and all properties with more examples
-	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile thorough
+	$(PYTEST) --numprocesses 3 -m "slow or hypothesis" --hypothesis-profile thorough  # some wait more than they compute
 
 lint: .venv-test/installed  ## ruff and mypy
 	.venv-test/bin/ruff check .

@@ -1,9 +1,13 @@
 """Fixtures that several test modules share: tiny models of random weights, and pipelines on a stand-in for a GPU."""
 
+import os
+import pickle
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 import dnp  # before the fixtures load torch and diffusers: it switches their telemetry off
@@ -16,6 +20,39 @@ profile = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, Hea
 settings.register_profile("quick", max_examples=20, **profile)
 settings.register_profile("thorough", max_examples=200, **profile)
 settings.load_profile("quick")
+
+
+# The files that take a minute or more, longest first: they begin first, so that no process has one left to itself.
+LONG = [
+    "families", "export", "ranges", "telemetry", "native", "page", "soak", "cuda_plans", "lora", "parity", "cli",
+    "packaging", "gpu_sessions", "samplers", "forks", "batching", "captions", "plans",
+]  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)  # after the files were shuffled
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """``made_once(name, make)``: what ``make(folder)`` gives for a new folder, made by one process for all of them.
+
+    What it gives is pickled.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name, make):
+        folder, result = shared / name, shared / f"{name}.pickle"
+        with FileLock(f"{folder}.lock"):
+            if not result.exists():
+                folder.mkdir()
+                result.write_bytes(pickle.dumps(make(folder)))
+        return pickle.loads(result.read_bytes())
+
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -60,11 +97,36 @@ def tiny_sd_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tiny_sd_folder, tiny_blip_folder, tmp_path_factory):
+def tiny_export(tiny_sd_folder, tiny_blip_folder, made_once):
     """The report of exporting the two tiny models; ``.path`` is the bundle. For reading only."""
     from dnp.export.bundle import export_bundle
 
-    return export_bundle(tiny_sd_folder, tmp_path_factory.mktemp("tiny") / "bundle", captioner=tiny_blip_folder)
+    return made_once(
+        "tiny", lambda folder: export_bundle(tiny_sd_folder, folder / "bundle", captioner=tiny_blip_folder)
+    )
+
+
+@pytest.fixture
+def take_graphs(monkeypatch):
+    """``take_graphs(report)`` has exports take the graphs of a report, where only what is around them is tested."""
+    from dnp.export import bundle as bundle_module
+
+    def take(report):
+        written = {graph.name: graph for graph in report.graphs}
+
+        def write(spec, folder):
+            record = written[spec.name]
+            for file in report.path.glob(f"{record.manifest['file']}*"):
+                (folder / "graphs").mkdir(exist_ok=True)
+                shutil.copy(file, folder / "graphs")
+            entry = {key: record.manifest[key] for key in ("file", "inputs", "outputs")}
+            return bundle_module.WrittenGraph(entry, 0.0, 0)
+
+        monkeypatch.setattr(bundle_module, "write_graph", write)
+        monkeypatch.setattr(bundle_module, "expect", lambda spec: spec)
+        monkeypatch.setattr(bundle_module, "finish_graph", lambda spec, folder, graph: written[spec.name])
+
+    return take
 
 
 @pytest.fixture(scope="session")
@@ -76,22 +138,24 @@ def default_bundle():
 
 
 @pytest.fixture(scope="session")
-def default_fp16(model_folder, default_bundle, tmp_path_factory):
+def default_fp16(model_folder, default_bundle, made_once):
     """The default model exported in fp16, its ranges checked, as a bundle. For reading only: plans go elsewhere."""
     from dnp.engine import Bundle
     from dnp.export.bundle import export_bundle
     from dnp.export.fp16.ranges import RangeCheck
 
-    shipped = default_bundle.defaults
-    report = export_bundle(
-        model_folder / "stable-diffusion",
-        tmp_path_factory.mktemp("fp16") / "bundle",
-        captioner=model_folder / "blip",
-        precision="fp16",
-        defaults={"guidance": shipped.final.guidance, "dns_guidance": shipped.dns.guidance},
-        ranges=RangeCheck(),
-    )
-    return Bundle.open(report.path)
+    def make(folder):
+        shipped = default_bundle.defaults
+        return export_bundle(
+            model_folder / "stable-diffusion",
+            folder / "bundle",
+            captioner=model_folder / "blip",
+            precision="fp16",
+            defaults={"guidance": shipped.final.guidance, "dns_guidance": shipped.dns.guidance},
+            ranges=RangeCheck(),
+        )
+
+    return Bundle.open(made_once("fp16", make).path)
 
 
 @pytest.fixture(scope="session")

@@ -525,7 +525,9 @@ def test_an_unfaithful_export_leaves_nothing(tiny_sd_folder, tiny_blip_folder, t
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_ctrl_c_leaves_nothing(export, tmp_path, stage):
+def test_ctrl_c_leaves_nothing(export, tiny_export, take_graphs, tmp_path, stage):
+    take_graphs(tiny_export)
+
     def progress(name, index, total):
         assert (index, total) == (STAGES.index(name), len(STAGES))
         if name == stage:
@@ -537,7 +539,8 @@ def test_ctrl_c_leaves_nothing(export, tmp_path, stage):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_overwriting_replaces_a_bundle_and_only_a_bundle(export, tmp_path):
+def test_overwriting_replaces_a_bundle_and_only_a_bundle(export, tiny_export, take_graphs, tmp_path):
+    take_graphs(tiny_export)
     out = tmp_path / "out"
     (tmp_path / "out").mkdir()
     export(out, name="first")  # an empty folder is free

@@ -278,24 +278,14 @@ def test_the_command_tells_what_it_found(checked, monkeypatch, capsys):
 
 @pytest.mark.parametrize("stage", ["ranges", "seal"])
 def test_ctrl_c_while_ranges_are_checked_leaves_nothing(
-    tiny_sd_folder, tiny_blip_folder, checked, tmp_path, monkeypatch, stage
+    tiny_sd_folder, tiny_blip_folder, checked, tmp_path, take_graphs, stage
 ):
-    written = {graph.name: graph for graph in checked.graphs}
-
-    def write(spec, folder):
-        file = written[spec.name].manifest["file"]
-        (folder / file).parent.mkdir(exist_ok=True)
-        shutil.copy(checked.path / file, folder / file)
-        entry = {key: written[spec.name].manifest[key] for key in ("file", "inputs", "outputs")}
-        return bundle_module.WrittenGraph(entry, 0.0, 0)
-
     def progress(name, index, total):
         assert total == len(STAGES) + 1
         if name == stage:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(bundle_module, "write_graph", write)
-    monkeypatch.setattr(bundle_module, "finish_graph", lambda spec, folder, graph: written[spec.name])
+    take_graphs(checked)
     with pytest.raises(KeyboardInterrupt):
         export_bundle(
             tiny_sd_folder,
