@@ -41,7 +41,7 @@ from dnp.serving.engines import LocalEngine, Order
 from dnp.serving.ray_engine import RayEngine
 from dnp.serving.server import SIGNALS, TWICE
 from dnp.serving.service import Service
-from dnp.serving.settings import ServerSettings
+from dnp.serving.settings import ServerSettings, read_keys
 
 _NAME: Final = "dnp"  # of the application in the cluster
 _MARGIN: Final = 30.0  # seconds that a replica which is to end has beyond the longest request
@@ -63,7 +63,7 @@ class Args(BaseModel):
         fronts: front replicas; with two or more the API stays while one of them is replaced.
         front_cpus: what each of them takes of its machine.
         queue: requests that wait in a front replica, beyond which it answers 429.
-        server: as of ``create_app``.
+        server: as of ``create_app``; keys in ``DNP_API_KEYS`` of the environment are added.
         log: ``text`` or ``json``.
     """
 
@@ -180,11 +180,6 @@ class Front:
         service.draining = True
         return service.active
 
-    def check_health(self) -> None:
-        """Ray replaces a replica that raises here."""
-        if any(watching.done() for watching in self._watching):
-            raise DnpError("the front no longer looks at its engines")
-
 
 class _WithoutId:
     """Takes the id off the answers, which Ray's proxy writes there itself."""
@@ -211,6 +206,8 @@ def build(args: Mapping[str, Any] | Args) -> serve.Application:
     args = args if isinstance(args, Args) else Args.model_validate(args)
     if args.server.sdapi:  # what its callers chose and what they run is known to one process alone
         raise SettingsError("AUTOMATIC1111's API is not to be had on Ray; leave sdapi out")
+    keys = dict.fromkeys((*args.server.keys, *read_keys(None)))
+    args = args.model_copy(update={"server": replace(args.server, keys=tuple(keys))})
     shipped = Bundle.default()
     bundles = {name: Bundle.open(path).path for name, path in args.bundles.items()} or {shipped.name: shipped.path}
     longest = args.server.deadline + _MARGIN

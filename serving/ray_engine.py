@@ -7,6 +7,7 @@ and what was told already is not told twice.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
@@ -65,8 +66,9 @@ class RayEngine(Engine):
             told = await answers.results_async(timeout_s=_PATIENCE, return_exceptions=True)
         except DeploymentUnavailableError:
             told = []
-        except TimeoutError:
-            return  # what was heard last stands; Ray itself replaces a replica that hangs
+        except Exception as error:  # of Ray's, and its timeout: what was heard last stands, and it is asked again
+            say("unheard", level=logging.WARNING, model=self.name, cause=type(error).__name__)
+            return
         statuses = [status for status in told if isinstance(status, Status)]
         self.ready = bool(statuses)
         if statuses:

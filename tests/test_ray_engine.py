@@ -221,7 +221,7 @@ def test_it_is_ready_while_a_replica_answers(known, monkeypatch):
     monkeypatch.setattr(ray_engine, "_WATCH", 0)
     nobody = exceptions.RayActorError()
     none = pytest.importorskip("ray.serve.exceptions").DeploymentUnavailableError("engine")
-    handle = Handle(told=[none, [nobody], [known[1], nobody], TimeoutError(), [nobody], none, [known[1]]])
+    handle = Handle(told=[none, [nobody], [known[1], nobody], TimeoutError(), nobody, [nobody], none, [known[1]]])
     engine = ray_engine.RayEngine("dnp-tiny", Bundle.default(), handle, 64)
     seen = []
 
@@ -229,13 +229,13 @@ def test_it_is_ready_while_a_replica_answers(known, monkeypatch):
         assert not engine.ready
         await engine.warm_up()
         seen.append(engine.ready)
-        for _ in range(4):
+        for _ in range(5):
             await engine._look()
             seen.append(engine.ready)
         assert engine.status.sizes == known[1].sizes
 
     asyncio.run(watch())
-    assert seen == [True, True, False, False, True]
+    assert seen == [True, True, True, False, False, True]
 
 
 def test_errors_go_from_process_to_process():
@@ -255,6 +255,13 @@ def test_as_many_engines_are_wanted_as_their_batches_hold(rows, waiting, wanted)
     assert ray_app.replicas_wanted(context)[0] == wanted
     context = SimpleNamespace(aggregated_metrics={}, total_queued_requests=waiting, target_num_replicas=3)
     assert ray_app.replicas_wanted(context)[0] == 3  # nobody has said anything yet
+
+
+def test_keys_of_the_environment_are_asked_for(monkeypatch):
+    """Whoever starts it: ``serve run`` reads no options of ours."""
+    monkeypatch.setenv("DNP_API_KEYS", "a-key-of-ours")
+    bundles, args, _ = ray_app.build({"server": {"keys": ["another-key"]}})._bound_deployment.init_args
+    assert args.server.keys == ("another-key", "a-key-of-ours") and len(bundles) == 1
 
 
 def test_ray_takes_the_application_and_what_configuration_files_say_of_it(tmp_path):
