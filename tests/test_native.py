@@ -703,14 +703,14 @@ def on_stand_in(built, tmp_path):
     ONNX Runtime and the driver are stood in for by native/tests/stand_in_*.cpp: the processor does the work.
     """
 
-    def generate(bundle, *options, driver=True, sm=90):
+    def generate(bundle, *options, driver=True, **more):
         log = tmp_path / "log"
         where = {
             **os.environ,
             "DNP_ONNXRUNTIME": str(built / "tests" / "libonnxruntime_stand_in.so"),
             "DNP_STAND_IN_FOR": str(ONNXRUNTIME),
             "DNP_STAND_IN_LOG": str(log),
-            "DNP_STAND_IN_SM": str(sm),
+            **{f"DNP_STAND_IN_{name.upper()}": str(value) for name, value in more.items()},
             **({"LD_LIBRARY_PATH": str(built / "tests")} if driver else {}),
         }
         command = [built / "dnp-native", "generate", bundle, SCENE, "--seed", "5", "--out", tmp_path]
@@ -768,6 +768,7 @@ def test_cuda_without_what_it_needs_is_refused(on_stand_in, built):
         ("there is no NVIDIA driver here: install one", [], {"driver": False}),
         ("there is no GPU number 1 here", ["--device", "1"], {}),
         ("Stand-in (SM 61) is too old", [], {"sm": 61}),
+        ("cannot load its CUDA provider: OrtSessionOptions", [], {"broken": 1}),
     ):
         done, log = on_stand_in(BUNDLE, *options, **more)
         assert done.returncode == 4

@@ -121,12 +121,18 @@ Ort::SessionOptions cuda_options(const Engine& engine, bool planned, bool record
     std::vector<const char*> keys, values;
     for (const auto& [key, value] : settings) keys.push_back(key), values.push_back(value.c_str());
     const OrtApi& api = Ort::GetApi();
-    OrtCUDAProviderOptionsV2* cuda = nullptr;
-    Ort::ThrowOnError(api.CreateCUDAProviderOptions(&cuda));
-    std::unique_ptr<OrtCUDAProviderOptionsV2, decltype(api.ReleaseCUDAProviderOptions)> freed(cuda, api.ReleaseCUDAProviderOptions);
-    Ort::ThrowOnError(api.UpdateCUDAProviderOptions(cuda, keys.data(), values.data(), keys.size()));
-    Ort::ThrowOnError(api.UpdateCUDAProviderOptionsWithValue(cuda, "user_compute_stream", engine.gpu->stream()));
-    options.AppendExecutionProvider_CUDA_V2(*cuda);
+    try {
+        OrtCUDAProviderOptionsV2* cuda = nullptr;
+        Ort::ThrowOnError(api.CreateCUDAProviderOptions(&cuda));
+        std::unique_ptr<OrtCUDAProviderOptionsV2, decltype(api.ReleaseCUDAProviderOptions)> freed(cuda, api.ReleaseCUDAProviderOptions);
+        Ort::ThrowOnError(api.UpdateCUDAProviderOptions(cuda, keys.data(), values.data(), keys.size()));
+        Ort::ThrowOnError(api.UpdateCUDAProviderOptionsWithValue(cuda, "user_compute_stream", engine.gpu->stream()));
+        options.AppendExecutionProvider_CUDA_V2(*cuda);
+    } catch (const Ort::Exception& error) {  // which names no library
+        throw backend_error("ONNX Runtime cannot load its CUDA provider: ", first_line(error.what()),
+                            "; it needs libonnxruntime_providers_cuda.so beside its library, and CUDA and cuDNN 9 of the versions that this one was made for "
+                            "where the system finds libraries (LD_LIBRARY_PATH): `ldd` on that file names what is missing");
+    }
     return options;
 }
 
@@ -397,9 +403,6 @@ std::unique_ptr<Session::File> Session::open_graph(const std::filesystem::path& 
             throw backend_error("no memory on the GPU for the weights of '", graph_.name, "': ", said, "; free what else is there");
         if (error.GetOrtErrorCode() == ORT_NOT_IMPLEMENTED && !engine_.gpu)
             throw backend_error(path.string(), ": ONNX Runtime ", loaded()->version, " lacks an operator: ", said);
-        if (engine_.gpu && said.find("onnxruntime_providers") != std::string::npos)
-            throw backend_error("ONNX Runtime was asked for ", cuda_provider, " and cannot load it: ", said,
-                                "; it needs CUDA and cuDNN of the versions that it was made for, where the system finds libraries (LD_LIBRARY_PATH)");
         Error refused = bundle_error(path.string(), ": no graph that ONNX Runtime can load", engine_.gpu ? " on CUDA" : "", ": ", said, "; export the model again");
         refused.cause = said;
         throw refused;

@@ -1,7 +1,8 @@
 // Stands in for ONNX Runtime with a CUDA provider: the library that DNP_STAND_IN_FOR names, which runs on the processor,
 // taken for one that runs on a GPU. It keeps a log of what it was told in the file that DNP_STAND_IN_LOG names, a line
-// each, and does as ONNX Runtime does about recording: only plans can be recorded, a run under a new number is
-// recorded, and one under a known number replayed, with the addresses that it was recorded with.
+// each, and cannot load its provider where DNP_STAND_IN_BROKEN is set. It does as ONNX Runtime does about recording: only
+// plans can be recorded, a run under a new number is recorded, and one under a known number replayed, with the addresses
+// that it was recorded with.
 #include <dlfcn.h>
 
 #include <cstdlib>
@@ -61,6 +62,8 @@ OrtStatus* update_cuda_pointer(OrtCUDAProviderOptionsV2* options, const char* ke
 void release_cuda(OrtCUDAProviderOptionsV2* options) noexcept { delete options; }
 
 OrtStatus* append_cuda(OrtSessionOptions* options, const OrtCUDAProviderOptionsV2* cuda) noexcept {
+    if (std::getenv("DNP_STAND_IN_BROKEN"))
+        return real->CreateStatus(ORT_FAIL, "OrtSessionOptionsAppendExecutionProvider_Cuda: Failed to load shared library");
     std::lock_guard lock(mutex);
     std::string line = "session";
     for (const auto& [key, value] : cuda->settings) line += " " + key + "=" + value;
