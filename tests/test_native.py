@@ -735,12 +735,12 @@ def test_cuda_gives_the_processors_picture(on_stand_in, native, planned_for_gpus
     same_pictures([picture(tmp_path / f"{seed}-dnp.png") for seed in (5, 6)], expected.images)
     same_pictures([picture(tmp_path / f"{seed}-dns.png") for seed in (5, 6)], expected.dns_images)
     assert [line[4:] for line in done.stdout.splitlines() if line.startswith("n*: ")] == expected.negatives
-    runs = [line for line in log if line.startswith(("run", "record", "replay"))]
+    runs = [line for line in log if line.startswith(("run", "capture", "replay"))]
     if plans:
         assert done.stderr == ""
         assert all(".plan" in line for line in log if line.startswith("open"))
-        # The first step is as it comes, the second is recorded, the others of both passes are replayed.
-        assert runs.count("record 1") >= 2  # of the denoiser, and of captions
+        # The first step is as it comes, the second is captured, the others of both passes are replayed.
+        assert runs.count("capture 1") >= 2  # of the denoiser, and of captions
         assert runs.count("replay 1") >= 6
         assert not any("waits" in line for line in runs)
     else:
@@ -757,7 +757,7 @@ def test_cuda_at_a_size_without_a_plan_runs_the_graph_itself(on_stand_in, native
         Bundle.open(planned_for_gpus), Bundle.default().graph("denoise"), {"height": 12, "width": 16}, None
     )
     assert done.stderr.count("warning") == 1
-    assert done.stderr.endswith(f"can record: {command}\n")
+    assert done.stderr.endswith(f"can capture: {command}\n")
     assert "run waits" in log
 
 
@@ -795,14 +795,14 @@ def test_cuda_has_pythons_options(on_stand_in, planned_for_gpus):
                 return ["CUDAExecutionProvider"]
 
     session = SimpleNamespace(_ort=Module, _number=0, _gpu=SimpleNamespace(stream=7), graph=SimpleNamespace(name="a"))
-    for planned, record in ((False, True), (False, False), (True, True)):
-        CudaSession._load(session, Path("a"), None, planned=planned, record=record)
+    for planned, capture in ((False, True), (False, False), (True, True)):
+        CudaSession._load(session, Path("a"), None, planned=planned, capture=capture)
         asked[-1]["user_compute_stream"] = "set"
     log = on_stand_in(BUNDLE, "--dnp", "false")[1] + on_stand_in(planned_for_gpus, "--dnp", "false")[1]
     told = [dict(word.split("=") for word in line.split()[1:]) for line in log if line.startswith("session")]
     assert [settings for number, settings in enumerate(told) if settings not in told[:number]] == asked
-    for recordable, waits in ((True, "1"), (False, "0")):  # as the log of the runs above has it
-        way = CudaSession._way(session, SimpleNamespace(recordable=recordable), 3)
+    for capturable, waits in ((True, "1"), (False, "0")):  # as the log of the runs above has it
+        way = CudaSession._way(session, SimpleNamespace(capturable=capturable), 3)
         assert way == {"disable_synchronize_execution_providers": waits, "gpu_graph_id": "3"}
 
 

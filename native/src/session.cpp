@@ -24,7 +24,7 @@ namespace {
 
 constexpr std::size_t alignment = 64;  // bytes: a cache line, and the widest vector
 constexpr const char* cuda_provider = "CUDAExecutionProvider";
-constexpr std::int64_t not_recorded = -1;  // ONNX Runtime's number for "neither record nor replay this run"
+constexpr std::int64_t not_captured = -1;  // ONNX Runtime's number for "neither capture nor replay this run"
 constexpr std::int64_t most_values = std::int64_t{1} << 40;
 
 ONNXTensorElementDataType element_type(const std::string& dtype) {
@@ -107,13 +107,13 @@ Ort::SessionOptions cpu_options(const Engine& engine, bool planned) {
 }
 
 // The settings of dnp/engine/backends/onnxruntime/cuda.py, which says why.
-Ort::SessionOptions cuda_options(const Engine& engine, bool planned, bool record) {
+Ort::SessionOptions cuda_options(const Engine& engine, bool planned, bool capture) {
     Ort::SessionOptions options;
     options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
     std::vector<std::pair<const char*, std::string>> settings{{"device_id", std::to_string(engine.device)},
                                                               {"do_copy_in_default_stream", "1"},
                                                               {"use_tf32", "0"},
-                                                              {"enable_cuda_graph", record ? "1" : "0"},
+                                                              {"enable_cuda_graph", capture ? "1" : "0"},
                                                               {"cudnn_conv_algo_search", "HEURISTIC"},
                                                               {"arena_extend_strategy", "kSameAsRequested"},
                                                               {"prefer_nhwc", planned ? "1" : "0"},
@@ -294,29 +294,29 @@ void Buffer::was_written() { newer_ = gpu_ ? Newer::device : Newer::host; }
 struct Session::File {
     Ort::Session session{nullptr};
     Ort::IoBinding binding{nullptr};  // goes first
-    bool recordable = false;
+    bool capturable = false;
     State bound;                                   // what the binding is of; to bind takes as long as to launch
-    std::map<State, std::int64_t> numbers;         // that runs are recorded under, of states that were met before
-    std::int64_t recorded = 0;                     // how many of them are
+    std::map<State, std::int64_t> numbers;         // that runs are captured under, of states that were met before
+    std::int64_t captured = 0;                     // how many of them are
     std::map<std::int64_t, Ort::RunOptions> ways;  // options of a run, by that number
 
     const Ort::RunOptions& way(const State& present);
 };
 
-// A state that is met again is recorded, under a number of its own, and replayed from then on, which ONNX Runtime does
-// within that run. It is never cut short, for half of it would be recorded.
+// A state that is met again is captured, under a number of its own, and replayed from then on, which ONNX Runtime does
+// within that run. It is never cut short, for half of it would be captured.
 const Ort::RunOptions& Session::File::way(const State& present) {
-    std::int64_t number = not_recorded;
-    if (recordable) {
-        auto [known, is_new] = numbers.emplace(present, not_recorded);
-        if (!is_new && known->second == not_recorded) known->second = ++recorded;
+    std::int64_t number = not_captured;
+    if (capturable) {
+        auto [known, is_new] = numbers.emplace(present, not_captured);
+        if (!is_new && known->second == not_captured) known->second = ++captured;
         number = known->second;
     }
     auto [found, is_new] = ways.try_emplace(number);
     if (is_new) {
-        // Where nothing is recorded, ONNX Runtime has to wait at the end of each run: what it took of the host's memory
+        // Where nothing is captured, ONNX Runtime has to wait at the end of each run: what it took of the host's memory
         // is else given back by a callback that may come after the session's end, and end the process.
-        found->second.AddConfigEntry("disable_synchronize_execution_providers", recordable ? "1" : "0");
+        found->second.AddConfigEntry("disable_synchronize_execution_providers", capturable ? "1" : "0");
         found->second.AddConfigEntry("gpu_graph_id", std::to_string(number).c_str());
     }
     return found->second;
@@ -384,17 +384,17 @@ std::unique_ptr<Session::File> Session::open_plan(const Sizes& fixed, const Plan
 std::unique_ptr<Session::File> Session::open_graph(const std::filesystem::path& path, const Sizes& fixed, bool planned) {
     auto file = std::make_unique<File>();
     // What runs beside a plan, such as a search with beams, is not tried: it would be refused.
-    bool record = engine_.gpu && (planned || plans_.empty());
+    bool capture = engine_.gpu && (planned || plans_.empty());
     auto load = [&] {
-        file->session = Ort::Session(*loaded()->env, path.c_str(), engine_.gpu ? cuda_options(engine_, planned, record) : cpu_options(engine_, planned));
+        file->session = Ort::Session(*loaded()->env, path.c_str(), engine_.gpu ? cuda_options(engine_, planned, capture) : cpu_options(engine_, planned));
     };
     try {
         try {
             load();
         } catch (const Ort::Exception& refused) {
-            if (!record || is_about_memory(refused)) throw;
-            record = false;
-            load();  // no session that records opens when a node has to run on the processor
+            if (!capture || is_about_memory(refused)) throw;
+            capture = false;
+            load();  // no session that captures opens when a node has to run on the processor
             engine_.warn("capture", cat("graph '", graph_.name, "': runs without CUDA graphs: ", first_line(refused.what())));
         }
     } catch (const Ort::Exception& error) {
@@ -409,7 +409,7 @@ std::unique_ptr<Session::File> Session::open_graph(const std::filesystem::path& 
     }
     check(*file, path, fixed);
     file->binding = Ort::IoBinding(file->session);
-    file->recordable = record;
+    file->capturable = capture;
     std::string version = loaded()->version;
     runs_on_ = engine_.gpu ? cat("cuda (ONNX Runtime ", version, ", ", cuda_provider, ", ", engine_.gpu->description(), ")")
                            : cat("cpu (ONNX Runtime ", version, ", CPUExecutionProvider, f32, threads: ", engine_.threads, planned ? ", plan)" : ")");
@@ -444,7 +444,7 @@ void Session::choose(const Sizes& sizes) {
         for (const auto& [name, size] : sizes)
             if (name.find("height") != std::string::npos || name.find("width") != std::string::npos) asked[name] = size;
         engine_.warn("plans", cat("graph '", graph_.name, "': there is no plan for ", asked.empty() ? "it" : described(asked),
-                                  ", so it runs as it was exported; in a plan ONNX Runtime finds its fused kernels, takes less memory, and can record: ",
+                                  ", so it runs as it was exported; in a plan ONNX Runtime finds its fused kernels, takes less memory, and can capture: ",
                                   command_line(command)));
     }
     file_ = &opened(wanted == plans_.end() ? Sizes{} : Sizes(wanted->first));
@@ -477,7 +477,7 @@ void Session::reshape(const Sizes& sizes) {
     sizes_ = sizes;
 }
 
-// What a binding, and a recorded run, depend on: the thread, which ONNX Runtime keeps a recording for, sizes, addresses.
+// What a binding, and a captured run, depend on: the thread, which ONNX Runtime keeps a capture for, sizes, addresses.
 Session::State Session::state() {
     State found{static_cast<std::int64_t>(std::hash<std::thread::id>()(std::this_thread::get_id()))};
     for (const auto& [name, size] : sizes_) found.push_back(size);

@@ -126,7 +126,7 @@ public:
     void reshape(const Sizes& sizes);                                    // of every symbol of the graph
     void run(Stop& stop);  // throws Code::cancelled when stopped, backend_error when the graph cannot be run
 
-    // The size to run `size` at, of what may be filled up: on a GPU one of few, each of which is recorded.
+    // The size to run `size` at, of what may be filled up: on a GPU one of few, each of which is captured.
     std::int64_t fit(std::int64_t size) const;
 
     const std::string& runs_on() const { return runs_on_; }  // what really runs it, as the library itself says

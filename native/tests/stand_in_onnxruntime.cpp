@@ -1,8 +1,8 @@
 // Stands in for ONNX Runtime with a CUDA provider: the library that DNP_STAND_IN_FOR names, which runs on the processor,
 // taken for one that runs on a GPU. It keeps a log of what it was told in the file that DNP_STAND_IN_LOG names, a line
-// each, and cannot load its provider where DNP_STAND_IN_BROKEN is set. It does as ONNX Runtime does about recording: only
-// plans can be recorded, a run under a new number is recorded, and one under a known number replayed, with the addresses
-// that it was recorded with.
+// each, and cannot load its provider where DNP_STAND_IN_BROKEN is set. It does as ONNX Runtime does about capturing:
+// only plans can be captured, a run under a new number is captured, and one under a known number replayed, with the
+// addresses that it was captured with.
 #include <dlfcn.h>
 
 #include <cstdlib>
@@ -26,10 +26,10 @@ using Addresses = std::map<std::string, void*>;
 const OrtApi* real = nullptr;
 OrtApi api;
 std::mutex mutex;
-std::set<const OrtSessionOptions*> recording;                        // options of sessions that record
+std::set<const OrtSessionOptions*> capturing;                        // options of sessions that capture
 std::map<const OrtRunOptions*, std::map<std::string, std::string>> entries;
 std::map<const OrtIoBinding*, Addresses> bound;
-std::map<std::pair<const OrtSession*, std::string>, Addresses> recorded;  // by number
+std::map<std::pair<const OrtSession*, std::string>, Addresses> captured;  // by number
 
 void log(const std::string& line) {
     if (const char* file = std::getenv("DNP_STAND_IN_LOG")) std::ofstream(file, std::ios::app) << line << "\n";
@@ -68,14 +68,14 @@ OrtStatus* append_cuda(OrtSessionOptions* options, const OrtCUDAProviderOptionsV
     std::string line = "session";
     for (const auto& [key, value] : cuda->settings) line += " " + key + "=" + value;
     log(line);
-    cuda->settings.at("enable_cuda_graph") == "1" ? (void)recording.insert(options) : (void)recording.erase(options);
+    cuda->settings.at("enable_cuda_graph") == "1" ? (void)capturing.insert(options) : (void)capturing.erase(options);
     return nullptr;
 }
 
 OrtStatus* create_session(const OrtEnv* env, const ORTCHAR_T* path, const OrtSessionOptions* options, OrtSession** session) noexcept {
     std::lock_guard lock(mutex);
     bool plan = std::strstr(path, ".plan") != nullptr;
-    if (recording.count(options) && !plan)
+    if (capturing.count(options) && !plan)
         return real->CreateStatus(ORT_FAIL, "This session cannot use the graph capture feature as requested by the user");
     log(std::string("open ") + path);
     return real->CreateSession(env, path, options, session);
@@ -111,10 +111,10 @@ OrtStatus* run(OrtSession* session, const OrtRunOptions* options, const OrtIoBin
     std::string number = entries[options]["gpu_graph_id"], waits = entries[options]["disable_synchronize_execution_providers"] == "1" ? "" : " waits";
     if (number == "-1") {
         log("run" + waits);
-    } else if (auto [known, is_new] = recorded.try_emplace({session, number}, bound[binding]); is_new) {
-        log("record " + number + waits);
+    } else if (auto [known, is_new] = captured.try_emplace({session, number}, bound[binding]); is_new) {
+        log("capture " + number + waits);
     } else if (known->second != bound[binding]) {
-        return real->CreateStatus(ORT_FAIL, "replayed with other addresses than it was recorded with");
+        return real->CreateStatus(ORT_FAIL, "replayed with other addresses than it was captured with");
     } else {
         log("replay " + number + waits);
     }
