@@ -330,7 +330,7 @@ def test_a_bundle_with_any_byte_changed_is_refused(probe, copied):
     files = [path for path in copied.rglob("*") if path.is_file()]
     for file in files:
         whole = file.read_bytes()
-        for place in sorted(rng.sample(range(64 if file.suffix == ".sha256" else len(whole)), 12)):
+        for place in sorted(rng.sample(range(64 if file.suffix == ".sha256" else len(whole)), 8)):
             damaged = bytearray(whole)
             damaged[place] ^= 1 << rng.randrange(8)
             file.write_bytes(damaged)
@@ -365,7 +365,7 @@ def test_manifests_are_refused_as_python_refuses_them(probe, copied):
     places = [place for place in changes(shortened) if place[0][0] != "graphs"] + list(
         changes(manifest["graphs"]["decode_latents"], ("graphs", "decode_latents"))
     )
-    for path, other in random.Random(4).sample(places, 400):
+    for path, other in random.Random(4).sample(places, 300):
         damaged = json.loads(json.dumps(manifest))
         *inner, last = path
         at = damaged
@@ -631,7 +631,7 @@ def test_settings_mean_what_they_mean_in_python(native, python, settings):
 @pytest.mark.slow
 def test_fifty_prompts_give_pythons_images_and_n_star(native, python):
     for seed, prompt in enumerate(prompts(50)):
-        agree(native, python, {"prompt": prompt, "seed": seed, "steps": 10, "dns_steps": 10})
+        agree(native, python, {"prompt": prompt, "seed": seed, "steps": 6, "dns_steps": 6})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@
 
 namespace dnp::core {
 
+using Warnings = std::vector<std::pair<std::string, std::string>>;  // a sentence for each topic
+
 // How graphs are run.
 struct Engine {
     std::string backend = "cpu";  // or cuda
@@ -27,8 +29,7 @@ struct Engine {
     int device = 0;               // number of the GPU
     std::shared_ptr<Gpu> gpu;     // of the backend cuda, from `start` on
 
-    // What users should know, noted by whoever sees it: a sentence for each topic.
-    std::shared_ptr<std::vector<std::pair<std::string, std::string>>> warnings = std::make_shared<std::vector<std::pair<std::string, std::string>>>();
+    std::shared_ptr<Warnings> warnings = std::make_shared<Warnings>();  // what users should know, noted by whoever sees it
     void warn(const std::string& topic, const std::string& message) const;
 
     std::shared_ptr<double> inside = std::make_shared<double>(0);  // seconds in ONNX Runtime's runs so far
