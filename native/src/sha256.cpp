@@ -3,6 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
 namespace dnp::core {
 
 namespace {
@@ -14,6 +19,33 @@ constexpr std::uint32_t constants[64] = {
     0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3,
     0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f,
     0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+
+#if defined(__x86_64__)
+// Whether the processor has instructions for SHA-256, which most have since 2019.
+bool has_instructions() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_SHA);
+}
+
+// One block by them, two rounds each: some gigabytes of weights are hashed whenever a bundle is opened.
+__attribute__((target("sha,sse4.1"))) void block_by_instructions(std::uint32_t* state, const std::uint8_t* data) {
+    auto load = [](const void* from) __attribute__((target("sha,sse4.1"))) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); };
+    const __m128i big_endian = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
+    __m128i badc = _mm_shuffle_epi32(load(state), 0xB1), efgh = _mm_shuffle_epi32(load(state + 4), 0x1B);
+    const __m128i before_abef = _mm_alignr_epi8(badc, efgh, 8), before_cdgh = _mm_blend_epi16(efgh, badc, 0xF0);
+    __m128i abef = before_abef, cdgh = before_cdgh, w[4];
+    for (int i = 0; i < 4; ++i) w[i] = _mm_shuffle_epi8(load(data + 16 * i), big_endian);
+    for (int i = 0; i < 16; ++i) {
+        __m128i &now = w[i % 4], last = w[(i + 3) % 4], sum = _mm_add_epi32(now, load(constants + 4 * i));
+        cdgh = _mm_sha256rnds2_epu32(cdgh, abef, sum);
+        abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(sum, 0x0E));
+        now = _mm_sha256msg2_epu32(_mm_add_epi32(_mm_sha256msg1_epu32(now, w[(i + 1) % 4]), _mm_alignr_epi8(last, w[(i + 2) % 4], 4)), last);
+    }
+    __m128i feba = _mm_shuffle_epi32(_mm_add_epi32(abef, before_abef), 0x1B), dchg = _mm_shuffle_epi32(_mm_add_epi32(cdgh, before_cdgh), 0xB1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(state), _mm_blend_epi16(feba, dchg, 0xF0));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(state + 4), _mm_alignr_epi8(dchg, feba, 8));
+}
+#endif
 
 std::uint32_t rotate(std::uint32_t x, int by) { return x >> by | x << (32 - by); }
 
@@ -54,6 +86,10 @@ std::string Sha256::hex() {
 }
 
 void Sha256::block(const std::uint8_t* data) {
+#if defined(__x86_64__)
+    static const bool fast = has_instructions();
+    if (fast) return block_by_instructions(state_.data(), data);
+#endif
     std::uint32_t w[64];
     for (int i = 0; i < 16; ++i)
         w[i] = std::uint32_t{data[4 * i]} << 24 | std::uint32_t{data[4 * i + 1]} << 16 | std::uint32_t{data[4 * i + 2]} << 8 | data[4 * i + 3];
