@@ -269,7 +269,7 @@ def run(args: Args, host: str, port: int, ready: Callable[[], None]) -> bool:
             stop.acquire()
             since = time.monotonic()
             with _told("end it"):
-                while left := sum(front.broadcast("drain").results(timeout_s=patience)):
+                while left := _drained(front, patience):
                     again, late = stop.acquire(timeout=0.2), time.monotonic() - since
                     if late > patience or (again and late > TWICE):
                         break
@@ -277,10 +277,16 @@ def run(args: Args, host: str, port: int, ready: Callable[[], None]) -> bool:
             for number, handler in before.items():
                 signal.signal(number, handler)
         with _told("end it"):
-            serve.delete(_NAME)
+            serve.delete(_NAME, _blocking=not left)  # what is cut off is not waited for
         return not left
     finally:
         ray.shutdown()
+
+
+def _drained(front: DeploymentHandle[Any], seconds: float) -> int:
+    """Have every front replica take no new work. Returns how many requests they still have to answer."""
+    told = front.broadcast("drain").results(timeout_s=seconds, return_exceptions=True)
+    return sum(count for count in told if isinstance(count, int))  # one that has died is replaced, and told next time
 
 
 @contextmanager
@@ -289,4 +295,4 @@ def _told(what: str) -> Generator[None]:
     try:
         yield
     except Exception as error:
-        raise BackendError(f"Ray could not {what}: {error}; what it wrote before this line says more") from error
+        raise BackendError(f"Ray could not {what}: {error}") from error

@@ -24,7 +24,7 @@ settings.load_profile("quick")
 
 # The files that take a minute or more, longest first: they begin first, so that no process has one left to itself.
 LONG = [
-    "families", "export", "ranges", "telemetry", "native", "page", "soak", "cuda_plans", "lora", "parity", "cli",
+    "families", "export", "ranges", "telemetry", "native", "page", "soak", "ray", "cuda_plans", "lora", "parity", "cli",
     "packaging", "gpu_sessions", "samplers", "forks", "batching", "captions", "plans",
 ]  # fmt: skip
 
