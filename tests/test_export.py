@@ -353,6 +353,7 @@ def test_large_weights_lie_beside_the_graph(bundle, tiny_sd_folder, tmp_path, mo
     assert data.stat().st_size > 0.8 * record.bytes
 
 
+@pytest.mark.slow
 def test_an_fp16_export_has_its_weights_once_on_disk_and_lets_its_module_go(
     bundle, tiny_sd_folder, tmp_path, monkeypatch
 ):

@@ -28,7 +28,7 @@ from dnp.runtime.sampling.schedule import NoiseSchedule
 from dnp.runtime.tokenizer import PromptTokenizer
 
 # diffusers mixes numpy and torch in a way that numpy 2 warns about.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")]  # each exports
 
 PROMPTS = ["a large red circle left of a small blue square", "a green star on a plain yellow background"]
 NEGATIVES = ["a small circle", "blue square, blue star"]
@@ -41,7 +41,7 @@ SAMPLERS = {
     "lcm": diffusers.LCMScheduler,
 }
 OF_FAMILY = {"sd2": "ddim", "sdxl": "euler", "bk-sdm": "euler", "ssd": "euler"}
-CASES = ["sd2", "sdxl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bk-sdm", "ssd"))]
+CASES = ["sd2", "sdxl", "bk-sdm", "ssd"]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,6 @@ def test_dns_is_the_swapped_pair_at_s_plus_one(exported, name, height, width):
     assert np.abs(ours - theirs).max() <= 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd2", "bk-sdm", "ssd"])
 def test_fp16_graphs_end_near_the_float32_pipelines_latents(exported, name, tmp_path):
     """Guidance and DNS, as a GPU would round them; what XL needs in fp16 is tested below."""
@@ -183,7 +182,6 @@ def test_prompts_of_several_windows_are_encoded_window_by_window(exported):
     np.testing.assert_allclose(pooled, expected[0][2].detach().numpy(), atol=1e-4)
 
 
-@pytest.mark.slow
 def test_guidance_as_an_input_is_the_latent_consistency_pipelines(exported):
     """One row a step: the guidance scale goes in, and nothing is combined."""
     source, bundle = exported("lcm")
@@ -211,7 +209,6 @@ def test_guidance_as_an_input_is_the_latent_consistency_pipelines(exported):
     assert np.abs(ours - theirs).max() <= 1e-3
 
 
-@pytest.mark.slow
 def test_xl_in_fp16_keeps_its_decoder_in_float32(exported, tiny_blip_folder, tmp_path):
     """As its pipeline does where the VAE says ``force_upcast``; all else is fp16 but for the stated regions."""
     source, exact = exported("sdxl")

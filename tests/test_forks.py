@@ -61,7 +61,7 @@ def run(backend, *parts):
 
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
-on_both = pytest.mark.parametrize("backend", ["cpu", "openvino"])
+on_both = pytest.mark.parametrize("backend", ["cpu", pytest.param("openvino", marks=pytest.mark.slow)])
 
 
 @on_both

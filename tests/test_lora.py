@@ -100,6 +100,7 @@ def test_a_merged_lora_is_what_diffusers_computes_with_it(tiny_sd_folder, lora, 
     assert [*merged.state_dict()] == [*plain.state_dict()]  # the same model, other numbers
 
 
+@pytest.mark.slow
 def test_an_fp16_graph_with_a_lora_differs_in_numbers_alone(tiny_sd_folder, lora, tiny_export, tmp_path):
     """So that the plan of one can be refitted with the weights of the other."""
     source, wanted = read_source(tiny_sd_folder), signatures(Bundle.open(tiny_export.path))["encode_text"]

@@ -325,6 +325,7 @@ def test_a_bundle_has_pythons_fingerprint(probe):
     assert probe("bundle", folder=str(BUNDLE)) == Bundle.default().fingerprint
 
 
+@pytest.mark.slow
 def test_a_bundle_with_any_byte_changed_is_refused(probe, copied):
     rng = random.Random(2)
     files = [path for path in copied.rglob("*") if path.is_file()]
@@ -359,6 +360,7 @@ def changes(value, path=()):
     yield from ((path, other) for other in (None, True, -1, 0, 1.5, 10**30, "x", "../x", [], {}, [[1]]) if path)
 
 
+@pytest.mark.slow
 def test_manifests_are_refused_as_python_refuses_them(probe, copied):
     manifest = json.loads((copied / "bundle.json").read_text())
     shortened = {**manifest, "graphs": {name: manifest["graphs"][name] for name in ("decode_latents", "encode_text")}}

@@ -28,6 +28,7 @@ from dnp.export.fp16.regions import REGIONS, outside_regions
 from dnp.export.fp16.simulation import SimulatedBackend
 from dnp.export.graph import write_graph
 
+pytestmark = pytest.mark.slow  # they need exports whose ranges were checked
 PROMPT = "a green star on a plain yellow background"
 
 
@@ -301,14 +302,12 @@ def test_ctrl_c_while_ranges_are_checked_leaves_nothing(
 # The default model
 
 
-@pytest.mark.slow
 def test_the_default_model_stays_far_within_fp16(default_fp16):
     for name, graph in default_fp16.graphs.items():
         assert graph.ranges.share < 0.01 and not graph.ranges.float32 and graph.ranges.error < 0.01, name
         assert outside_regions(onnx_ir.load(graph.path), REGIONS[name]) == [], name
 
 
-@pytest.mark.slow
 def test_the_default_model_draws_and_says_the_same_in_fp16(
     default_fp16, default_bundle, model_folder, tmp_path, monkeypatch
 ):
