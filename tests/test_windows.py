@@ -147,10 +147,10 @@ def test_captured_sizes_are_one_launch_each_and_change_no_result(graph, gpu, bac
             session.reshape(**dims)
             x = np.random.default_rng(0).standard_normal(session.inputs["x"].shape).astype(np.float32)
             session.inputs["x"].write(x)
-            since, replayed = len(gpu.calls), len(gpu.ort.recorded)
+            since, replayed = len(gpu.calls), len(gpu.ort.captured)
             for _ in range(3):
                 session.run()
-            launches = gpu.counted(since)["launch"] or len(gpu.ort.recorded) - replayed
+            launches = gpu.counted(since)["launch"] or len(gpu.ort.captured) - replayed
             assert launches == (3 if dims in captured else 0)
             np.testing.assert_array_equal(session.inputs["x"].read(), x * 8)
 
