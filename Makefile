@@ -8,9 +8,8 @@ BACKEND ?= tensorrt
 BENCH ?=
 BUNDLE ?= build/fp16
 EXPLORED := a large blue cross on a plain red background
-# Two at a time, each file's tests in one process, of one thread: as fast as two cores are. The files begin in the order
-# of tests/conftest.py.
-PYTEST := OMP_NUM_THREADS=1 .venv-test/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Each file's tests in one process, of one thread; the files begin in the order of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 .venv-test/bin/pytest --dist loadfile --no-loadscope-reorder
 SOURCES := $(shell find dnp engine runtime export serving -type f -not -path '*/__pycache__/*')
 
 # What cannot be is said before anything is installed; that there is no GPU, before the bundle is exported.
@@ -29,10 +28,10 @@ demo: .venv/installed  ## plain, DNS and DNP image of one prompt, side by side, 
 	.venv/bin/dnp generate "$(PROMPT)" --seed $(SEED) --compare --out out --overwrite
 
 test: .venv-test/installed  ## the tests but the slow ones, against the built wheel
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --numprocesses 2 -m "not slow"
 
-test-all: test  ## after them the slow ones, and all properties with more examples
-	$(PYTEST) --numprocesses 3 -m "slow or hypothesis" --hypothesis-profile thorough  # some wait more than they compute
+test-all: test  ## after them the slow ones, and all properties with more examples; some wait more than they compute
+	$(PYTEST) --numprocesses 3 -m "slow or hypothesis" --hypothesis-profile thorough
 
 lint: .venv-test/installed  ## ruff and mypy
 	.venv-test/bin/ruff check .

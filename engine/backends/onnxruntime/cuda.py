@@ -39,7 +39,7 @@ class CudaSession(DeviceSession):
     """A graph on ONNX Runtime's CUDA provider: its plan for the present image size, or the graph as it was exported.
 
     Files are opened when a size asks for them first, and stay open: one for each image size that has a plan, and one
-    for all others. ONNX Runtime records a run under a number that it is given, and replays it when it meets the number
+    for all others. ONNX Runtime captures a run under a number that it is given, and replays it when it meets the number
     again: sizes that were captured have one each, as long as no buffer moves.
     """
 
@@ -158,7 +158,7 @@ class CudaSession(DeviceSession):
                     raise
                 refusal = first_line(refused)
                 settings["enable_cuda_graph"] = "0"
-                session = attempt()  # no session that records opens when a node has to run on the processor
+                session = attempt()  # no session that captures opens when a node has to run on the processor
         except Exception as error:
             if _is_about_memory(error):
                 raise BackendError(
