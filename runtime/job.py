@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,11 @@ from dnp.runtime.tokenizer import check_text
 MAX_WINDOWS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pass:
     """One sampling run's settings: of the DNS pass and the final one. ``guidance`` is w, ``-s`` of the DNS pass.
+
+    Two are equal whose values are, to the bit and in the same types: 1 is not True, nor 0.0 the same as -0.0.
 
     Attributes:
         spacing: of the timesteps; None is the sampler's usual one.
@@ -38,6 +42,17 @@ class Pass:
     embedded: float
     methods: Mapping[str, float]
 
+    @cached_property
+    def _bits(self) -> bytes:
+        return pickle.dumps([getattr(self, field.name) for field in fields(self)])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pass) and self._bits == other._bits
+
+    def __hash__(self) -> int:
+        return hash(self._bits)
+
+    @lru_cache(maxsize=64)  # noqa: B019  # many requests have the same settings, and a table takes milliseconds
     def table(self, schedule: Schedule) -> SamplerTable:
         """What the ``denoise`` graph runs. Raises SettingsError for what cannot be honoured."""
         return sampler_table(

@@ -12,6 +12,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -53,8 +54,13 @@ def settings_inside(
     request: Request, made_with: Mapping[str, Any], kind: str, index: int | None, negative: str | None = None
 ) -> dict[str, Any]:
     """What a picture of a resolved request carries; ``negative`` is its n*, once that is known."""
-    found = {"request": request.to_dict(), "kind": kind, "index": index, **made_with, "version": version("dnp-engine")}
+    found = {"request": request.to_dict(), "kind": kind, "index": index, **made_with, "version": _version()}
     return found if negative is None else {**found, "negative": negative}
+
+
+@cache  # finding and reading the distribution's metadata takes longer than writing a small picture
+def _version() -> str:
+    return version("dnp-engine")
 
 
 def kinds_of(request: Request) -> list[str]:

@@ -91,7 +91,8 @@ class PromptTokenizer:
         return min(len(encoding.ids) - 2, windows * (self._length - 2))
 
     def _encode(self, prompts: Sequence[str]) -> list[Encoding]:
-        return list(self._tokenizer.encode_batch([check_text(prompt) for prompt in prompts]))
+        # One after the other: encode_batch wakes a pool of threads, for longer than a few prompts take.
+        return [self._tokenizer.encode(check_text(prompt)) for prompt in prompts]
 
 
 class CaptionTokenizer:

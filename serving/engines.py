@@ -16,6 +16,7 @@ from PIL.Image import Image
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.errors import SettingsError
 from dnp.runtime.batching import Batcher, BatchOptions, Event, Picture, Progress, Status, Ticket
+from dnp.runtime.batching.work import nobody
 from dnp.runtime.job import Job, resolve
 from dnp.runtime.pipeline.pipeline import Pipeline
 from dnp.runtime.request import Request
@@ -51,6 +52,7 @@ class Order:
         priority: higher ones come first.
         deadline: seconds from now.
         previews: partial pictures of each pass.
+        heard: whether anybody hears what comes before the result; nobody is woken for it otherwise.
     """
 
     id: str
@@ -58,6 +60,7 @@ class Order:
     priority: int = 0
     deadline: float | None = None
     previews: int = 0
+    heard: bool = True
 
 
 class Work(Protocol):
@@ -195,7 +198,7 @@ class LocalEngine(Engine):
             priority=order.priority,
             deadline=order.deadline,
             previews=order.previews,
-            listener=box.hear,
+            listener=box.hear if order.heard else nobody,
         )
         return Posted(ticket, box)
 

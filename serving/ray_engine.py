@@ -92,7 +92,7 @@ class RayEngine(Engine):
         told: set[tuple[object, ...]] = set()
 
         async def made(order: Order) -> Result:
-            stream = self._handle.options(stream=True).run.remote(job.request, order)
+            stream = self._handle.options(stream=True).run.remote(job.request, replace(order, heard=True))
             try:
                 async for event in stream:
                     self._waiting.discard(place)

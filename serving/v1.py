@@ -98,6 +98,7 @@ def router(service: Service) -> APIRouter:
             priority=body.priority or 0,
             deadline=service.deadline(request, body.deadline, stream=bool(body.stream)),
             previews=body.partial_images or 0 if body.stream else 0,
+            heard=bool(body.stream),
         )
         return _Asked(body, engine, job, order, "dns" if what == "negatives" else "dnp" if job.request.dnp else "plain")
 

@@ -249,6 +249,19 @@ def test_bad_settings_are_refused_before_any_work(pipeline, settings, word):
     assert not steps
 
 
+def test_equal_settings_are_tabled_once(pipeline):
+    """Whatever else differs; and what is another value in another type stays one."""
+    first = pipeline.resolve(Request(PROMPT, seed=1, steps=1, guidance=[2.0], dns_guidance=0.0))
+    again = pipeline.resolve(Request("a cross", seed=2, steps=1, guidance=(2,), dns_guidance=0, compare=True))
+    assert again.final is first.final and again.dns is first.dns
+    for settings in ({"steps": 2}, {"guidance": 3.0}, {"sampler": "euler"}):
+        other = pipeline.resolve(Request(PROMPT, **{"steps": 1, "guidance": 2.0, **settings}))
+        assert not np.array_equal(other.final.rows, first.final.rows)
+    for settings in ({"steps": True}, {"steps": 1, "eta": False}):  # which equal 1 and 0.0
+        with pytest.raises(SettingsError, match=list(settings)[-1]):
+            pipeline.resolve(Request(PROMPT, guidance=2.0, **settings))
+
+
 def test_numbers_of_numpy_are_numbers(pipeline):
     given = {
         "seed": np.int64(4),

@@ -377,6 +377,18 @@ def test_a_slow_reader_loses_what_is_stale_and_nothing_else():
     assert isinstance(seen[-2], Picture) and seen[-2].index == 49  # the newest ones stay
 
 
+def test_nobody_is_woken_for_what_nobody_hears(served, monkeypatch):
+    """Each step would wake the loop, of a server whose other clients are answered by it."""
+    from dnp.serving.engines import Mailbox
+
+    heard, hear = [], Mailbox.hear
+    monkeypatch.setattr(Mailbox, "hear", lambda box, event: (heard.append(event), hear(box, event)))
+    assert served.post("/v1/images/generations", QUICK).status_code == 200
+    assert len(heard) == 1  # the end
+    assert served.post("/v1/images/generations", {**QUICK, "stream": True}).status_code == 200
+    assert len(heard) > 5
+
+
 def test_the_log_is_one_line_for_each_request_whatever_a_client_sends():
     """No prompt, no second line, nothing that a terminal would obey."""
     for formatter in (logs.Json(), logs.Text()):
