@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 
 import dnp
-from dnp.runtime.batching.core import Core, Task
+from dnp.runtime.batching.core import Core
 from dnp.runtime.batching.stages import Room, Stages
+from dnp.runtime.batching.tasks import Task
 from dnp.runtime.batching.warmup import measure_cap
 from dnp.runtime.batching.work import make_images
 

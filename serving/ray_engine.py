@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.errors import Busy, DeadlineExceeded, DnpError
 from dnp.runtime.batching import Event, Status
-from dnp.runtime.batching.batcher import check_served
+from dnp.runtime.batching.options import check_served
 from dnp.runtime.job import Job
 from dnp.runtime.result import Result
 from dnp.serving.engines import Engine, Mailbox, Observe, Order, Posted, Work

@@ -16,8 +16,9 @@ from PIL import Image
 import dnp
 from dnp.engine.errors import Busy, Cancelled, DeadlineExceeded, DnpError, Draining, SettingsError
 from dnp.runtime.batching import Batcher, BatchOptions, NegativeCache, Negatives, Picture, Plain, Progress
-from dnp.runtime.batching.core import Core, Task
+from dnp.runtime.batching.core import Core
 from dnp.runtime.batching.stages import Room, Stages
+from dnp.runtime.batching.tasks import Task
 from dnp.runtime.batching.work import make_images
 from dnp.runtime.request import Request
 from dnp.runtime.sampling.samplers import sampler_names

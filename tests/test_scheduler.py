@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dnp.engine.errors import Cancelled, DeadlineExceeded, DnpError
-from dnp.runtime.batching.core import AGEING, NEVER, TURN, Core, Task
+from dnp.runtime.batching.core import TURN, Core
 from dnp.runtime.batching.events import Picture
 from dnp.runtime.batching.stages import Room
+from dnp.runtime.batching.tasks import AGEING, NEVER, Task
 from dnp.runtime.batching.warmup import measure_cap
 from dnp.runtime.batching.work import Captioning, Sampling
 from dnp.runtime.captioning.captioner import CaptionSettings

@@ -15,12 +15,12 @@ from typing import Any, Final, Literal, Protocol
 from PIL.Image import Image
 
 from dnp.engine.bundle.bundle import Bundle
-from dnp.engine.bundle.contract import STEPS
-from dnp.engine.errors import Busy, Cancelled, DnpError, Draining, SettingsError
-from dnp.runtime.batching.core import NEVER, Core, Task
+from dnp.engine.errors import Busy, Cancelled, DnpError, Draining
+from dnp.runtime.batching.core import Core
 from dnp.runtime.batching.events import Event, Listener, Picture, Progress, Ticket
-from dnp.runtime.batching.negatives import NegativeCache
+from dnp.runtime.batching.options import BatchOptions, check_served
 from dnp.runtime.batching.stages import Room, Stages
+from dnp.runtime.batching.tasks import NEVER, Task
 from dnp.runtime.batching.warmup import measure_cap, measure_company, rehearse
 from dnp.runtime.batching.work import Made, Sampling, Work, describe, find_negatives, make_images, sampling
 from dnp.runtime.captioning.captioner import CaptionSettings
@@ -31,33 +31,6 @@ from dnp.runtime.result import Result, Step, pixels_of
 
 _log = logging.getLogger("dnp.runtime")
 _HEARTBEAT: Final = 1.0  # seconds between ticks with nothing to do, which show that the thread lives
-
-
-@dataclass(frozen=True)
-class BatchOptions:
-    """How a ``Batcher`` runs.
-
-    Attributes:
-        samples: the most images that share a step; measured at warm-up when ``None``.
-        queue: the most requests that wait to be begun.
-        sizes: (height, width) in pixels of the images that are served; the bundle's own size when empty.
-        windows: the windows of prompts that are served.
-        steps: the most calls of the network that a pass may take.
-        negatives: where n* that were found are kept; found anew each time when ``None``.
-    """
-
-    samples: int | None = None
-    queue: int = 64
-    sizes: tuple[tuple[int, int], ...] = ()
-    windows: tuple[int, ...] = (1,)
-    steps: int = STEPS - 1
-    negatives: NegativeCache | None = None
-
-    def __post_init__(self) -> None:
-        for name, value, least in (("samples", self.samples, 1), ("queue", self.queue, 1), ("steps", self.steps, 8)):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= least):
-                raise SettingsError(f"{name} must be a whole number from {least}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -417,23 +390,3 @@ class Batcher:
             if task in inbox:
                 self._core.tasks.append(task)
             self._core.drop(task, error)
-
-
-def check_served(job: Job, sizes: Sequence[tuple[int, int]], windows: Sequence[int], steps: int) -> None:
-    """Raises SettingsError for a job outside of what ``BatchOptions`` say is served, with the option that widens it."""
-    if (job.height, job.width) not in sizes:
-        served = ", ".join(f"{width}x{height}" for height, width in sizes)
-        raise SettingsError(
-            f"images of {job.width}x{job.height} are not served here, only {served} (width x height); start with "
-            f"--size {job.width}x{job.height} besides"
-        )
-    if job.windows not in windows:
-        raise SettingsError(
-            f"prompts of {job.windows} windows are not served here; start with --windows {job.windows} besides"
-        )
-    for table in job.tables:
-        if table.calls > steps:
-            raise SettingsError(
-                f"a pass of {table.calls} calls of the network is not served here, at most {steps} "
-                f"are; ask for fewer steps, or start with --max-steps {table.calls}"
-            )

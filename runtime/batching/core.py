@@ -5,7 +5,6 @@ It starts no thread and owns no clock: whoever drives it calls ``tick`` until no
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import threading
@@ -14,73 +13,22 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from dnp.engine.errors import Cancelled, DeadlineExceeded, DnpError
+from dnp.engine.errors import DnpError
 from dnp.runtime.batching.events import Picture
 from dnp.runtime.batching.stages import Room, Stages
-from dnp.runtime.batching.work import Captioning, Sampling, Want, Work
+from dnp.runtime.batching.tasks import Task, Tasks
+from dnp.runtime.batching.work import Captioning, Sampling
 from dnp.runtime.result import Step
 
 Pixels = npt.NDArray[np.uint8]
 _log = logging.getLogger("dnp.runtime")
 
-AGEING: Final = 30.0  # seconds of waiting that weigh as much as one of priority
 TURN: Final = 32  # steps that samples of one room may go on joining while one of another room is first
-NEVER: Final = math.inf
-
-
-class Task:
-    """A request in the scheduler.
-
-    Attributes:
-        work: what it does.
-        tell: is given each ``Step``, and each ``Picture`` asked for.
-        finish: is given what the work returned, or the exception that ended it. Called once, within ``Core.tick``.
-        priority: the higher, the sooner.
-        deadline: when it ends unfinished, on the scheduler's clock.
-        previews: how many pictures of each image in each pass.
-        stopped: asked before each step; true when the request is to be cancelled.
-        alone: whether it is captioned by itself, since doing so with others failed.
-        arrived: when it came, on the scheduler's clock.
-        begun: when the first was done about it, if anything was.
-        seconds: spent on it so far, by phase.
-    """
-
-    _numbers = itertools.count()
-
-    def __init__(
-        self,
-        work: Work[Any],
-        finish: Callable[[Any, BaseException | None], object],
-        tell: Callable[[Step | Picture], object],
-        *,
-        priority: int = 0,
-        deadline: float = NEVER,
-        previews: int = 0,
-        stopped: Callable[[], bool] = lambda: False,
-        arrived: float = 0.0,
-    ) -> None:
-        self.work, self.finish, self.tell = work, finish, tell
-        self.priority, self.deadline, self.previews, self.stopped = priority, deadline, previews, stopped
-        self.number, self.arrived = next(Task._numbers), arrived
-        self.since = arrived  # when it came, or last got a place
-        self.share = self.taken = 0  # where it began in the order, and images of this pass that got places
-        self.begun: float | None = None
-        self.alone = False
-        self.seconds: dict[str, float] = {}
-        self.want: Want | None = None
-        self.room: Room | None = None
-        self.waiting: list[int] = []  # numbers of the images, or pictures, that nothing is done about yet
-        self.made: list[Any] = []  # images, or captions, by number
-        self.calls = 0  # of the network, over all images of the pass
-
-    def spent(self, phase: str, seconds: float) -> None:
-        """Add to what was spent on it."""
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
 @dataclass(eq=False)
@@ -117,7 +65,6 @@ class Core:
 
     Attributes:
         lock: held through each tick, and by whoever uses the stages in between.
-        tasks: those that are in.
         steps, samples: how often a step was taken, and by how many samples all together.
     """
 
@@ -128,11 +75,10 @@ class Core:
         clock: Callable[[], float] = time.perf_counter,
         observe: Callable[[str, float], object] = lambda name, value: None,
     ) -> None:
-        self._stages, self._room_of, self._clock, self._observe = stages, room_of, clock, observe
+        self._stages, self._clock, self._observe = stages, clock, observe
+        self._tasks = Tasks(room_of, self._free, clock, observe)
         self.lock = threading.Lock()
-        self.tasks: list[Task] = []
         self.steps = self.samples = 0
-        self._share = 0  # how many images of a pass whoever joined had before it, at the most
         self.reset()
 
     def reset(self) -> None:
@@ -151,11 +97,14 @@ class Core:
         """How many samples are in places, by phase; and how many images are being captioned."""
         return Counter([*(seat.want.phase for seat in self._seats.values()), *("caption" for _ in self._seen)])
 
+    @property
+    def tasks(self) -> list[Task]:
+        """Those that are in."""
+        return self._tasks.all
+
     def add(self, task: Task) -> None:
         """Take a task in."""
-        task.share = self._share
-        self.tasks.append(task)
-        self._advance(task, None)
+        self._tasks.add(task)
 
     def tick(self) -> bool:
         """Schedule; a piece of decoding and one of captioning; one step of all that are in; commit.
@@ -164,7 +113,7 @@ class Core:
         is left to do.
         """
         with self.lock:
-            self._retire()
+            self._tasks.retire()
             self._keep_finished()
             self._admit()
             self._decode()
@@ -175,33 +124,9 @@ class Core:
     def drop(self, task: Task, error: BaseException) -> None:
         """End a task with an error, if it is not over; its places are free."""
         if task in self.tasks:
-            self._end(task, None, error)
+            self._tasks.end(task, None, error)
 
     # Schedule
-
-    def _retire(self) -> None:
-        """End what was cancelled, and what is late."""
-        now = self._clock()
-        for task in list(self.tasks):
-            if task.stopped():
-                self._end(task, None, Cancelled("the request was cancelled"))
-            elif now >= task.deadline:
-                where = "" if task.begun is not None else ", it was still in the queue"
-                self._end(
-                    task, None, DeadlineExceeded(f"the deadline of the request has passed{where}; allow more time")
-                )
-
-    def _order(self, task: Task, now: float) -> tuple[float, float, int, int]:
-        """The smallest comes first: by priority, aged by waiting; deadline; share; first come.
-
-        The first images of all come before the second ones: who comes while others are at their tenth is as they are.
-        """
-        aged = task.priority + math.floor((now - task.since) / AGEING)
-        return -aged, task.deadline, task.share + task.taken, task.number
-
-    def _waiting(self, now: float, kind: type) -> list[Task]:
-        waiting = [task for task in self.tasks if isinstance(task.want, kind) and task.waiting]
-        return sorted(waiting, key=lambda task: self._order(task, now))
 
     def _admit(self) -> None:
         """Give free places to those that are first.
@@ -209,9 +134,9 @@ class Core:
         Samples of one room alone share the places. Those of another room wait until these are free; until then others
         of the present room may pass them for a turn, not for longer.
         """
-        now, passing = self._clock(), False
+        passing = False
         joining: dict[int, _Seat] = {}
-        while waiting := self._waiting(now, Sampling):
+        while waiting := self._tasks.waiting(Sampling):
             if not self._seats and not self._kept and waiting[0].room != self._room:
                 self._open(waiting[0])
                 continue
@@ -220,12 +145,18 @@ class Core:
             place = self._free_place()
             if task is None or place is None or (passing and self._turn <= 0):
                 break
-            self._share = max(self._share, task.share + task.taken)
-            task.since = now
-            self._seats[place] = joining[place] = _seat(task)
+            self._seats[place] = joining[place] = self._seat(task)
         self._turn -= passing
         if joining:
-            self._join(joining, now)
+            self._join(joining)
+
+    def _seat(self, task: Task) -> _Seat:
+        """A seat for the next image that the task waits for."""
+        want = task.want
+        assert isinstance(want, Sampling)
+        calls, count = want.table.calls, task.previews
+        due = [calls - calls * (number + 1) // (count + 1) for number in range(count)]  # calls that are then left
+        return _Seat(task, self._tasks.placed(task), want, due[::-1])
 
     def _open(self, task: Task) -> None:
         assert task.room is not None
@@ -233,7 +164,7 @@ class Core:
         try:
             self._slots = self._stages.open(task.room)
         except Exception as error:
-            self._end(task, None, error)
+            self._tasks.end(task, None, error)
         else:
             self._room, self._turn = task.room, TURN
 
@@ -241,12 +172,12 @@ class Core:
         places = range(0 if self._room is None else self._room.places)
         return next((place for place in places if place not in self._seats), None)
 
-    def _join(self, joining: dict[int, _Seat], now: float) -> None:
+    def _join(self, joining: dict[int, _Seat]) -> None:
         """Write samples into the places that they were given; whose sample cannot join, that task ends."""
         for place, seat in joining.items():
             if self._seats.get(place) is not seat:
                 continue  # another image of its task has ended it
-            self._begin(seat.task, now)
+            self._tasks.begin(seat.task)
             started = self._clock()
             try:
                 self._stages.join(place, seat.want, seat.number)
@@ -255,14 +186,8 @@ class Core:
                 for other in unwritten:
                     if joining[other].task is seat.task:
                         del self._seats[other]
-                self._end(seat.task, None, error)
+                self._tasks.end(seat.task, None, error)
             seat.task.spent(seat.want.phase, self._clock() - started)
-
-    def _begin(self, task: Task, now: float) -> None:
-        """The task waits no longer."""
-        if task.begun is None:
-            task.begun = now
-            self._observe("queue", now - task.arrived)
 
     # Step
 
@@ -276,7 +201,7 @@ class Core:
             self._stages.step()
         except Exception as error:  # nobody can tell whose fault it was
             for task in dict.fromkeys(seat.task for seat in running.values()):
-                self._end(task, None, error)
+                self._tasks.end(task, None, error)
             return
         self._pace = self._clock() - started
         self._commit(running)
@@ -330,7 +255,7 @@ class Core:
                     "nearer to 0, or use a bundle of higher precision"
                 )
         except Exception as error:
-            self._end(seat.task, None, error)
+            self._tasks.end(seat.task, None, error)
             return
         self._stages.leave(place)
         del self._seats[place]
@@ -368,7 +293,7 @@ class Core:
             try:
                 image = self._stages.decode(kept.slot)
             except Exception as error:
-                self._end(kept.task, None, error)
+                self._tasks.end(kept.task, None, error)
                 continue
             spent = self._clock() - started
             kept.task.spent("decode", spent)
@@ -385,11 +310,9 @@ class Core:
                 f"the {kept.want.phase} image of seed {kept.want.seeds[kept.number]} is one flat colour, as when a "
                 "decoder overflows in fp16; use a bundle of higher precision, or export it with --check-ranges"
             )
-            self._end(task, None, error)
+            self._tasks.end(task, None, error)
             return
-        task.made[kept.number] = image
-        if all(made is not None for made in task.made):
-            self._advance(task, image if len(task.made) == 1 else np.concatenate(task.made))
+        self._tasks.give(task, kept.number, image)
 
     def _describe(self) -> None:
         """Caption images that want it, of the first task and others with the same settings: a token or more.
@@ -419,8 +342,7 @@ class Core:
                 return
 
     def _see(self) -> None:
-        now = self._clock()
-        waiting = self._waiting(now, Captioning)
+        waiting = self._tasks.waiting(Captioning)
         if not waiting:
             return
         first = waiting[0].want
@@ -432,7 +354,7 @@ class Core:
             if len(self._seen) == most:
                 break
             if task.want.settings == first.settings and task.want.images.shape[1:] == size:
-                self._begin(task, now)
+                self._tasks.begin(task)
                 while task.waiting and len(self._seen) < most:
                     self._seen.append(_Seen(task, task.waiting.pop(0)))
         images = [seen.task.want.images[seen.number] for seen in self._seen]  # type: ignore[union-attr]
@@ -449,44 +371,25 @@ class Core:
     def _described(self, texts: list[str], spent: float) -> None:
         tasks, seen = self._described_now(), self._seen
         self._seen, self._tokens = [], None
-        for one, text in zip(seen, texts, strict=True):
-            one.task.made[one.number] = text
         for task in tasks:
             task.spent("caption", spent)
-            if all(text is not None for text in task.made):
-                self._advance(task, list(task.made))
+        for one, text in zip(seen, texts, strict=True):
+            if one.task in tasks:
+                self._tasks.give(one.task, one.number, text)
 
     def _not_described(self, error: Exception) -> None:
         """What failed for several is tried again for each alone."""
         tasks, seen = self._described_now(), self._seen
         self._seen, self._tokens = [], None
         if len(tasks) == 1:
-            self._end(tasks[0], None, error)
+            self._tasks.end(tasks[0], None, error)
             return
         for one in seen:
             one.task.waiting.append(one.number)
             one.task.alone = True
 
-    # What tasks say and hear
-
-    def _advance(self, task: Task, answer: Any) -> None:
-        """Give a task what it wanted, and hear what it wants next."""
-        task.want, task.room, task.waiting, task.made = None, None, [], []
-        try:
-            want = task.work.send(answer)
-            count = len(want.seeds) if isinstance(want, Sampling) else len(want.images)
-            task.room = self._room_of(want) if isinstance(want, Sampling) else None
-        except StopIteration as stop:
-            self._end(task, stop.value, None)
-        except Exception as error:
-            self._end(task, None, error)
-        else:
-            task.want, task.calls, task.taken = want, 0, 0
-            task.waiting, task.made = list(range(count)), [None] * count
-
-    def _end(self, task: Task, result: Any, error: BaseException | None) -> None:
-        """Free what a task holds, and tell it the outcome."""
-        self.tasks.remove(task)
+    def _free(self, task: Task) -> None:
+        """Nothing more is done about a task."""
         for place in [place for place, seat in self._seats.items() if seat.task is task]:
             del self._seats[place]
             try:
@@ -497,15 +400,3 @@ class Core:
         self._kept = [kept for kept in self._kept if kept.task is not task]
         if self._seen and all(seen.task is task for seen in self._seen):
             self._seen, self._tokens = [], None
-        task.work.close()
-        task.finish(result, error)
-
-
-def _seat(task: Task) -> _Seat:
-    """A seat for the next image that the task waits for."""
-    want = task.want
-    assert isinstance(want, Sampling)
-    calls, count = want.table.calls, task.previews
-    due = [calls - calls * (number + 1) // (count + 1) for number in range(count)]  # calls that are then left
-    task.taken += 1
-    return _Seat(task, task.waiting.pop(0), want, due[::-1])

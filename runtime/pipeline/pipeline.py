@@ -20,9 +20,10 @@ from dnp.engine.backends.session import Backend, BackendOptions, Session
 from dnp.engine.bundle.bundle import Bundle
 from dnp.engine.errors import BundleError, Cancelled, DnpError, SettingsError
 from dnp.runtime.batching.batcher import Batcher
-from dnp.runtime.batching.core import Core, Task
+from dnp.runtime.batching.core import Core
 from dnp.runtime.batching.events import Listener, Ticket
 from dnp.runtime.batching.stages import Room, Stages
+from dnp.runtime.batching.tasks import Task
 from dnp.runtime.batching.work import Made, Sampling, Work, alone, find_negatives, make_images, sampling
 from dnp.runtime.captioning.captioner import part_sizes
 from dnp.runtime.job import Job, resolve
