@@ -26,6 +26,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from dnp.engine.backends.onnxruntime import cuda_plans
 from dnp.engine.bundle import columns, contract, manifest
 from dnp.engine.bundle.bundle import Bundle
+from dnp.engine.plans import compiler
 from dnp.engine.system import cuda
 from dnp.runtime import job, request, tokenizer
 from dnp.runtime.captioning import captioner, resize
@@ -57,7 +58,9 @@ def constants() -> str:
         "max_characters": tokenizer.MAX_CHARACTERS,
         "max_side": resize.MAX_SIDE,
         "usual_steps": contract.STEPS,
+        "beams_at_most": contract.BEAMS,
         "cuda_revision": cuda_plans.REVISION,
+        "tensorrt_revision": compiler.REVISION,
         "oldest_gpu": cuda.OLDEST,
     }
     lines += [f"constexpr std::int64_t {name} = {value};" for name, value in limits.items()]

@@ -32,8 +32,16 @@ from dnp.engine.backends.onnxruntime.cuda import CudaSession
 from dnp.engine.backends.onnxruntime.cuda_plans import build_command, build_cuda_plans
 from dnp.engine.backends.onnxruntime.passes.definitions import inlined
 from dnp.engine.bundle.bundle import Bundle, file_record
-from dnp.engine.errors import BundleError, DnpError, SettingsError
-from dnp.engine.plans.plan import PlanSpec
+from dnp.engine.errors import BackendError, BundleError, DnpError, SettingsError
+from dnp.engine.plans.build import build_command as plan_command
+from dnp.engine.plans.build import settings_of
+from dnp.engine.plans.choice import plan_for
+from dnp.engine.plans.compiler import REVISION
+from dnp.engine.plans.limits import Limits
+from dnp.engine.plans.plan import PlanSpec, cost
+from dnp.engine.plans.product import TENSORRT
+from dnp.engine.plans.profile import Range, default_profile, from_dict, to_dict
+from dnp.engine.plans.settings import BuildSettings, Target
 from dnp.engine.plans.store import PlanStore
 from dnp.runtime.captioning.resize import resize_matrices
 from dnp.runtime.job import resolve
@@ -700,12 +708,12 @@ def planned_for_gpus(tmp_path_factory):
 
 @pytest.fixture
 def on_stand_in(built, tmp_path):
-    """A function that runs ``dnp-native generate`` on ``cuda`` where there is none: its picture, output and log.
+    """A function that runs ``dnp-native generate`` on a GPU where there is none: its picture, output and log.
 
-    ONNX Runtime and the driver are stood in for by native/tests/stand_in_*.cpp: the processor does the work.
+    What such a backend needs is stood in for by native/tests/stand_in_*.cpp: the processor does the work.
     """
 
-    def generate(bundle, *options, driver=True, **more):
+    def generate(bundle, *options, backend="cuda", libraries=None, **more):
         log = tmp_path / "log"
         where = {
             **os.environ,
@@ -713,10 +721,10 @@ def on_stand_in(built, tmp_path):
             "DNP_STAND_IN_FOR": str(ONNXRUNTIME),
             "DNP_STAND_IN_LOG": str(log),
             **{f"DNP_STAND_IN_{name.upper()}": str(value) for name, value in more.items()},
-            **({"LD_LIBRARY_PATH": str(built / "tests")} if driver else {}),
+            "LD_LIBRARY_PATH": str(built / "tests" if libraries is None else libraries),
         }
         command = [built / "dnp-native", "generate", bundle, SCENE, "--seed", "5", "--out", tmp_path]
-        settings = ["--steps", "4", "--dns-steps", "4", "--backend", "cuda", *options]
+        settings = ["--steps", "4", "--dns-steps", "4", "--backend", backend, *options]
         done = subprocess.run([*map(str, command), *settings], capture_output=True, text=True, env=where)
         return done, log.read_text().splitlines() if log.exists() else []
 
@@ -763,11 +771,11 @@ def test_cuda_at_a_size_without_a_plan_runs_the_graph_itself(on_stand_in, native
     assert "run waits" in log
 
 
-def test_cuda_without_what_it_needs_is_refused(on_stand_in, built):
+def test_cuda_without_what_it_needs_is_refused(on_stand_in, tmp_path):
     plain = ["--onnxruntime", str(ONNXRUNTIME)]
     for message, options, more in (
         ("has no CUDA provider; name the library of the package onnxruntime-gpu", plain, {}),
-        ("there is no NVIDIA driver here: install one", [], {"driver": False}),
+        ("there is no NVIDIA driver here: install one", [], {"libraries": tmp_path}),
         ("there is no GPU number 1 here", ["--device", "1"], {}),
         ("Stand-in (SM 61) is too old", [], {"sm": 61}),
         ("cannot load its CUDA provider: OrtSessionOptions", [], {"broken": 1}),
@@ -806,6 +814,183 @@ def test_cuda_has_pythons_options(on_stand_in, planned_for_gpus):
     for capturable, waits in ((True, "1"), (False, "0")):  # as the log of the runs above has it
         way = CudaSession._way(session, SimpleNamespace(capturable=capturable), 3)
         assert way == {"disable_synchronize_execution_providers": waits, "gpu_graph_id": "3"}
+
+
+# ------------------------------------------------------------------------------------------------ the backend tensorrt
+
+
+@pytest.fixture(scope="module")
+def tensorrt(built):
+    """The stand-in of TensorRT, which is built where NVIDIA's headers are."""
+    library = next((built / "tests").glob("libnvinfer.so.*"), None)
+    if library is None:
+        pytest.skip("libdnp is built without TensorRT: cmake --preset release -DDNP_TENSORRT_INCLUDE=FOLDER")
+    return library
+
+
+def target_on(library):
+    numbers = [
+        getattr(ctypes.CDLL(library), f"getInferLib{part}Version")() for part in ("Major", "Minor", "Patch", "Build")
+    ]
+    return Target(TENSORRT, ".".join(map(str, numbers)), (), "sm90 Stand-in")
+
+
+def write_plans(folder, library, settings=None, **ranges):
+    """Plans of the stand-in, which Python names and describes as those that it compiles."""
+    bundle, store, target = Bundle.open(folder), PlanStore(folder / "plans"), target_on(library)
+    for graph in bundle.graphs.values():
+        spec = PlanSpec(
+            graph=graph.name,
+            graph_sha256=bundle.graph_sha256(graph.name),
+            backend="tensorrt",
+            version=target.version,
+            architecture=target.architecture,
+            precision=bundle.precision,
+            profile=to_dict(default_profile(bundle, graph, ranges)),
+            flags={**(settings or BuildSettings()).flags, "revision": REVISION},
+        )
+        store.write(spec, f"stand-in plan\n{graph.path}".encode(), cost(0))
+    return store
+
+
+@pytest.fixture
+def planned_for_tensorrt(copied, tensorrt):
+    write_plans(copied, tensorrt)
+    return copied
+
+
+def test_tensorrt_gives_the_processors_picture(on_stand_in, native, planned_for_tensorrt, tmp_path):
+    done, log = on_stand_in(planned_for_tensorrt, "--images", "2", "--onnxruntime", "none", backend="tensorrt")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"on tensorrt \(TensorRT [\d.]+, Stand-in, SM 90, cuda:0\)", done.stdout)
+    expected = native.generate(SCENE, seed=5, steps=4, dns_steps=4, images=2)
+    same_pictures([picture(tmp_path / f"{seed}-dnp.png") for seed in (5, 6)], expected.images)
+    same_pictures([picture(tmp_path / f"{seed}-dns.png") for seed in (5, 6)], expected.dns_images)
+    assert [line[4:] for line in done.stdout.splitlines() if line.startswith("n*: ")] == expected.negatives
+    assert sorted(Path(line.split()[1]).stem for line in log if line.startswith("plan")) == sorted(native_graphs())
+    # Of the denoiser's eight runs, all at the same sizes, two are as they come, and the others one launch each.
+    denoiser = [line for line in log if not line.startswith(("plan", "context"))]
+    assert denoiser.count("enqueue captured") >= 2  # of the denoiser, and of captions
+    assert denoiser.count("launch") >= 6
+
+
+def native_graphs():
+    return [Path(graph.path).stem for graph in Bundle.default().graphs.values()]
+
+
+def test_tensorrt_does_as_many_at_once_as_the_plans_take(on_stand_in, native, copied, tensorrt, tmp_path):
+    write_plans(copied, tensorrt, batch=Range(1, 1, 2))
+    done, _ = on_stand_in(copied, "--images", "3", "--beams", "5", backend="tensorrt")
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = native.generate(SCENE, seed=5, steps=4, dns_steps=4, images=3, beams=5)
+    same_pictures([picture(tmp_path / f"{seed}-dnp.png") for seed in (5, 6, 7)], expected.images)
+
+
+SIZES = BuildSettings(optimization_level=2, workspace=5_500_000, weight_streaming=True)
+
+
+@pytest.mark.parametrize("settings", [None, SIZES], ids=["plain", "with settings"])
+def test_sizes_beyond_the_plans_are_refused_with_pythons_command(on_stand_in, copied, tensorrt, settings):
+    write_plans(copied, tensorrt, settings, steps=Range(1, 4, 5), batch=Range(1, 1, 1))
+    bundle = Bundle.open(copied)
+    for graph, option, dims in (
+        ("decode_latents", ("--height", "48"), {"height": 12}),
+        ("denoise", ("--steps", "9"), {"steps": 9}),
+        ("encode_text", ("--windows", "2"), {"tokens": 2 * bundle.text.length}),
+        ("caption_step", ("--beams", "5"), {"sequences": 5}),
+    ):
+        (plan,) = PlanStore(copied / "plans").newest(graph, "tensorrt")
+        command = plan_command(bundle, "tensorrt", settings_of(plan.spec))
+        limits = Limits.of_plan(bundle.graph(graph), from_dict(plan.spec.profile), bundle, command)
+        with pytest.raises(SettingsError) as expected:
+            limits.check(**dims)
+        done, log = on_stand_in(copied, *option, backend="tensorrt")
+        assert done.returncode == 2
+        same_command(done.stderr, f"dnp-native: {expected.value}")
+        assert "enqueue" not in log
+
+
+def same_command(found, expected):
+    """The same sentence, its options in any order."""
+    (said, options), (wanted, same) = (text.strip().split(" --backend ") for text in (found, expected))
+    assert said == wanted
+    assert sorted(re.split(r" (?=--)", options)) == sorted(re.split(r" (?=--)", same))
+
+
+def renamed(**changes):
+    """All plans as those of something else."""
+
+    def change(store):
+        for plan in store.folder.glob("*.plan"):
+            sidecar = json.loads(plan.with_suffix(".json").read_text())
+            spec = PlanSpec(**{**sidecar["spec"], **changes})
+            plan.with_suffix(".json").unlink()
+            other = plan.rename(plan.with_name(f"{spec.graph}-{spec.key}.plan"))
+            other.with_suffix(".json").write_text(json.dumps({**sidecar, "spec": asdict(spec)}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda store: shutil.rmtree(store.folder),
+        renamed(version="10.0.0.6"),
+        renamed(architecture="sm90 Another"),
+        renamed(graph_sha256="0" * 64),
+        renamed(flags={**BuildSettings(refit=True).flags, "revision": 0}),
+        lambda store: [flipped(plan) for plan in store.folder.glob("*.plan")],
+    ],
+    ids=range(6),
+)
+def test_plans_that_tensorrt_cannot_use_are_named_as_python_names_them(on_stand_in, copied, tensorrt, change):
+    store, bundle = write_plans(copied, tensorrt), Bundle.open(copied)
+    change(store)
+    with pytest.raises(BackendError) as expected:
+        plan_for(bundle, bundle.graph("encode_text"), target_on(tensorrt), store)
+    done, log = on_stand_in(copied, backend="tensorrt")
+    assert done.returncode == 4
+    same_command(done.stderr, f"dnp-native: {expected.value}")
+    assert not log
+
+
+def test_a_plan_that_tensorrt_cannot_load_is_named(on_stand_in, planned_for_tensorrt):
+    for plan in (planned_for_tensorrt / "plans").glob("*.plan"):
+        plan.write_bytes(b"no plan")
+        edited(lambda sidecar, path=plan: sidecar.update(asdict(file_record(path))))(plan)
+    done, _ = on_stand_in(planned_for_tensorrt, backend="tensorrt")
+    assert done.returncode == 4
+    assert (
+        "cannot load the plan on Stand-in, SM 90, cuda:0: this is no plan of the stand-in; build it again: dnp "
+        in done.stderr
+    )
+
+
+def test_tensorrt_without_what_it_needs_is_refused(on_stand_in, tensorrt, tmp_path):
+    done, _ = on_stand_in(BUNDLE, backend="tensorrt", libraries=tmp_path)
+    assert done.returncode == 4
+    assert f"is not found ({tensorrt.name}: cannot open" in done.stderr
+    (tmp_path / tensorrt.name).symlink_to(tensorrt)
+    done, _ = on_stand_in(BUNDLE, backend="tensorrt", libraries=tmp_path)
+    assert done.returncode == 4
+    assert "there is no NVIDIA driver here: install one" in done.stderr
+
+
+def test_without_tensorrts_headers_the_backend_says_so(on_stand_in, built):
+    if list((built / "tests").glob("libnvinfer.so.*")):
+        pytest.skip("libdnp is built with TensorRT")
+    done, _ = on_stand_in(BUNDLE, backend="tensorrt")
+    assert done.returncode == 4
+    assert "was built without TensorRT: build it with -DDNP_TENSORRT_INCLUDE=FOLDER" in done.stderr
+
+
+def test_tensorrt_for_rtx_is_pythons_alone(on_stand_in):
+    done, _ = on_stand_in(BUNDLE, backend="tensorrt-rtx")
+    assert done.returncode == 4
+    assert "its headers are not public" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ while it works
 
 
 def test_progress_tells_every_step_and_shows_it(dnp_native, native):

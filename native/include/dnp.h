@@ -87,7 +87,7 @@ typedef struct dnp_pipeline dnp_pipeline;
 /* Opens the bundle in a folder, and verifies every byte of it.
  *
  * `options`: a JSON object, or NULL for {}. It may hold
- *   "backend"      "cpu", or "cuda" for ONNX Runtime's CUDA provider; "cpu" when it is left out.
+ *   "backend"      "cpu", "cuda" for ONNX Runtime's CUDA provider, or "tensorrt"; "cpu" when it is left out.
  *   "device"       number of the GPU, 0 when it is left out.
  *   "onnxruntime"  path of ONNX Runtime's library, 1.21 or later. Otherwise the environment variable DNP_ONNXRUNTIME
  *                  names it, or the system finds libonnxruntime.so.1. A process has one: the first that is loaded.
@@ -175,7 +175,7 @@ DNP_API size_t dnp_result_count(const dnp_result* result, dnp_kind kind);
 DNP_API dnp_error* dnp_result_image(const dnp_result* result, dnp_kind kind, size_t index, dnp_image* image);
 
 /* Everything else, as a JSON object: "negatives" (n* of each image, "" for plain guidance), "request" (the settings,
- * all explicit), "seconds" (by phase), "inside" (how many of them within ONNX Runtime's runs), "bundle", "backend",
+ * all explicit), "seconds" (by phase), "inside" (how many of them within the library's runs), "bundle", "backend",
  * "precision", "runs_on", "warnings" (sentences about what the pipeline does without since it was opened, such as a plan
  * that cannot be used). Lent, until the result is freed. */
 DNP_API const char* dnp_result_json(const dnp_result* result);

@@ -27,6 +27,16 @@ void Captioner::check(const CaptionSettings& settings) const {
                              " tokens, the begin token included: shorten it, or raise max_length (up to ", bundle_.caption.length, ")");
 }
 
+std::int64_t Captioner::at_most(std::int64_t images, const CaptionSettings& settings) const {
+    images = std::min(encode_.at_most("batch", images), step_.at_most("images", images));
+    return std::max<std::int64_t>(1, step_.at_most("sequences", images * settings.beams) / settings.beams);
+}
+
+void Captioner::check(std::int64_t images, std::int64_t height, std::int64_t width, const CaptionSettings& settings) const {
+    encode_.check({{"batch", images}, {"image_height", height}, {"image_width", width}});
+    step_.check({{"sequences", images * settings.beams}, {"images", images}});
+}
+
 std::vector<std::string> Captioner::captions(const Pixels& images, const CaptionSettings& settings, Stop& stop,
                                              const std::function<void(std::int64_t)>& report) {
     check(settings);

@@ -25,6 +25,9 @@ public:
 
     void check(const CaptionSettings& settings) const;  // throws settings_error when a prefix leaves no room
 
+    std::int64_t at_most(std::int64_t images, const CaptionSettings& settings) const;  // at once
+    void check(std::int64_t images, std::int64_t height, std::int64_t width, const CaptionSettings& settings) const;  // throws settings_error
+
     // One caption for each image; `report` hears the length so far after each token.
     std::vector<std::string> captions(const Pixels& images, const CaptionSettings& settings, Stop& stop,
                                       const std::function<void(std::int64_t)>& report);

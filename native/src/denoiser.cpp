@@ -12,10 +12,20 @@ Denoiser::Denoiser(const Bundle& bundle, const Engine& engine) : session_(bundle
     session_.feed_back("index", "next_index");
 }
 
+// With a row for each sample: how many there are is known when it takes a step.
+Sizes Denoiser::sizes_of(const SamplerTable& table, std::int64_t samples, std::int64_t height, std::int64_t width, std::int64_t tokens) const {
+    std::int64_t steps = session_.fit("steps", static_cast<std::int64_t>(table.rows.size()));
+    std::int64_t noise_steps = session_.fit("noise_steps", std::max<std::int64_t>(1, table.noise_steps));
+    return {{"places", samples}, {"rows", samples}, {"steps", steps}, {"noise_steps", noise_steps}, {"height", height}, {"width", width}, {"tokens", tokens}};
+}
+
+void Denoiser::check(const SamplerTable& table, std::int64_t samples, std::int64_t height, std::int64_t width, std::int64_t tokens) const {
+    session_.check(sizes_of(table, samples, height, width, tokens));
+}
+
 void Denoiser::open(const SamplerTable& table, const std::vector<std::int64_t>& seeds, std::int64_t height, std::int64_t width, std::int64_t tokens) {
-    auto places = static_cast<std::int64_t>(seeds.size()), steps = session_.fit(static_cast<std::int64_t>(table.rows.size()));
-    sizes_ = {{"places", places}, {"rows", 1}, {"steps", steps}, {"noise_steps", session_.fit(std::max<std::int64_t>(1, table.noise_steps))},
-              {"height", height}, {"width", width}, {"tokens", tokens}};
+    auto places = static_cast<std::int64_t>(seeds.size());
+    sizes_ = sizes_of(table, places, height, width, tokens);
     session_.reshape(sizes_);
     Buffer &state = session_.input("state"), &noise = session_.input("noise"), &rows = session_.input("table"), &index = session_.input("index");
     for (Buffer* buffer : {&state, &noise, &rows, &index}) buffer->clear();

@@ -15,6 +15,9 @@ class Denoiser {
 public:
     Denoiser(const Bundle& bundle, const Engine& engine);
 
+    std::int64_t at_most(std::int64_t samples) const { return session_.at_most("places", samples); }  // at once
+    void check(const SamplerTable& table, std::int64_t samples, std::int64_t height, std::int64_t width, std::int64_t tokens) const;  // throws settings_error
+
     // Puts one sample of `table` in a place for each seed: its start, its noise and its table. The bank is the caller's.
     void open(const SamplerTable& table, const std::vector<std::int64_t>& seeds, std::int64_t height, std::int64_t width, std::int64_t tokens);
     void step(Stop& stop);  // of all samples; call it as often as the table has calls
@@ -24,6 +27,7 @@ public:
     Buffer& clean_latents() { return session_.output("clean_latents"); }    // as they are expected at the end
 
 private:
+    Sizes sizes_of(const SamplerTable& table, std::int64_t samples, std::int64_t height, std::int64_t width, std::int64_t tokens) const;
     void set_rows(const std::vector<int>& roles);
 
     Session session_;
@@ -43,7 +47,8 @@ public:
     void write(Denoiser& denoiser, std::int64_t role, const std::vector<std::string>& texts, std::int64_t height, std::int64_t width,
                std::int64_t windows, Stop& stop);
 
-    const std::string& runs_on() const { return session_.runs_on(); }
+    void check(std::int64_t windows) const { session_.check({{"tokens", windows * bundle_.text.length}}); }  // throws settings_error
+    std::string runs_on() const { return session_.runs_on(); }
 
 private:
     const Bundle& bundle_;

@@ -14,11 +14,12 @@ namespace {
 
 constexpr unsigned independent_stream = 1;  // of the default one
 constexpr int capability_major = 75, capability_minor = 76;  // numbers of attributes
+constexpr int of_this_thread = 1;                            // what is captured
 constexpr int out_of_memory = 2, no_device = 100, invalid_device = 101;
 
 using Address = std::uintptr_t;  // on the device
 
-// The calls, with the names that they have in the library. They have not changed since CUDA 4.
+// The calls, with the names that they have in the library. The newest is of CUDA 11.4.
 struct Driver {
     int (*cuInit)(unsigned);
     int (*cuDeviceGet)(int*, int);
@@ -36,6 +37,12 @@ struct Driver {
     int (*cuMemcpyHtoDAsync_v2)(Address, const void*, std::size_t, void*);
     int (*cuMemcpyDtoHAsync_v2)(void*, Address, std::size_t, void*);
     int (*cuMemcpyDtoDAsync_v2)(Address, Address, std::size_t, void*);
+    int (*cuStreamBeginCapture_v2)(void*, int);
+    int (*cuStreamEndCapture)(void*, void**);
+    int (*cuGraphInstantiateWithFlags)(void**, void*, unsigned long long);
+    int (*cuGraphDestroy)(void*);
+    int (*cuGraphExecDestroy)(void*);
+    int (*cuGraphLaunch)(void*, void*);
     int (*cuGetErrorString)(int, const char**);
 
     Driver();
@@ -54,6 +61,8 @@ Driver::Driver() {
     DNP_LOAD(cuDevicePrimaryCtxRelease_v2), DNP_LOAD(cuCtxSetCurrent), DNP_LOAD(cuStreamCreate), DNP_LOAD(cuStreamSynchronize);
     DNP_LOAD(cuStreamDestroy_v2), DNP_LOAD(cuMemAlloc_v2), DNP_LOAD(cuMemFree_v2), DNP_LOAD(cuMemsetD8Async), DNP_LOAD(cuMemcpyHtoDAsync_v2);
     DNP_LOAD(cuMemcpyDtoHAsync_v2), DNP_LOAD(cuMemcpyDtoDAsync_v2), DNP_LOAD(cuGetErrorString);
+    DNP_LOAD(cuStreamBeginCapture_v2), DNP_LOAD(cuStreamEndCapture), DNP_LOAD(cuGraphInstantiateWithFlags), DNP_LOAD(cuGraphDestroy);
+    DNP_LOAD(cuGraphExecDestroy), DNP_LOAD(cuGraphLaunch);
 #undef DNP_LOAD
 }
 
@@ -85,10 +94,9 @@ Gpu::Gpu(int number) : number_(number) {
     DNP_CHECKED(cuDeviceGetName, name, sizeof name, device_);
     DNP_CHECKED(cuDeviceGetAttribute, &major, capability_major, device_);
     DNP_CHECKED(cuDeviceGetAttribute, &minor, capability_minor, device_);
-    int sm = major * 10 + minor;
-    if (sm < oldest_gpu)
-        throw backend_error(name, " (SM ", sm, ") is too old: CUDA 13 and TensorRT need SM ", oldest_gpu, " or newer; use the backend 'cpu'");
-    description_ = cat(name, ", SM ", sm, ", cuda:", number);
+    name_ = name, sm_ = major * 10 + minor;
+    if (sm_ < oldest_gpu)
+        throw backend_error(name_, " (SM ", sm_, ") is too old: CUDA 13 and TensorRT need SM ", oldest_gpu, " or newer; use the backend 'cpu'");
     DNP_CHECKED(cuDevicePrimaryCtxRetain, &context_, device_);
     try {
         activate();
@@ -101,9 +109,14 @@ Gpu::Gpu(int number) : number_(number) {
 
 Gpu::~Gpu() {
     driver().cuCtxSetCurrent(context_);
+    for (void* piece : scratch_) free(piece);
     driver().cuStreamDestroy_v2(stream_);
     driver().cuDevicePrimaryCtxRelease_v2(device_);
 }
+
+std::string Gpu::description() const { return cat(name_, ", SM ", sm_, ", cuda:", number_); }
+
+std::string Gpu::architecture() const { return cat("sm", sm_, " ", name_); }
 
 void Gpu::activate() { DNP_CHECKED(cuCtxSetCurrent, context_); }
 
@@ -133,5 +146,32 @@ void Gpu::to_host(void* to, const void* from, std::size_t bytes) {
 }
 
 void Gpu::on_device(void* to, const void* from, std::size_t bytes) { DNP_CHECKED(cuMemcpyDtoDAsync_v2, address_of(to), address_of(from), bytes, stream_); }
+
+void* Gpu::scratch() {
+    if (scratch_wanted_ > scratch_bytes_) {
+        scratch_.push_back(allocate(scratch_wanted_, "the activations"));
+        scratch_bytes_ = scratch_wanted_;
+    }
+    return scratch_.empty() ? nullptr : scratch_.back();
+}
+
+Gpu::Captured Gpu::capture(const std::function<void()>& work) {
+    void *graph = nullptr, *ready = nullptr;
+    DNP_CHECKED(cuStreamBeginCapture_v2, stream_, of_this_thread);
+    try {
+        work();
+    } catch (...) {  // a stream must not go on capturing instead of computing
+        driver().cuStreamEndCapture(stream_, &graph);
+        if (graph) driver().cuGraphDestroy(graph);
+        throw;
+    }
+    DNP_CHECKED(cuStreamEndCapture, stream_, &graph);
+    int status = driver().cuGraphInstantiateWithFlags(&ready, graph, 0);
+    driver().cuGraphDestroy(graph);
+    check(status, "cuGraphInstantiate", number_);
+    return {ready, [](void* captured) { driver().cuGraphExecDestroy(captured); }};
+}
+
+void Gpu::launch(const Captured& graph) { DNP_CHECKED(cuGraphLaunch, graph.get(), stream_); }
 
 }  // namespace dnp::core

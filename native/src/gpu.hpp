@@ -4,8 +4,12 @@
 // with the same context, so that its streams and addresses mean the same to both.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <functional>
+#include <memory>
 #include <string>
+#include <vector>
 
 namespace dnp::core {
 
@@ -18,7 +22,8 @@ public:
 
     int number() const { return number_; }
     void* stream() const { return stream_; }
-    const std::string& description() const { return description_; }  // "NVIDIA L4, SM 89, cuda:0"
+    std::string description() const;   // "NVIDIA L4, SM 89, cuda:0"
+    std::string architecture() const;  // "sm89 NVIDIA L4", as plans of TensorRT are called
 
     void activate();     // makes it this thread's own, as each thread has to that works with it
     void synchronize();  // waits for all that was started; errors of that work are thrown here
@@ -30,11 +35,24 @@ public:
     void to_host(void* to, const void* from, std::size_t bytes);    // and waits
     void on_device(void* to, const void* from, std::size_t bytes);  // starts it
 
+    // Memory for what a graph computes on its way, shared by all that run on the stream: as much as was wanted so far. It
+    // stays where it is; when more is wanted later, a larger piece is added for those who ask from then on.
+    void want_scratch(std::size_t bytes) { scratch_wanted_ = std::max(scratch_wanted_, bytes); }
+    void* scratch();
+
+    // What `work` starts on the stream, and does not do, as a CUDA graph. Throws what `work` throws, and backend_error when
+    // something in it cannot be captured.
+    using Captured = std::shared_ptr<void>;
+    Captured capture(const std::function<void()>& work);
+    void launch(const Captured& graph);  // starts all of it
+
 private:
     int number_;
-    int device_ = 0;
+    int device_ = 0, sm_ = 0;
     void *context_ = nullptr, *stream_ = nullptr;
-    std::string description_;
+    std::string name_;
+    std::size_t scratch_wanted_ = 0, scratch_bytes_ = 0;
+    std::vector<void*> scratch_;
 };
 
 }  // namespace dnp::core

@@ -20,7 +20,9 @@ Engine engine_of(const Json& options) {
     Engine engine;
     for (const auto& [name, value] : options.items()) {
         if (name == "backend") {
-            check_choice(name, value, {"cpu", "cuda"});
+            if (value == "tensorrt-rtx")
+                throw backend_error("libdnp does not run the plans of TensorRT for RTX: its headers are not public; use the backend 'cuda', or 'tensorrt' on a card that has it");
+            check_choice(name, value, {"cpu", "cuda", "tensorrt"});
             engine.backend = value.get<std::string>();
         } else if (name == "device") {
             if (!is_integer(value, 0, most_devices)) throw settings_error("device must be the number of a GPU, not ", shown(value));
@@ -84,14 +86,18 @@ public:
         timed("open", [&] { p_.denoiser(), p_.conditioner(), p_.decode(); });
         if (job.runs_dns) timed("open", [&] { p_.captioner(); });
         p_.opening_ = 0;
+        at_once_ = p_.decode().at_most("batch", p_.denoiser().at_most(std::min(batch, job.images)));
+        if (job.runs_dns) at_once_ = p_.captioner().at_most(at_once_, job.caption);
+        check(at_once_);
+        if (job.images % at_once_) check(job.images % at_once_);
     }
 
     // The DNS images and n* of each, into `result`.
     void find_negatives(Result& result) {
         std::vector<std::string> prompts(count(), job_.prompt), empty(count());
         result.dns = sample("dns", job_.dns, prompts, empty, job_.dns_seed);
-        for (std::int64_t start = 0; start < job_.images; start += batch) {
-            Pixels part{std::min(batch, job_.images - start), job_.height, job_.width, {}};
+        for (std::int64_t start = 0; start < job_.images; start += at_once_) {
+            Pixels part{std::min(at_once_, job_.images - start), job_.height, job_.width, {}};
             part.values.assign(result.dns.image(start), result.dns.image(start + part.count));
             auto report = [&](std::int64_t length) { tell({"caption", length, job_.caption.max_length, part.count, [&] { return part; }}); };
             std::vector<std::string> captions;
@@ -109,9 +115,9 @@ public:
     Pixels sample(const char* phase, const SamplerTable& table, const std::vector<std::string>& prompts, const std::vector<std::string>& negatives,
                   std::int64_t seed) {
         Pixels images{0, job_.height, job_.width, {}};
-        std::int64_t batches = (job_.images + batch - 1) / batch;
+        std::int64_t batches = (job_.images + at_once_ - 1) / at_once_;
         for (std::int64_t number = 0; number < batches; ++number) {
-            std::int64_t start = number * batch, part = std::min(batch, job_.images - start);
+            std::int64_t start = number * at_once_, part = std::min(at_once_, job_.images - start);
             timed(phase, [&] { join(table, prompts, negatives, seed, start, part); });
             for (std::int64_t call = 1; call <= table.calls(); ++call) {
                 timed(phase, [&] { p_.denoiser().step(p_.stop_); });
@@ -129,6 +135,17 @@ public:
 
 private:
     std::size_t count() const { return static_cast<std::size_t>(job_.images); }
+
+    // Throws settings_error when plans do not take what the job needs for so many images.
+    void check(std::int64_t images) {
+        std::int64_t scale = p_.bundle_.latents.vae_scale_factor, height = job_.height / scale, width = job_.width / scale;
+        p_.conditioner().check(job_.windows);
+        p_.decode().check({{"places", images}, {"batch", images}, {"height", height}, {"width", width}});
+        p_.denoiser().check(job_.final, images, height, width, job_.windows * p_.bundle_.text.length);
+        if (!job_.runs_dns) return;
+        p_.denoiser().check(job_.dns, images, height, width, job_.windows * p_.bundle_.text.length);
+        p_.captioner().check(images, job_.height, job_.width, job_.caption);
+    }
 
     // A sample into each place, with its negative prompt and its prompt; with Perp-Neg ∅ besides.
     void join(const SamplerTable& table, const std::vector<std::string>& prompts, const std::vector<std::string>& negatives, std::int64_t seed,
@@ -179,6 +196,7 @@ private:
     Pipeline& p_;
     const Job& job_;
     const Progress& progress_;
+    std::int64_t at_once_ = batch;  // images
     double started_, outside_ = 0;
     std::map<std::string, double> seconds_;
 };

@@ -29,7 +29,7 @@ struct Result {
     std::vector<std::string> negatives;
     OrderedJson request;
     std::map<std::string, double> seconds;  // by phase
-    double inside = 0;                      // seconds of them in ONNX Runtime's runs
+    double inside = 0;                      // seconds of them in the library's runs
     OrderedJson made_with;                  // what ran
     Names warnings;                         // since the pipeline was opened
 };

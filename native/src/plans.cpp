@@ -19,6 +19,8 @@ constexpr std::int64_t hashed_apart = 64 << 20;         // bytes of a file of we
 constexpr std::uintmax_t most_sidecar_bytes = 1 << 20;  // a real one has some hundreds
 constexpr int exchanges[] = {0, 50, 200};               // milliseconds to wait before a plan that cannot be used is looked at again
 constexpr std::int64_t most_file_bytes = std::numeric_limits<std::int64_t>::max();
+constexpr std::int64_t most_size = 1 << 24;
+constexpr std::size_t most_named = 3;  // plans that do not fit, in an error
 
 // The fields, in order.
 std::vector<std::pair<const char*, Json>> fields_of(const PlanSpec& spec) {
@@ -255,21 +257,128 @@ std::vector<std::pair<Sizes, PlanSpec>> cuda_plans(const Bundle& bundle, const s
     return found;
 }
 
+Profile profile_of(const PlanSpec& spec) {
+    Profile profile;
+    for (const auto& [symbol, sizes] : spec.profile.items()) {
+        auto range = sizes.get<std::vector<std::int64_t>>();
+        if (range.size() != 3 || range[0] < 1 || range[0] > range[1] || range[1] > range[2] || range[2] > most_size)
+            throw bundle_error("the sidecar of a plan of '", spec.graph, "' was edited: ", symbol, " ", sizes.dump(), " is no range; build it again");
+        profile[symbol] = {range[0], range[1], range[2]};
+    }
+    return profile;
+}
+
+namespace {
+
+// How users speak of a size, and what theirs is multiplied with: dnp/engine/bundle/contract.py.
+struct Symbol {
+    const char *name, *option;
+    std::int64_t least = 1, usual = 1, most = 1, divisor = 1;
+};
+
+std::vector<Symbol> symbols(const Bundle& bundle) {
+    std::int64_t scale = bundle.latents.vae_scale_factor, length = bundle.text.length;
+    return {{"batch", "--batch"},
+            {"places", "--batch"},
+            {"rows", "--batch", 1, 2, bundle.guidance.roles},
+            {"steps", "--steps"},
+            {"noise_steps", "--steps"},
+            {"height", "--height", 1, 1, 1, scale},
+            {"width", "--width", 1, 1, 1, scale},
+            {"tokens", "--windows", length, length, length},
+            {"image_height", "--image-height"},
+            {"image_width", "--image-width"},
+            {"images", "--batch"},
+            {"sequences", "--batch", 1, 1, beams_at_most}};
+}
+
+// The options that ask for at least these sizes.
+Names range_options(const Bundle& bundle, const Profile& profile) {
+    std::vector<std::pair<std::string, Range>> options;
+    for (const Symbol& symbol : symbols(bundle)) {
+        auto found = profile.find(symbol.name);
+        if (found == profile.end()) continue;
+        const Range& sizes = found->second;
+        std::int64_t low = std::max<std::int64_t>(1, sizes.low * symbol.divisor / symbol.least);
+        std::int64_t high = std::max(low, (sizes.high * symbol.divisor + symbol.most - 1) / symbol.most);
+        Range asked{low, std::min(std::max(low, sizes.best * symbol.divisor / symbol.usual), high), high};
+        auto known = std::find_if(options.begin(), options.end(), [&](const auto& option) { return option.first == symbol.option; });
+        if (known == options.end()) {
+            options.emplace_back(symbol.option, asked);
+        } else {
+            known->second.low = std::min(known->second.low, asked.low), known->second.high = std::max(known->second.high, asked.high);
+        }
+    }
+    Names words;
+    for (const auto& [option, sizes] : options) words.insert(words.end(), {option, cat(sizes.low, ":", sizes.best, ":", sizes.high)});
+    return words;
+}
+
+// The options that ask for what a plan was built with, but for its sizes.
+Names setting_options(const PlanSpec& spec) {
+    Names words;
+    Json level = spec.flags.value("optimization_level", Json()), workspace = spec.flags.value("workspace", Json());
+    if (is_integer(level)) words.insert(words.end(), {"--optimization-level", level.dump()});
+    if (is_integer(workspace)) words.insert(words.end(), {"--workspace", std::to_string((workspace.get<std::int64_t>() + 999'999) / 1'000'000)});
+    if (truthy(spec.flags.value("weight_streaming", Json()))) words.push_back("--weight-streaming");
+    if (truthy(spec.flags.value("refit", Json()))) words.push_back("--refit");
+    return words;
+}
+
+void append(Names& words, const Names& more) { words.insert(words.end(), more.begin(), more.end()); }
+
+}  // namespace
+
+Plan tensorrt_plan(const Bundle& bundle, const std::string& graph, const std::string& version, const std::string& architecture,
+                   const PlanStore& store, Names command) {
+    std::vector<Plan> plans = store.newest(graph, "tensorrt");
+    std::string told;
+    std::size_t number = 0;
+    for (const Plan& plan : plans) {
+        PlanSpec wanted = plan.spec;
+        wanted.graph_sha256 = bundle.graph_sha256(graph), wanted.version = version, wanted.architecture = architecture;
+        wanted.flags["revision"] = tensorrt_revision;
+        std::string difference = wanted.difference(plan.spec);
+        if (difference.empty()) {
+            auto [found, reason] = store.find(plan.spec);
+            if (found) return *found;
+            append(command, setting_options(plan.spec)), append(command, range_options(bundle, profile_of(plan.spec)));
+            throw backend_error("the plan of '", graph, "' cannot be used: ", reason.empty() ? plan.path.filename().string() + " is gone" : reason,
+                                "; build it again: ", command_line(command));
+        }
+        if (number++ < most_named) told += cat(told.empty() ? "" : "; ", plan.path.filename().string(), ": ", difference);
+    }
+    if (number > most_named) told += cat("; and ", number - most_named, " more");
+    if (number) append(command, setting_options(plans[0].spec)), append(command, range_options(bundle, profile_of(plans[0].spec)));
+    throw backend_error("tensorrt needs a plan of '", graph, "', and ",
+                        number ? cat("those there do not fit (", told, ")") : cat("there is none in ", store.folder().string()),
+                        "; build it: ", command_line(command));
+}
+
+std::string beyond(const Bundle& bundle, const PlanSpec& spec, const Sizes& sizes, Names command) {
+    Profile profile = profile_of(spec), wider = profile;
+    std::string told;
+    for (const auto& [symbol, size] : sizes) {
+        const Range& range = profile.at(symbol);
+        if (size >= range.low && size <= range.high) continue;
+        std::string known = range.low == range.high ? std::to_string(range.low) : cat(range.low, ":", range.best, ":", range.high);
+        told += cat(told.empty() ? "" : " and ", symbol, " ", known, ", not for ", size);
+        wider[symbol] = {std::min(range.low, size), range.best, std::max(range.high, size)};
+    }
+    if (told.empty()) return told;
+    append(command, setting_options(spec)), append(command, range_options(bundle, wider));
+    return cat("graph '", spec.graph, "': the plan was compiled for ", told, "; build a wider one: ", command_line(command));
+}
+
 Names size_options(const Bundle& bundle, const Sizes& sizes) {
     const auto& latents = bundle.latents;
-    std::int64_t scale = latents.vae_scale_factor, length = bundle.text.length;
-    const struct {
-        const char *symbol, *option;
-        std::int64_t usual, factor, divisor;
-    } known[] = {{"height", "--height", latents.height, scale, 1},
-                 {"width", "--width", latents.width, scale, 1},
-                 {"tokens", "--windows", length, 1, length},
-                 {"image_height", "--image-height", latents.height * scale, 1, 1},
-                 {"image_width", "--image-width", latents.width * scale, 1, 1}};
+    std::int64_t scale = latents.vae_scale_factor;
+    const Sizes usual{{"height", latents.height}, {"width", latents.width}, {"tokens", bundle.text.length},
+                      {"image_height", latents.height * scale}, {"image_width", latents.width * scale}};
     Names options;
-    for (const auto& [symbol, option, usual, factor, divisor] : known)
-        if (auto size = sizes.find(symbol); size != sizes.end() && size->second != usual)
-            options.insert(options.end(), {option, std::to_string(size->second * factor / divisor)});
+    for (const Symbol& symbol : symbols(bundle))
+        if (auto size = sizes.find(symbol.name); size != sizes.end() && usual.count(symbol.name) && size->second != usual.at(symbol.name))
+            append(options, {symbol.option, std::to_string(size->second * symbol.divisor / symbol.usual)});
     return options;
 }
 

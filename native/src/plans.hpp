@@ -37,6 +37,8 @@ public:
     // The plans of a graph for a backend, the newest first; not verified. Those whose sidecar cannot be read are left out.
     std::vector<Plan> newest(const std::string& graph, const std::string& backend) const;
 
+    const std::filesystem::path& folder() const { return folder_; }
+
 private:
     Found look(const PlanSpec& spec) const;
     std::string nearest_to(const PlanSpec& spec) const;
@@ -54,6 +56,23 @@ Sizes with_beams(const Sizes& sizes);   // `beams` too, where there are any
 
 // What plans of a graph there are, by the sizes that they have fixed, the newest first; not verified.
 std::vector<std::pair<Sizes, PlanSpec>> cuda_plans(const Bundle& bundle, const std::string& graph, const PlanStore& store);
+
+// The sizes that a plan of TensorRT was compiled for: of each symbol the smallest, the best and the largest.
+struct Range {
+    std::int64_t low, best, high;
+};
+using Profile = std::map<std::string, Range>;
+Profile profile_of(const PlanSpec& spec);  // throws bundle_error when it was edited
+
+// The newest plan of the backend `tensorrt` of this very graph, by this version, for this GPU; its sizes and settings are
+// those that it was built with. Verified. `command` is the `dnp build` of plans for the bundle. Throws backend_error where
+// none fits, with what is there, what differs and what builds one; and for a plan that is damaged.
+Plan tensorrt_plan(const Bundle& bundle, const std::string& graph, const std::string& version, const std::string& architecture,
+                   const PlanStore& store, Names command);
+
+// What is said of sizes that a plan of TensorRT does not take, with the command that builds one which takes them besides;
+// empty when there are none.
+std::string beyond(const Bundle& bundle, const PlanSpec& spec, const Sizes& sizes, Names command);
 
 // The options of `dnp build` that ask for a plan for these sizes of a graph, where they are not the bundle's own.
 Names size_options(const Bundle& bundle, const Sizes& sizes);

@@ -1,7 +1,5 @@
-// Sessions: one graph opened in ONNX Runtime, with named buffers of our own that it reads and writes in place.
-//
-// The library is loaded when the first pipeline is opened, and never linked: programs that embed libdnp bring the
-// version they want, from 1.21 on. Nothing else here knows ONNX Runtime.
+// Sessions: one graph, with named buffers of our own that a library reads and writes in place. Libraries are loaded when
+// a pipeline is opened that needs them, and never linked: programs that embed libdnp bring the versions they want.
 #pragma once
 
 #include <atomic>
@@ -14,7 +12,6 @@
 
 #include "bundle.hpp"
 #include "gpu.hpp"
-#include "plans.hpp"
 
 namespace dnp::core {
 
@@ -22,24 +19,24 @@ using Warnings = std::vector<std::pair<std::string, std::string>>;  // a sentenc
 
 // How graphs are run.
 struct Engine {
-    std::string backend = "cpu";  // or cuda
+    std::string backend = "cpu";  // or cuda, tensorrt
     std::string library;          // path of libonnxruntime.so; empty: $DNP_ONNXRUNTIME, or where the system finds it
     std::string plans;            // folder of plans; empty: plans/ in the bundle
     int threads = 0;              // to compute with; 0: every physical core that this process may use
     int device = 0;               // number of the GPU
-    std::shared_ptr<Gpu> gpu;     // of the backend cuda, from `start` on
+    std::shared_ptr<Gpu> gpu;     // of a backend on one, from `start` on
 
     std::shared_ptr<Warnings> warnings = std::make_shared<Warnings>();  // what users should know, noted by whoever sees it
     void warn(const std::string& topic, const std::string& message) const;
 
-    std::shared_ptr<double> inside = std::make_shared<double>(0);  // seconds in ONNX Runtime's runs so far
+    std::shared_ptr<double> inside = std::make_shared<double>(0);  // seconds in the library's runs so far
 
     std::filesystem::path plan_folder(const Bundle& bundle) const;
     Names build_command(const Bundle& bundle) const;  // `dnp build`, of plans for it
 };
 
-// Loads ONNX Runtime unless it is there, and finds the GPU where the backend has one. Throws backend_error when the
-// library is not found, too old, without the backend, or another one than the process has already.
+// Loads the library of the backend unless it is there, and finds the GPU where the backend has one. Throws backend_error
+// when the library is not found, too old, without the backend, or another one than the process has already.
 void start(Engine& engine);
 
 // Stops runs from other threads. After `create`, all members may be called at any time, `reset` only while nothing runs.
@@ -47,15 +44,15 @@ class Stop {
 public:
     Stop();
     ~Stop();
-    void create();  // once ONNX Runtime is loaded
+    void create();  // once the backend's library is loaded
     void request();
     void reset();
     bool requested() const { return requested_; }
 
 private:
-    friend class Session;
+    friend class OnnxRuntime;
     struct Options;
-    std::unique_ptr<Options> options_;
+    std::unique_ptr<Options> options_;  // where ONNX Runtime is
     std::atomic<bool> requested_{false};
 };
 
@@ -112,6 +109,24 @@ private:
     enum class Newer { neither, host, device } newer_ = Newer::neither;
 };
 
+class Session;
+
+// A graph as one library has opened it, to run on the buffers of a session.
+class Runner {
+public:
+    virtual ~Runner() = default;
+    virtual std::string runs_on() const = 0;  // as the library itself says
+    virtual std::int64_t fit(const std::string& symbol, std::int64_t size) const = 0;  // see Session
+
+    // The largest size that it takes, which buffers have from the first on, so that they never move; 0 where it takes any.
+    virtual std::int64_t largest(const std::string& symbol) const = 0;
+    virtual void check(const Sizes& sizes) const = 0;  // throws settings_error, with what to build, for those that it does not take
+    virtual void choose(const Sizes& sizes) = 0;       // gets ready for them, which are checked
+
+    // Starts the work, and waits for it where that is not on a GPU. Throws as Session::run.
+    virtual void run(Session& session, Stop& stop) = 0;
+};
+
 // Not for several threads at once.
 class Session {
 public:
@@ -119,42 +134,42 @@ public:
     Session(const Bundle& bundle, const std::string& graph, const Engine& engine);
     ~Session();
 
+    const Graph& graph() const { return graph_; }
+    const Sizes& sizes() const { return sizes_; }  // of every symbol of the graph
     Buffer& input(const std::string& name);
     Buffer& output(const std::string& name);
 
     void feed_back(const std::string& into, const std::string& output);  // each run ends with the input taking it over
     void alias(const std::string& name, Buffer& buffer);                 // reads another session's buffer in place
-    void reshape(const Sizes& sizes);                                    // of every symbol of the graph
+    void reshape(const Sizes& sizes);
     void run(Stop& stop);  // throws Code::cancelled when stopped, backend_error when the graph cannot be run
 
     // The size to run `size` at, of what may be filled up: on a GPU one of few, each of which is captured.
-    std::int64_t fit(std::int64_t size) const;
+    std::int64_t fit(const std::string& symbol, std::int64_t size) const { return runner_->fit(symbol, size); }
+    std::int64_t at_most(const std::string& symbol, std::int64_t size) const;  // or the largest that is taken
+    void check(const Sizes& sizes) const { runner_->check(sizes); }  // of some symbols, before there is any work on them
 
-    const std::string& runs_on() const { return runs_on_; }  // what really runs it, as the library itself says
+    std::string runs_on() const { return runner_->runs_on(); }
 
 private:
-    struct File;
-    using State = std::vector<std::int64_t>;
-    File& opened(const Sizes& fixed);
-    std::unique_ptr<File> open_plan(const Sizes& fixed, const PlanSpec& spec);
-    std::unique_ptr<File> open_graph(const std::filesystem::path& path, const Sizes& fixed, bool planned);
-    void check(const File& file, const std::filesystem::path& path, const Sizes& fixed) const;
-    void choose(const Sizes& sizes);
-    State state();
-    void bind_all(File& file);
-
-    const Bundle& bundle_;
     const Graph graph_;
     const Engine engine_;
     std::map<std::string, Buffer> inputs_, outputs_;
     std::map<std::string, Buffer*> aliased_;
     std::map<std::string, std::string> fed_back_;
     Sizes sizes_;
-    std::string runs_on_;
-    std::vector<std::pair<Sizes, PlanSpec>> plans_;  // by the sizes that they have fixed, the newest first
-    std::map<Sizes, std::unique_ptr<File>> files_;   // that are open, by the same; none for the graph itself
-    File* file_ = nullptr;                           // for the present sizes
+    std::unique_ptr<Runner> runner_;  // goes first
 };
+
+// For the libraries.
+void start_onnxruntime(Engine& engine);
+void start_tensorrt(Engine& engine);
+std::unique_ptr<Runner> open_onnxruntime(const Bundle& bundle, const Graph& graph, const Engine& engine);
+std::unique_ptr<Runner> open_tensorrt(const Bundle& bundle, const Graph& graph, const Engine& engine);
+
+// Holds the names, dtypes, ranks and sizes that a library found in a file (sizes below 0: any) against the manifest's.
+void check_signature(const std::string& path, const Signature& declared, const Sizes& fixed, const Signature& found);
+std::string described(const Sizes& sizes);
 
 template <class T>
 void Buffer::fill(const std::vector<T>& values) {

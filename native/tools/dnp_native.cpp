@@ -26,7 +26,7 @@ constexpr const char* usage =
     "\n"
     "A SETTING is one of Request: --seed 7, --steps 20, --sampler euler, --dns-guidance 1.5, --dnp false, and so on.\n"
     "--onnxruntime FILE names ONNX Runtime's library, --plans FOLDER where plans are, --threads N how many threads compute;\n"
-    "--backend cuda runs on an NVIDIA GPU, --device N on another than the first.\n"
+    "--backend cuda or tensorrt runs on an NVIDIA GPU, --device N on another than the first.\n"
     "--json FILE keeps all that a result tells, and the most memory that the process had.\n";
 
 constexpr const char* options[] = {"backend", "device", "onnxruntime", "plans", "threads"};  // of dnp_open

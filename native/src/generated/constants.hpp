@@ -38,7 +38,9 @@ constexpr std::int64_t max_beams = 16;
 constexpr std::int64_t max_characters = 100000;
 constexpr std::int64_t max_side = 32768;
 constexpr std::int64_t usual_steps = 128;
+constexpr std::int64_t beams_at_most = 4;
 constexpr std::int64_t cuda_revision = 2;
+constexpr std::int64_t tensorrt_revision = 1;
 constexpr std::int64_t oldest_gpu = 75;
 
 }  // namespace dnp::core
