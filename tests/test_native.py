@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import product
@@ -554,10 +555,23 @@ def test_requests_are_resolved_or_refused_as_python_does(probe, settings):
 
 
 @pytest.fixture(scope="session")
-def dnp_native(built, tmp_path_factory):
-    """The package for Python, with the library beside it as in the wheel."""
-    folder = shutil.copytree(ROOT / "native" / "python" / "dnp_native", tmp_path_factory.mktemp("wheel") / "dnp_native")
-    (folder / "libdnp.so").symlink_to(built / "libdnp.so")
+def wheel(built, tmp_path_factory):
+    """The package for Python, made as ``pip wheel ./native`` makes it, of what is compiled already."""
+    folder = tmp_path_factory.mktemp("wheel")
+    kept = [f"cmake.define.{option}=ON" for option in ("DNP_TOOLS", "DNP_EXAMPLES", "BUILD_TESTING")]
+    options = [f"--config-settings={option}" for option in (f"build-dir={BUILD}", *kept)]
+    pip = [sys.executable, "-m", "pip", "wheel", ROOT / "native", "--no-deps", "--no-build-isolation"]
+    run(*pip, "--wheel-dir", folder, *options, env={**os.environ, "CMAKE_GENERATOR": "Unix Makefiles"})
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="session")
+def dnp_native(wheel, tmp_path_factory):
+    """The package, as an installer unpacks it."""
+    folder = tmp_path_factory.mktemp("installed") / "dnp_native"
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(folder.parent)
     spec = importlib.util.spec_from_file_location("dnp_native", folder / "__init__.py")
     module = sys.modules["dnp_native"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -1085,6 +1099,13 @@ def test_structs_without_their_size_are_refused(dnp_native, native):
         dnp_native.check(c.dnp_generate(None, b"{}", None, ctypes.byref(result)))
     dnp_native.check(c.dnp_close(None))
     assert c.dnp_error_message(None) == b"no error"
+
+
+def test_the_wheel_is_for_every_python(wheel):
+    assert re.fullmatch(r"dnp_native-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as files:
+        names = [name for name in files.namelist() if ".dist-info/" not in name]
+    assert sorted(names) == ["dnp_native/__init__.py", "dnp_native/libdnp.so"]
 
 
 def test_nothing_but_the_interface_is_exported(built, dnp_native):
