@@ -29,7 +29,7 @@ from dnp.export.families.tokenizer import prompt_tokenizers
 from dnp.export.fp16.precision import Precision, check_precision
 from dnp.export.fp16.ranges import RangeCheck, check_ranges
 from dnp.export.graph import GraphExport, GraphRecord, WrittenGraph, expect, finish_graph, write_graph
-from dnp.export.memory import PeakMemory, give_back
+from dnp.export.memory import PeakMemory, give_back, seldom_collected
 from dnp.runtime.sampling.samplers import check_defaults
 from dnp.runtime.sampling.schedule import NoiseSchedule
 
@@ -109,7 +109,7 @@ def export_bundle(
     started = time.perf_counter()
     out = Path(out).absolute()
     records: list[GraphRecord] = []
-    with PeakMemory() as memory, _without_bars():
+    with PeakMemory() as memory, seldom_collected(), _without_bars():
         exact = check_precision(precision)
         if ranges is not None and exact == "fp32":
             raise ExportError("only fp16 graphs have ranges to check; use precision fp16 (--precision fp16)")

@@ -1,5 +1,6 @@
 """Fixtures that several test modules share: tiny models of random weights, and pipelines on a stand-in for a GPU."""
 
+import gc
 import os
 import pickle
 import shutil
@@ -33,6 +34,12 @@ LONG = [
 def pytest_collection_modifyitems(items):
     place = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish():
+    """Python's collector need not go through the libraries' objects again and again: they stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
