@@ -100,7 +100,7 @@ class _OfEngines(Collector):
             "dnp_steps": ("Steps taken.", lambda status: status.counts["steps"]),
             "dnp_step_samples": ("Images in them, counted once a step.", lambda status: status.counts["samples"]),
             "dnp_requests_finished": ("Requests that gave images.", lambda status: status.counts["finished"]),
-            "dnp_negative_cache_hits": ("n* found before.", lambda status: status.hits),
+            "dnp_negative_cache_hits": ("n* found by another request.", lambda status: status.hits),
             "dnp_negative_cache_misses": ("n* found anew.", lambda status: status.misses),
         }
         for name, (text, value) in counters.items():

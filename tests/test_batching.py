@@ -257,6 +257,22 @@ def test_what_was_found_is_not_sampled_again(tmp_path):
         after.close()
 
 
+def test_what_is_being_found_is_not_sampled_again(batcher, pipeline):
+    """Nor is it counted as anything but a hit. Where nothing is kept, each finds its own."""
+    requests = [Request(PROMPT, seed=21, steps=2, dns_steps=9, max_length=8, guidance=w) for w in (4.0, 1.0, 2.0)]
+    expected = [pipeline.run(request) for request in requests]
+    for found, expect in zip([batcher.submit(request) for request in requests], expected, strict=True):
+        same(found.result(60), expect)
+        assert "dns" in found.result().seconds
+    with dnp.Pipeline.open() as shared, Batcher(shared, BatchOptions(samples=2, negatives=NegativeCache())) as keeps:
+        found = [ticket.result(60) for ticket in [keeps.submit(request) for request in requests]]
+        status = keeps.status
+    for one, expect in zip(found, expected, strict=True):
+        same(one, expect)
+    assert ["dns" in one.seconds for one in found] == [True, False, False]
+    assert (status.hits, status.misses) == (2, 1)
+
+
 def test_a_cache_is_bounded_and_distrusts_its_folder(tmp_path):
     from dnp.runtime.batching.negatives import Found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -100,6 +102,14 @@ def request(seeds, calls=(3, 4), size=64):
     return (yield sampling("final", seeds, calls[1], size, texts)), texts
 
 
+def finding(found, seeds, calls=(3, 4), size=64):
+    """The same, with DNS seeds of its own: whoever has them wants the same images."""
+    keys = list(map(str, found))
+    images = yield replace(sampling("dns", found, calls[0], size), keys=keys)
+    texts = yield Captioning(images, SETTINGS, keys)
+    return (yield sampling("final", seeds, calls[1], size, texts)), texts, images
+
+
 class World:
     def __init__(self, places=3, broken=lambda name, about: None):
         self.stages = Stages(broken)
@@ -131,9 +141,9 @@ class World:
         return [about for called, about in self.stages.log if called == name]
 
 
-def alone(seeds, calls=(3, 4), size=64):
+def alone(*settings, work=request):
     world = World()
-    world.add(0, request(seeds, calls, size))
+    world.add(0, work(*settings))
     world.run()
     return world.ended[0][0]
 
@@ -180,6 +190,167 @@ def test_whoever_comes_and_goes_each_gets_its_own_or_the_error_that_is_its_own(p
         else:
             assert isinstance(error, Cancelled | DeadlineExceeded)
             assert (requests[number][4] < NEVER) or stops[number]
+
+
+some_finding = st.tuples(
+    st.lists(st.integers(1, 3), min_size=1, max_size=3, unique=True), st.tuples(st.integers(2, 3), st.integers(1, 3)),
+    st.sampled_from([64, 64, 64, 96]), st.integers(-1, 1), st.sampled_from([NEVER, NEVER, 12.0]), st.integers(0, 8),
+    st.integers(0, 12),
+)  # fmt: skip
+
+
+@given(st.integers(1, 4), st.lists(some_finding, min_size=2, max_size=8), st.sets(st.integers(0, 80), max_size=4))
+def test_what_several_want_is_made_once_at_a_time_and_each_gets_its_own(places, requests, broken):
+    """At random: who wants the same as whom, when each comes, is late, cancelled, and which calls fail."""
+    calls = itertools.count()
+    world = World(places, lambda name, about: OSError("broken") if next(calls) in broken else None)
+    stops, settings = {}, {}
+    for tick in range(25):
+        for number, (found, counts, size, priority, deadline, comes, stopped) in enumerate(requests):
+            if tick == comes:
+                dns = [seed + 10 * counts[0] + size for seed in found]  # of equal settings alone the same
+                settings[number] = dns, [1000 * (number + 1) + image for image in range(len(dns))], counts, size
+                stops[number] = False
+                world.add(
+                    number, finding(*settings[number]), priority=priority, deadline=world.stages.now + deadline,
+                    previews=number % 2, stopped=lambda number=number: stops[number],
+                )  # fmt: skip
+            if tick == comes + stopped and stopped:
+                stops[number] = True
+        world.core.tick()
+    world.run()
+    assert len(world.ended) == len(requests)
+    for number, (result, error) in world.ended.items():
+        if error is None:
+            same(result, alone(*settings[number], work=finding))
+        else:
+            assert isinstance(error, Cancelled | DeadlineExceeded | OSError)
+            assert isinstance(error, OSError) <= bool(broken)
+    for name in ("step", "caption"):
+        assert all(len(made) == len(set(made)) for made in world.order(name))
+
+
+def test_what_one_has_begun_is_made_for_all_who_want_it():
+    world = World(places=2)
+    world.add("a", finding([1], [100]))
+    world.core.tick()
+    world.add("b", finding([1], [200], (3, 2)))
+    world.add("c", finding([1, 2], [300, 301]))
+    world.run()
+    assert world.order("join").count(1) == 1
+    assert world.order("caption") == [[1]] * 4 + [[1, 2]] * 4
+    for name, seeds, calls in (("a", [100], (3, 4)), ("b", [200], (3, 2))):
+        same(world.ended[name][0], alone([1], seeds, calls, work=finding))
+    same(world.ended["c"][0], alone([1, 2], [300, 301], work=finding))
+    assert not np.shares_memory(*(world.ended[name][0][2] for name in "ab"))
+
+
+@pytest.mark.parametrize("found", [[1], [1, 2]])
+def test_whenever_the_second_comes_nothing_is_made_twice(found):
+    """Until n* is found, after which it is kept elsewhere: while it is sampled, decoded, and captioned."""
+    for ticks in itertools.count():
+        world = World(places=1)
+        first = world.add("first", finding(found, [100, 101][: len(found)], (2, 20)))
+        for _ in range(ticks):
+            world.core.tick()
+        if isinstance(first.want, Sampling) and first.want.phase == "final":
+            break
+        settings = found, [200, 201][: len(found)], (2, 20)
+        world.add("second", finding(*settings))
+        world.run()
+        assert [world.order("join").count(seed) for seed in found] == [1] * len(found)
+        assert sorted(itertools.chain(*world.order("caption"))) == sorted(found * 4)
+        same(world.ended["second"][0], alone(*settings, work=finding))
+        assert not np.shares_memory(*(world.ended[name][0][2] for name in ("first", "second")))
+    assert ticks > 5
+
+
+def test_what_has_no_key_is_made_for_each():
+    world = World(places=2)
+    for name in "ab":
+        world.add(name, request([1]))
+    world.run()
+    assert world.order("join") == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "late", "join", "step", "decode", "caption"])
+def test_who_follows_one_that_ends_is_answered_all_the_same(ends):
+    """At whatever point the first one ends, and however: the error is its own."""
+    stop, failed = [], []
+
+    def broken(name, about):
+        if name == ends and not failed:
+            failed.append(name)
+            return OSError("of the first")
+        return None
+
+    for ticks in range(8):
+        stop.clear()
+        failed.clear()
+        world = World(places=2, broken=broken)
+        deadline = ticks + 0.5 if ends == "late" else NEVER
+        world.add("first", finding([1], [100]), deadline=deadline, stopped=lambda: stop)
+        world.add("second", finding([1], [200]))
+        for _ in range(ticks):
+            world.core.tick()
+        if ends == "cancelled":
+            stop.append(True)
+        world.run()
+        kind = {"cancelled": Cancelled, "late": DeadlineExceeded}.get(ends, OSError)
+        assert isinstance(world.ended["first"][1], kind)
+        same(world.ended["second"][0], alone([1], [200], work=finding))
+
+
+def test_a_caption_that_fails_beside_others_ends_none_of_them():
+    """Nor whoever follows one of them that has ended by then, and who waits for nobody but itself."""
+    stop, failures = [], iter([None, OSError("of both"), *[None] * 99])
+    world = World(places=2, broken=lambda name, about: next(failures) if name == "caption" else None)
+    world.add("a", finding([1], [100], (1, 1)), stopped=lambda: stop)
+    world.add("b", finding([2], [200], (1, 9)))
+    while not world.order("caption"):
+        world.core.tick()
+    assert world.order("caption") == [[1, 2]]
+    world.add("c", finding([1], [300], (1, 1)))
+    stop.append(True)
+    world.run()
+    assert isinstance(world.ended["a"][1], Cancelled)
+    same(world.ended["b"][0], alone([2], [200], (1, 9), work=finding))
+    same(world.ended["c"][0], alone([1], [300], (1, 1), work=finding))
+    assert list(world.ended).index("c") < list(world.ended).index("b")
+
+
+@pytest.mark.parametrize("ticks", range(6))
+def test_a_picture_on_the_way_is_nothing_to_follow(ticks):
+    """It may be decoded when the image is there already."""
+    world = World(places=3)
+    world.add("long", iter_once([9], 99))
+    world.add("first", finding([1], [100], (1, 30)), previews=1)
+    for _ in range(ticks):
+        world.core.tick()
+    world.add("second", finding([1], [200], (1, 2)))
+    world.run()
+    assert list(world.ended) == ["second", "first", "long"]
+
+
+def test_nobody_waits_for_the_turn_of_another():
+    """What is only queued is not followed: the more urgent one begins, before what is in between, and is followed."""
+    world = World(places=1)
+    world.add("busy", iter_once([9], 3))
+    world.core.tick()
+    world.add("low", finding([1], [100]), priority=-1)
+    world.add("other", iter_once([8], 3))
+    world.add("high", finding([1], [200]), priority=1)
+    world.run()
+    assert world.order("join") == [9, 1, 8, 200, 100]
+
+
+def test_a_piece_is_had_when_it_is_made_not_when_all_of_the_first_ones_are():
+    world = World(places=1)
+    world.add("many", finding([1, 2, 3], [100, 101, 102]))
+    world.core.tick()
+    world.add("one", finding([1], [200]), priority=1)
+    world.run()
+    assert world.order("join")[:3] == [1, 2, 200]  # the caption was made beside the second one
 
 
 def test_one_step_is_of_all_that_are_in_whatever_their_phase():

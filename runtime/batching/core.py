@@ -21,7 +21,7 @@ import numpy.typing as npt
 from dnp.engine.errors import DnpError
 from dnp.runtime.batching.events import Picture
 from dnp.runtime.batching.stages import Room, Stages
-from dnp.runtime.batching.tasks import Task, Tasks
+from dnp.runtime.batching.tasks import Piece, Task, Tasks
 from dnp.runtime.batching.work import Captioning, Sampling
 from dnp.runtime.result import Step
 
@@ -32,32 +32,27 @@ TURN: Final = 32  # steps that samples of one room may go on joining while one o
 
 
 @dataclass(eq=False)
-class _Seat:
+class _Seat(Piece):
     """A sample in a place."""
 
-    task: Task
-    number: int
     want: Sampling
     due: list[int]  # calls after which a picture is due, the next one last
 
 
 @dataclass(eq=False)
-class _Kept:
+class _Kept(Piece):
     """Latents in a slot: of a finished image, or for a picture on the way."""
 
-    task: Task
-    number: int
     want: Sampling
     slot: int
     preview: int | None = None
 
 
 @dataclass(eq=False)
-class _Seen:
+class _Seen(Piece):
     """An image that is being captioned."""
 
-    task: Task
-    number: int
+    want: Captioning
 
 
 class Core:
@@ -76,7 +71,7 @@ class Core:
         observe: Callable[[str, float], object] = lambda name, value: None,
     ) -> None:
         self._stages, self._clock, self._observe = stages, clock, observe
-        self._tasks = Tasks(room_of, self._free, clock, observe)
+        self._tasks = Tasks(room_of, self._under_way, self._free, clock, observe)
         self.lock = threading.Lock()
         self.steps = self.samples = 0
         self.reset()
@@ -146,6 +141,7 @@ class Core:
             if task is None or place is None or (passing and self._turn <= 0):
                 break
             self._seats[place] = joining[place] = self._seat(task)
+            self._tasks.follow(self.tasks)
         self._turn -= passing
         if joining:
             self._join(joining)
@@ -157,6 +153,10 @@ class Core:
         calls, count = want.table.calls, task.previews
         due = [calls - calls * (number + 1) // (count + 1) for number in range(count)]  # calls that are then left
         return _Seat(task, self._tasks.placed(task), want, due[::-1])
+
+    def _under_way(self) -> list[Piece]:
+        """What is being sampled or decoded, and what is being captioned."""
+        return [*self._seats.values(), *(kept for kept in self._kept if kept.preview is None), *self._seen]
 
     def _open(self, task: Task) -> None:
         assert task.room is not None
@@ -304,15 +304,14 @@ class Core:
                 self._decoded(kept, image)
 
     def _decoded(self, kept: _Kept, image: Pixels) -> None:
-        task = kept.task
         if image.min() == image.max():
             error = DnpError(
                 f"the {kept.want.phase} image of seed {kept.want.seeds[kept.number]} is one flat colour, as when a "
                 "decoder overflows in fp16; use a bundle of higher precision, or export it with --check-ranges"
             )
-            self._tasks.end(task, None, error)
+            self._tasks.end(kept.task, None, error)
             return
-        self._tasks.give(task, kept.number, image)
+        self._tasks.give([(kept, image)])
 
     def _describe(self) -> None:
         """Caption images that want it, of the first task and others with the same settings: a token or more.
@@ -354,10 +353,11 @@ class Core:
             if len(self._seen) == most:
                 break
             if task.want.settings == first.settings and task.want.images.shape[1:] == size:
-                self._tasks.begin(task)
                 while task.waiting and len(self._seen) < most:
-                    self._seen.append(_Seen(task, task.waiting.pop(0)))
-        images = [seen.task.want.images[seen.number] for seen in self._seen]  # type: ignore[union-attr]
+                    self._tasks.begin(task)
+                    self._seen.append(_Seen(task, task.waiting.pop(0), task.want))
+                    self._tasks.follow(self.tasks)
+        images = [seen.want.images[seen.number] for seen in self._seen]
         whole = len(images) == len(first.images) and all(seen.task is waiting[0] for seen in self._seen)
         try:
             self._tokens = self._stages.caption(first.images if whole else np.stack(images), first.settings)
@@ -373,20 +373,18 @@ class Core:
         self._seen, self._tokens = [], None
         for task in tasks:
             task.spent("caption", spent)
-        for one, text in zip(seen, texts, strict=True):
-            if one.task in tasks:
-                self._tasks.give(one.task, one.number, text)
+        self._tasks.give(list(zip(seen, texts, strict=True)))
 
     def _not_described(self, error: Exception) -> None:
-        """What failed for several is tried again for each alone."""
-        tasks, seen = self._described_now(), self._seen
-        self._seen, self._tokens = [], None
-        if len(tasks) == 1:
-            self._tasks.end(tasks[0], None, error)
+        """What failed for several is tried again for each alone, also where all but one have ended by now."""
+        seen, self._seen, self._tokens = self._seen, [], None
+        if len({one.task for one in seen}) == 1:
+            self._tasks.end(seen[0].task, None, error)
             return
         for one in seen:
             one.task.waiting.append(one.number)
             one.task.alone = True
+        self._tasks.release()
 
     def _free(self, task: Task) -> None:
         """Nothing more is done about a task."""

@@ -45,7 +45,7 @@ class NegativeCache:
     beyond ``disk`` MB. There each is a PNG with n* inside, to be looked at, and to be deleted at any time.
 
     Attributes:
-        hits, misses: how often one was there, and was not.
+        hits, misses: how often one was found for another request, before or meanwhile, and how often anew.
     """
 
     def __init__(self, memory: float = 256, folder: Path | None = None, disk: float = 4096) -> None:
@@ -70,11 +70,16 @@ class NegativeCache:
             self._remember(key, found)
         with self._lock:
             self.hits += found is not None
-            self.misses += found is None
         return found
 
     def put(self, key: str, found: Found, settings: Mapping[str, Any]) -> None:
         """Keep something, with ``settings`` in its picture. The disk is written by another thread."""
+        with self._lock:
+            known = key in self._found
+            self.hits += known
+            self.misses += not known
+        if known:
+            return
         self._remember(key, found)
         if self._writer is not None:
             self._writer.submit(self._write, key, found, settings)
@@ -123,14 +128,19 @@ class NegativeCache:
 
 
 class Kept:
-    """The part of a cache that is a job's, by the number of its image."""
+    """The part of a cache that is a job's, by the number of its image.
+
+    Attributes:
+        keys: of each image, equal for equal n*.
+    """
 
     def __init__(self, cache: NegativeCache, job: Job, made_with: Mapping[str, Any]) -> None:
         self._cache, self._job, self._made_with = cache, job, made_with
+        self.keys = tuple(self._key(seed) for seed in job.dns_seeds)
 
     def found(self) -> dict[int, Found]:
         """What was found before."""
-        found = {number: self._cache.get(self._key(number)) for number in range(self._job.images)}
+        found = {number: self._cache.get(key) for number, key in enumerate(self.keys)}
         return {number: known for number, known in found.items() if known is not None}
 
     def put(self, number: int, found: Found) -> None:
@@ -138,9 +148,9 @@ class Kept:
         job = self._job
         alone = replace(job.request, images=1, seed=job.seeds[number], dns_seed=job.dns_seeds[number])
         settings = {"request": alone.to_dict(), "negative": found.text, **self._made_with}
-        self._cache.put(self._key(number), found, settings)
+        self._cache.put(self.keys[number], found, settings)
 
-    def _key(self, number: int) -> str:
+    def _key(self, seed: int) -> str:
         settings = {name: getattr(self._job.request, name) for name in _SETTINGS}
-        whole = {**settings, "seed": self._job.dns_seeds[number], **self._made_with}
+        whole = {**settings, "seed": seed, **self._made_with}
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()

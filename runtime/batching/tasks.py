@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -12,7 +14,7 @@ import numpy as np
 from dnp.engine.errors import Cancelled, DeadlineExceeded
 from dnp.runtime.batching.events import Picture
 from dnp.runtime.batching.stages import Room
-from dnp.runtime.batching.work import Sampling, Want, Work
+from dnp.runtime.batching.work import Captioning, Sampling, Want, Work
 from dnp.runtime.result import Step
 
 AGEING: Final = 30.0  # seconds of waiting that weigh as much as one of priority
@@ -69,8 +71,38 @@ class Task:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
+@dataclass(eq=False)
+class Piece:
+    """An image that a task wants, or the caption of one, about which something is done."""
+
+    task: Task
+    number: int
+    want: Want
+
+    @property
+    def key(self) -> tuple[type, str] | None:
+        """Pieces of equal keys are the same; None is like no other."""
+        return _key(self.want, self.number)
+
+
+def _whole(task: Task) -> Any:
+    """What a task wanted, when it is made."""
+    if isinstance(task.want, Captioning):
+        return task.made
+    return task.made[0] if len(task.made) == 1 else np.concatenate(task.made)
+
+
+def _key(want: Want, number: int) -> tuple[type, str] | None:
+    return (type(want), want.keys[number]) if want.keys else None
+
+
 class Tasks:
     """The requests that are in.
+
+    What is being made for one is not made again for another: whoever wants the same follows it, or takes it where the
+    first has it and still waits for more. That goes for what is begun alone, so nobody waits for the turn of somebody
+    who comes later; and for a piece, not for a task, whose other pieces may have to wait. When it comes to nothing,
+    those that followed wait for their own turns as before.
 
     Attributes:
         all: of them.
@@ -79,13 +111,16 @@ class Tasks:
     def __init__(
         self,
         room_of: Callable[[Sampling], Room],
+        under_way: Callable[[], Iterable[Piece]],
         free: Callable[[Task], object],
         clock: Callable[[], float],
         observe: Callable[[str, float], object],
     ) -> None:
-        """``free`` is told of each that ends, before anybody hears of the outcome."""
-        self._room_of, self._free, self._clock, self._observe = room_of, free, clock, observe
+        """``under_way`` gives what is being made; ``free`` is told of each task that ends, before anybody else is."""
+        self._room_of, self._under_way, self._free = room_of, under_way, free
+        self._clock, self._observe = clock, observe
         self.all: list[Task] = []
+        self._following: list[Piece] = []
         self._share = 0  # how many images of a pass whoever joined had before it, at the most
 
     def add(self, task: Task) -> None:
@@ -133,17 +168,38 @@ class Tasks:
             task.begun = self._clock()
             self._observe("queue", task.begun - task.arrived)
 
-    def give(self, task: Task, number: int, made: Any) -> None:
-        """Give a task an image, uint8 ``[1, height, width, 3]``, or a caption that it wanted; after the last one it
-        says what it wants next.
+    def follow(self, tasks: Iterable[Task]) -> None:
+        """Have those of the tasks that wait for what is under way follow it."""
+        keys = {piece.key for piece in self._under_way()}
+        for task in tasks:
+            want = task.want
+            if want is None or not want.keys:
+                continue
+            same = [number for number in task.waiting if _key(want, number) in keys]
+            self._following += [Piece(task, number, want) for number in same]
+            task.waiting = [number for number in task.waiting if number not in same]
+
+    def release(self) -> None:
+        """Have those that follow what is no more under way wait for their own turns."""
+        keys = {piece.key for piece in self._under_way()}
+        for piece in [piece for piece in self._following if piece.key not in keys]:
+            self._following.remove(piece)
+            piece.task.waiting = sorted([*piece.task.waiting, piece.number])
+
+    def give(self, made: Sequence[tuple[Piece, Any]]) -> None:
+        """Give pieces, an image uint8 ``[1, height, width, 3]`` or a caption each, to their tasks and to those that
+        follow; whoever has all of them by now says what it wants next.
         """
-        task.made[number] = made
-        if any(made is None for made in task.made):
-            return
-        if isinstance(task.want, Sampling):
-            self._advance(task, made if len(task.made) == 1 else np.concatenate(task.made))
-        else:
-            self._advance(task, task.made)
+        by_key = {piece.key: what for piece, what in made}
+        following = [piece for piece in self._following if piece.key in by_key]
+        self._following = [piece for piece in self._following if piece not in following]
+        given = [*made, *((piece, copy(by_key[piece.key])) for piece in following)]
+        for piece, what in given:
+            if piece.want is piece.task.want:
+                piece.task.made[piece.number] = what
+        for task in dict.fromkeys(piece.task for piece, _ in given):
+            if task in self.all and all(what is not None for what in task.made):
+                self._advance(task, _whole(task))
 
     def _advance(self, task: Task, answer: Any) -> None:
         """Give a task what it wanted, and hear what it wants next."""
@@ -159,10 +215,29 @@ class Tasks:
         else:
             task.want, task.calls, task.taken = want, 0, 0
             task.waiting, task.made = list(range(count)), [None] * count
+            self.follow([task])
+            if want.keys:
+                self._take(task, want)
+
+    def _take(self, task: Task, want: Want) -> None:
+        """Give a task what others have of what it wants."""
+        had: dict[tuple[type, str] | None, Any] = {}
+        for other in self.all:
+            theirs = other.want
+            if theirs is None or not theirs.keys:
+                continue
+            if isinstance(theirs, Captioning):
+                had |= {(Sampling, key): image[None] for key, image in zip(theirs.keys, theirs.images, strict=True)}
+            had |= {_key(theirs, number): made for number, made in enumerate(other.made) if made is not None}
+        found = [number for number in task.waiting if _key(want, number) in had]
+        task.waiting = [number for number in task.waiting if number not in found]
+        if found:
+            self.give([(Piece(task, number, want), copy(had[_key(want, number)])) for number in found])
 
     def end(self, task: Task, result: Any, error: BaseException | None) -> None:
         """Free what a task holds, and tell it the outcome."""
         self.all.remove(task)
         self._free(task)
+        self.release()
         task.work.close()
         task.finish(result, error)

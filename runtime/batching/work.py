@@ -27,7 +27,8 @@ Pixels = npt.NDArray[np.uint8]
 class Sampling:
     """Images wanted of pairs (prompt, negative), each from a seed of its own, by one sampler table.
 
-    Gives uint8 ``[images, height, width, 3]``.
+    Gives uint8 ``[images, height, width, 3]``. Where there are ``keys``, one for each image, whoever wants images of
+    equal keys wants the same images, and one of them may be made for all.
     """
 
     phase: str
@@ -38,6 +39,7 @@ class Sampling:
     height: int
     width: int
     windows: int
+    keys: Sequence[str] = ()
 
     def texts(self, number: int) -> tuple[str, ...]:
         """What an image is conditioned on, by role: negative prompt and prompt; with Perp-Neg ∅ first."""
@@ -47,10 +49,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Captioning:
-    """Words wanted for images, uint8 ``[images, height, width, 3]``; gives a list of captions."""
+    """Words wanted for images, uint8 ``[images, height, width, 3]``; gives a list of captions. ``keys`` are as of
+    ``Sampling``.
+    """
 
     images: Pixels
     settings: CaptionSettings
+    keys: Sequence[str] = ()
 
 
 Want = Sampling | Captioning
@@ -119,13 +124,14 @@ def sampling(phase: str, job: Job, prompts: Sequence[str], negatives: Sequence[s
 
 
 def _negatives(job: Job, tell: Tell, kept: Kept | None) -> Work[tuple[Pixels, list[str]]]:
-    """Find n* of each image, but for those that were found before."""
+    """Find n* of each image, but for those that were found before; what others are finding now has the same key."""
     found = {} if kept is None else kept.found()
     missing = [number for number in range(job.images) if number not in found]
     if missing:
+        keys = [] if kept is None else [kept.keys[number] for number in missing]
         wanted = sampling("dns", job, [job.prompt] * len(missing), [""] * len(missing))
-        arrays = yield replace(wanted, seeds=[job.dns_seeds[number] for number in missing])
-        texts = yield Captioning(arrays, job.caption)
+        arrays = yield replace(wanted, seeds=[job.dns_seeds[number] for number in missing], keys=keys)
+        texts = yield Captioning(arrays, job.caption, keys)
         for number, image, text in zip(missing, arrays, texts, strict=True):
             if not text.strip():
                 raise DnpError(
