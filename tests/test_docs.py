@@ -40,6 +40,7 @@ NOT_RUN = {
     "apt-get install": "root",
     "native/get-headers.sh": "the network",
     "git clone": "the network",
+    "ldconfig": "root",
     "cmake": "minutes, and tests/test_native.py, which builds",
     "dnp-native": "a build: tests/test_native.py",
     "python benchmarks/quality/quality.py": "a CLIP model: tests/test_quality.py runs it with one of random weights",

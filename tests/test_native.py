@@ -1125,6 +1125,7 @@ def test_an_installed_library_is_found_by_cmake_and_pkg_config(built, tmp_path):
     run("cmake", "-S", "native/examples", "-B", tmp_path / "examples", f"-DCMAKE_PREFIX_PATH={prefix}")
     run("cmake", "--build", tmp_path / "examples")
     where = {**os.environ, "DNP_ONNXRUNTIME": str(ONNXRUNTIME)}
+    assert Bundle.default().fingerprint in run(prefix / "bin" / "dnp-native", "info", BUNDLE, env=where)
     told = run(tmp_path / "examples" / "example_c", BUNDLE, "a red circle", tmp_path / "image.ppm", env=where)
     assert json.loads(told)["request"]["seed"] == 7
     assert (tmp_path / "image.ppm").read_bytes().startswith(b"P6\n64 64\n255\n")
