@@ -395,12 +395,13 @@ def test_waiting_makes_urgent():
     assert world.order("join") == [3, 1, 2]
 
 
-def test_many_images_leave_places_to_others():
+@pytest.mark.parametrize("seconds", [NEVER, 600.0])  # a server gives every request a deadline
+def test_many_images_leave_places_to_others(seconds):
     world = World(places=2)
-    world.add("many", iter_once([20, 21, 22, 23, 24, 25, 26], 2))
+    world.add("many", iter_once([20, 21, 22, 23, 24, 25, 26], 2), deadline=seconds)
     world.core.tick()
     for seed in (1, 2):
-        world.add(seed, iter_once([seed], 2))
+        world.add(seed, iter_once([seed], 2), deadline=world.stages.now + seconds)
     world.run()
     assert world.order("join") == [20, 21, 1, 2, 22, 23, 24, 25, 26]
 

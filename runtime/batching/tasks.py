@@ -18,6 +18,7 @@ from dnp.runtime.batching.work import Captioning, Sampling, Want, Work
 from dnp.runtime.result import Step
 
 AGEING: Final = 30.0  # seconds of waiting that weigh as much as one of priority
+NEAR: Final = 120.0  # seconds: a deadline that is further away hurries nobody
 NEVER: Final = math.inf
 
 
@@ -148,12 +149,13 @@ class Tasks:
         return sorted(waiting, key=lambda task: self._order(task, now))
 
     def _order(self, task: Task, now: float) -> tuple[float, float, int, int]:
-        """The smallest comes first: by priority, aged by waiting; deadline; share; first come.
+        """The smallest comes first: by priority, aged by waiting; deadline, where it is near; share; first come.
 
         The first images of all come before the second ones: who comes while others are at their tenth is as they are.
         """
         aged = task.priority + math.floor((now - task.since) / AGEING)
-        return -aged, task.deadline, task.share + task.taken, task.number
+        deadline = task.deadline if task.deadline - now < NEAR else NEVER
+        return -aged, deadline, task.share + task.taken, task.number
 
     def placed(self, task: Task) -> int:
         """The image that the task waits for next has got a place. Returns its number."""
