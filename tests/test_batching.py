@@ -130,6 +130,50 @@ def test_a_pipeline_gives_futures(pipeline):
             same(ticket.result(60), pipeline(PROMPT, seed=seed, steps=2, dns_steps=2))
 
 
+def test_a_pipeline_that_is_busy_gives_futures_afterwards():
+    with dnp.Pipeline.open() as shared:
+        with shared.exclusive(), pytest.raises(DnpError, match="busy"):
+            shared.submit(Request(PROMPT))
+        assert shared.submit(Request(PROMPT, steps=1, dns_steps=1)).result(60).images
+
+
+def test_a_warm_up_that_fails_gives_the_pipeline_back_and_may_be_tried_again(monkeypatch):
+    before = threading.active_count()
+    with dnp.Pipeline.open() as pipeline:
+        batcher = Batcher(pipeline, BatchOptions(samples=1))
+        with monkeypatch.context() as broken:
+            broken.setattr(Stages, "decode", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                batcher.warm_up()
+        assert threading.active_count() == before
+        request = Request(PROMPT, steps=1, dns_steps=1)
+        assert pipeline.run(request).images
+        with batcher:
+            assert batcher.submit(request).result(60).images
+
+
+def test_closing_ends_a_warm_up(monkeypatch):
+    rehearse, begun, go_on = Stages.rehearse, threading.Event(), threading.Event()
+
+    def slow(stages, rows):
+        begun.set()
+        assert go_on.wait(60)
+        return rehearse(stages, rows)
+
+    monkeypatch.setattr(Stages, "rehearse", slow)
+    with dnp.Pipeline.open() as pipeline, ThreadPoolExecutor(2) as others:
+        batcher = Batcher(pipeline, BatchOptions(samples=1))
+        warming = others.submit(batcher.warm_up)
+        assert begun.wait(60)
+        closing = others.submit(batcher.close)
+        while batcher.status.state != "closed":
+            time.sleep(0.001)
+        go_on.set()
+        with pytest.raises(Cancelled, match="warmed up"):
+            warming.result(60)
+        closing.result(60)
+
+
 @pytest.fixture(scope="module", params=["cpu", "openvino"])
 def either(request):
     with dnp.Pipeline.open(backend=request.param, threads=1) as opened:

@@ -38,6 +38,7 @@ from dnp.engine.plans.product import PRODUCTS, Product
 from dnp.engine.plans.profile import Range
 from dnp.engine.plans.settings import BuildSettings
 from dnp.engine.plans.store import PlanStore
+from dnp.runtime.batching import Batcher, BatchOptions
 
 BACKENDS = {"tensorrt": TensorRtBackend, "tensorrt-rtx": TensorRtRtxBackend, "cuda": ort_cuda.CudaBackend}
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"
@@ -651,6 +652,28 @@ def test_more_sizes_can_be_captured_at_warm_up(open_pipeline, gpu, default_bundl
     if backend != "cuda":
         with pytest.raises(SettingsError, match=r"compiled for width 16:16:24, not for 32"):
             pipeline.warm_up(sizes=[(64, 128)])
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "cuda"])
+def test_an_engine_captures_in_the_thread_that_serves_and_allocates_nothing_later(open_pipeline, gpu, backend):
+    """ONNX Runtime keeps a captured run for the thread that made it."""
+    pipeline = open_pipeline(backend)
+    pipeline.warm_up()
+    with Batcher(pipeline, BatchOptions(samples=2)) as batcher:
+        numbers, before = set(gpu.ort.captured), gpu.counted()
+        beams = pipeline.graphs.captioner.widest
+        for more in ({}, {"images": 3}, {"beams": beams, "images": 2}, {"beams": 2, "images": 3}, {}):
+            since, runs = len(gpu.calls), len(gpu.ort.captured)
+            request = dnp.Request(prompt=PROMPT, **{**QUICK, **more})
+            assert len(batcher.submit(request).result(60).images) == more.get("images", 1)
+            replayed = gpu.counted(since)["launch"] if backend != "cuda" else len(gpu.ort.captured) - runs
+            assert replayed >= QUICK["steps"] + QUICK["dns_steps"], more
+        assert set(gpu.ort.captured) == numbers
+        for call in ("begin_capture", "malloc"):
+            assert gpu.counted()[call] == before[call], call
+    runs = len(gpu.ort.captured)
+    assert pipeline(PROMPT, **QUICK).images  # its owner's again, in the owner's thread
+    assert backend != "cuda" or len(gpu.ort.captured) > runs
 
 
 @pytest.mark.parametrize("ranges", [{"batch": Range(2, 2, 2)}, {"height": Range(96, 96, 128)}])

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, Protocol
@@ -138,15 +139,31 @@ class Batcher:
         """Open, capture and allocate everything, measure how many samples should share a step, and start to serve."""
         if self._state != "cold":
             return
-        with ExitStack() as failing:  # whatever goes wrong, the pipeline is its owner's again
-            failing.enter_context(self.pipeline.exclusive())
-            self._prepare()
-            self._holds = failing.pop_all()
-        self._made_with = self.pipeline.made_with
-        self._state = "serving"
-        self._thread = threading.Thread(target=self._serve, name="dnp-batcher", daemon=True)
+        self._holds.enter_context(self.pipeline.exclusive())
+        warm: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(warm,), name="dnp-batcher", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a library's threads do not survive the end of a process that runs it
+        try:
+            warm.result()
+        except BaseException:  # whatever went wrong, the pipeline is its owner's again
+            self.close()
+            self._state = "cold"
+            raise
+
+    def _run(self, warm: Future[None]) -> None:
+        """The thread: it does the warm-up too, so that what is captured is its own."""
+        try:
+            self._prepare()
+            self._made_with = self.pipeline.made_with
+            with self._wake:
+                self._require_open()
+                self._state = "serving"
+        except BaseException as error:
+            warm.set_exception(error)
+            return
+        warm.set_result(None)
+        self._serve()
 
     def _prepare(self) -> None:
         graphs = self.pipeline.graphs
@@ -159,19 +176,23 @@ class Batcher:
         ]
         for room in rooms:  # what grows has grown before anything is captured, for it moves
             self._stages.open(room)
+        graphs.captioner.reserve()
+        graphs.forget()
         graphs.warm_up(captioner=True, sizes=self.sizes)
         for room in rooms:
             self._warm(room)
 
     def _warm(self, room: Room) -> None:
         """Find out how many samples should share a step, and run everything once with so many."""
+        self._require_open()
         stages, size = self._stages, (room.height, room.width)
         if self.options.samples is None and size not in self._cap:
             stages.open(room)
             self._cap[size] = measure_cap(lambda count: stages.rehearse(2 * count), room.places)
         room = replace(room, places=self._cap.setdefault(size, room.places))
         job = self.pipeline.resolve(Request("a picture", dnp=False, steps=4, height=room.height, width=room.width))
-        settings = self.pipeline.graphs.captioner.settings()
+        captioner = self.pipeline.graphs.captioner
+        settings = [captioner.settings(beams=beams) for beams in (captioner.widest, 1)]
         rehearse(stages, room, self.pipeline.bundle.guidance.roles, settings)
         if room.places > 1:
             wanted = sampling("final", job, ["a picture"] * room.places, [""] * room.places)
@@ -250,6 +271,7 @@ class Batcher:
             self._wake.notify_all()
         if self._thread is not None:
             self._thread.join()
+            self.pipeline.graphs.forget()
         self._holds.close()
 
     def __enter__(self) -> Batcher:
@@ -298,6 +320,10 @@ class Batcher:
         self.pipeline.graphs.require_open()
         check_served(job, self.sizes, self.options.windows, self.options.steps)
         self.pipeline.graphs.validate(job)
+
+    def _require_open(self) -> None:
+        if self._state == "closed":
+            raise Cancelled("the engine was closed while it warmed up")
 
     def _require_serving(self) -> None:
         if self._state == "cold":

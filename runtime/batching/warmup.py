@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -39,7 +39,7 @@ def measure_cap(seconds_of: Callable[[int], float], most: int, clock: Callable[[
     return min(count for count, rate in rates.items() if rate >= CLOSE * max(rates.values()))
 
 
-def rehearse(stages: Stages, room: Room, roles: int, settings: CaptionSettings) -> None:
+def rehearse(stages: Stages, room: Room, roles: int, settings: Sequence[CaptionSettings]) -> None:
     """Run what a request of this room may run, at every size, so that nothing is compiled or allocated later."""
     slots = stages.open(room)
     for rows in range(roles * room.places, 0, -1):
@@ -47,9 +47,10 @@ def rehearse(stages: Stages, room: Room, roles: int, settings: CaptionSettings) 
     stages.open(room)
     stages.keep(0, slots - 1, clean=False)
     image = stages.decode(slots - 1)
-    for count in range(stages.captioned(settings.beams), 0, -1):
-        for _ in stages.caption(np.repeat(image, count, 0), settings):
-            pass
+    for captions in settings:
+        for count in range(stages.captioned(captions.beams), 0, -1):
+            for _ in stages.caption(np.repeat(image, count, 0), captions):
+                pass
 
 
 def measure_company(stages: Stages, room: Room, wanted: Sampling) -> int:

@@ -66,9 +66,8 @@ class Captioner:
         """
         spec = self._spec
         most = spec.max_length if max_length is None else max_length
-        room = self._step.limits.nearest("sequences", MAX_BEAMS)
         for name, value, low, high in (
-            ("beams", beams, 1, min(MAX_BEAMS, room, max(1, (spec.vocab - 1) // 2))),
+            ("beams", beams, 1, self.widest),
             ("max_length", most, 2, spec.length),
             ("min_length", min_length, 0, most),
         ):
@@ -81,6 +80,20 @@ class Captioner:
                 f"{most} tokens, the begin token included: shorten it, or raise max_length (up to {spec.length})"
             )
         return CaptionSettings(beams, prefix, min_length, most)
+
+    @property
+    def widest(self) -> int:
+        """The most beams that there can be."""
+        return min(self._sequences, max(1, (self._spec.vocab - 1) // 2))
+
+    @property
+    def _sequences(self) -> int:
+        """The most at once: what one image may have of beams, so that several with beams need no more room."""
+        return min(MAX_BEAMS, self._step.limits.nearest("sequences", MAX_BEAMS))
+
+    def reserve(self) -> None:
+        """Make room for the most sequences, so that nothing has to grow later."""
+        self._step.reshape(sequences=self._sequences, images=self._step.limits.nearest("images", 1))
 
     def capture(self, batches: Sequence[int], sizes: Sequence[tuple[int, int]], most: int) -> None:
         """Capture greedy captions of so many images at once, of each of ``sizes``, with room for ``most`` images.
@@ -116,8 +129,7 @@ class Captioner:
 
     def most(self, beams: int) -> int:
         """The most images to caption at once with so many beams each."""
-        sequences = self._step.limits.nearest("sequences", 1 << 30)
-        return max(1, min(sequences // beams, self._encode.limits.nearest("batch", 1 << 30)))
+        return max(1, min(self._sequences // beams, self._encode.limits.nearest("batch", 1 << 30)))
 
     def captions(self, images: Images, settings: CaptionSettings) -> list[str]:
         """One caption for each of ``images``, uint8 ``[B, H, W, 3]`` of any size.

@@ -149,6 +149,11 @@ class Graphs:
             self._sizes, self._captured = before  # a size that cannot be had is not tried again with each request
             raise
 
+    def forget(self) -> None:
+        """Have everything captured again: what was captured is another thread's, and ONNX Runtime replays it there
+        alone."""
+        self._captured = set()
+
     @property
     def _has_captions(self) -> bool:
         return any(graph == "caption_step" for graph, _, _ in self._captured)

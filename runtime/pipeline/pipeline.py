@@ -201,8 +201,9 @@ class Pipeline:
         """
         with self._starting:
             if self._batcher is None:
-                self._batcher = Batcher(self)
-                self._batcher.warm_up()
+                batcher = Batcher(self)
+                batcher.warm_up()
+                self._batcher = batcher
         return self._batcher.submit(
             request, what=what, priority=priority, deadline=deadline, previews=previews, listener=listener
         )
