@@ -93,7 +93,11 @@ def test_one_bad_request_ends_alone(batcher, pipeline):
 
 @pytest.mark.parametrize(
     ("settings", "told"),
-    [({"height": 32}, "--size 64x32"), ({"windows": 2}, "--windows 2"), ({"steps": 200}, "--max-steps 200")],
+    [
+        ({"height": 32}, "start with --size 64x64 --size 64x32$"),
+        ({"windows": 2}, "--windows 2"),
+        ({"steps": 200}, "--max-steps 200"),
+    ],
 )
 def test_what_is_not_served_is_refused_at_once(batcher, settings, told):
     with pytest.raises(SettingsError, match=told):

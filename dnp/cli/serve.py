@@ -40,7 +40,13 @@ _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 @click.option("--sdapi", is_flag=True, help="Also serve AUTOMATIC1111's API below /sdapi/v1.")
 @click.option("--samples", type=click.IntRange(1), help="Most images in one step; measured at warm-up when left out.")
 @click.option("--queue", type=click.IntRange(1), default=64, show_default=True, help="Most requests that wait.")
-@click.option("--size", "sizes", multiple=True, metavar="WxH", help="Also warm up this image size, in pixels.")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="WxH",
+    help="Serve this image size, in pixels; several times for several. The bundle's own when left out.",
+)
 @click.option(
     "--max-steps", type=click.IntRange(1), default=127, show_default=True, help="Most calls of the network in a pass."
 )

@@ -41,15 +41,14 @@ class BatchOptions:
 def check_served(job: Job, sizes: Sequence[tuple[int, int]], windows: Sequence[int], steps: int) -> None:
     """Raises SettingsError for a job outside of what ``BatchOptions`` say is served, with the option that widens it."""
     if (job.height, job.width) not in sizes:
-        served = ", ".join(f"{width}x{height}" for height, width in sizes)
+        served = [f"{width}x{height}" for height, width in sizes]
+        wanted = " ".join(f"--size {size}" for size in (*served, f"{job.width}x{job.height}"))
         raise SettingsError(
-            f"images of {job.width}x{job.height} are not served here, only {served} (width x height); start with "
-            f"--size {job.width}x{job.height} besides"
+            f"images of {job.width}x{job.height} are not served here, only {', '.join(served)} (width x height); start "
+            f"with {wanted}"
         )
     if job.windows not in windows:
-        raise SettingsError(
-            f"prompts of {job.windows} windows are not served here; start with --windows {job.windows} besides"
-        )
+        raise SettingsError(f"prompts of {job.windows} windows are not served here; start with --windows {job.windows}")
     for table in job.tables:
         if table.calls > steps:
             raise SettingsError(
