@@ -150,8 +150,8 @@ def _add_page(app: FastAPI) -> None:
     """The files of the page, all of them beside each other, with the headers that keep the page to them."""
     files = {file.name: file for file in sorted(_STATIC.glob("*")) if file.is_file()}
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-    @app.api_route("/{name}", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/", include_in_schema=False)
+    @app.get("/{name}", include_in_schema=False)
     async def page(name: str = "index.html") -> FileResponse:
         if name not in files:
             raise HTTPException(404)

@@ -10,8 +10,9 @@ from typing import Any, Final
 import anyio
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 
-from dnp.serving.errors import ApiError
+from dnp.serving.errors import ApiError, client_gone
 
 _DEPTH: Final = 16  # of lists and objects inside each other
 _DIGITS: Final = 40  # of an integer: more than any setting can have
@@ -57,7 +58,7 @@ class JsonRoute(APIRoute):
 
 
 async def read(request: Request) -> bytes:
-    """The whole body. Raises ApiError when it is too large or does not arrive in time."""
+    """The whole body. Raises ApiError when it is too large, or does not arrive in time or at all."""
     settings = request.app.state.settings
     too_large = ApiError(
         413,
@@ -79,6 +80,8 @@ async def read(request: Request) -> bytes:
                 if size > settings.body_limit:
                     raise too_large
                 parts.append(part)
+    except ClientDisconnect:
+        raise client_gone() from None
     except TimeoutError:
         raise ApiError(
             408, "body_too_slow", f"the body did not arrive within {settings.body_seconds:g} s; send it at once"

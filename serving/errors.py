@@ -56,6 +56,11 @@ def starting() -> ApiError:
     )
 
 
+def client_gone() -> ApiError:
+    """What the log says of a request whose client went away; nobody hears it."""
+    return ApiError(499, "client_closed_request", "the client went away, and its request was cancelled")
+
+
 def api_error(error: Exception, param: str | None = None) -> ApiError:
     """What an exception of the engine's is to a client; one that is not meant for users says nothing of itself."""
     match error:
@@ -89,6 +94,7 @@ _KINDS: Final = {
     "int_parsing_size": "a whole number of fewer digits",
     "float_type": "a number",
     "string_type": "text",
+    "string_pattern_mismatch": "WIDTHxHEIGHT in pixels, or auto",  # of all texts the size alone has a pattern
     "bool_type": "true or false",
     "list_type": "a list",
     "dict_type": "an object",

@@ -41,6 +41,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         started, service = time.perf_counter(), self._service
+        if scope["method"] == "HEAD":  # what GET says, of which the server sends the head alone
+            scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
         number = headers.get("x-request-id", "")
         state = scope.setdefault("state", {})

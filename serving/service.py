@@ -10,7 +10,7 @@ from fastapi import Request
 
 from dnp.engine.errors import Draining
 from dnp.serving.engines import Engine, Engines
-from dnp.serving.errors import AGAIN, ApiError, starting
+from dnp.serving.errors import AGAIN, client_gone, starting
 from dnp.serving.metrics import Metrics
 from dnp.serving.pictures import Encoder
 from dnp.serving.settings import ServerSettings
@@ -71,7 +71,7 @@ async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ApiError(499, "client_closed_request", "the client went away, and its request was cancelled")
+        raise client_gone()
     finally:
         for other in (task, gone):
             other.cancel()
