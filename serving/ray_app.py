@@ -58,7 +58,8 @@ class Args(BaseModel):
         cpus, gpus: what an engine replica takes of its machine, as Ray counts them.
         replicas: the fewest and the most engine replicas of each model.
         samples, sizes, windows, steps: as of ``BatchOptions``; sizes are (height, width).
-        cache: whether engines keep the n* of prompts that were asked for before.
+        cache: whether engines keep the n* of prompts that were asked for before, and ``cache_folder`` where, besides
+            their memory.
         ongoing: requests that an engine replica has at once, running or next to run.
         fronts: front replicas; with two or more the API stays while one of them is replaced.
         front_cpus: what each of them takes of its machine.
@@ -80,6 +81,7 @@ class Args(BaseModel):
     windows: tuple[int, ...] = (1,)
     steps: int = BatchOptions.steps
     cache: bool = True
+    cache_folder: Path | None = None
     ongoing: int = 16
     fronts: int = 2
     front_cpus: float = 0.1
@@ -102,7 +104,7 @@ class Replica:
             sizes=args.sizes,
             windows=args.windows,
             steps=args.steps,
-            negatives=NegativeCache() if args.cache else None,
+            negatives=NegativeCache(folder=args.cache_folder) if args.cache else None,
         )
         self._stall = args.server.stall_seconds
         self._engine = LocalEngine(name, Pipeline.open(bundle, args.backend, **asdict(options)), batching)

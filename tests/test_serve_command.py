@@ -18,6 +18,7 @@ import pytest
 from served import PROMPT, QUICK, SLOW
 
 from dnp.cli import run
+from dnp.runtime.pictures import read_settings
 
 
 @contextmanager
@@ -95,10 +96,11 @@ def test_a_second_signal_ends_it_at_once():
         assert coming.result().status_code == 503
 
 
-def test_several_bundles_with_keys_and_prompts_in_the_log(tmp_path, default_bundle):
+def test_several_bundles_with_keys_prompts_in_the_log_and_n_star_on_the_disk(tmp_path, default_bundle):
     shutil.copytree(default_bundle.path, tmp_path / "other", ignore=shutil.ignore_patterns("plans"))
     (tmp_path / "keys").write_text("a-key-of-ours\n")
     options = ["--bundle", f"one={tmp_path / 'other'}", "--bundle", tmp_path / "other", "--api-keys", tmp_path / "keys"]
+    options += ["--cache", tmp_path / "a" / "cache"]
     with process(*options, "--log-prompts", "--alias", "flux") as (server, http):
         key = {"Authorization": "Bearer a-key-of-ours"}
         models = http.get("/v1/models", headers=key).json()["data"]
@@ -112,6 +114,8 @@ def test_several_bundles_with_keys_and_prompts_in_the_log(tmp_path, default_bund
         server.terminate()
         assert server.wait(30) == 0
         assert PROMPT in server.stderr.read()
+    (kept,) = (tmp_path / "a" / "cache").iterdir()  # the same bundle twice
+    assert read_settings(kept)["request"]["prompt"] == PROMPT
 
 
 def refused(capsys, *arguments):
@@ -140,6 +144,8 @@ def test_what_cannot_be_served_is_said(capsys, tmp_path, monkeypatch):
         (["--api-keys", tmp_path / "missing"], 2, "missing"),
         (["--bundle", f"a={dnp_default()}", "--bundle", f"a={dnp_default()}"], 2, "name them apart"),
         (["--size", "9999x64"], 2, "9999"),
+        (["--cache", tmp_path / "none"], 2, "name another folder"),
+        (["--cache", tmp_path / "kept", "--no-cache"], 2, "--no-cache"),
     ]:
         found, said = refused(capsys, "--port", 0, *arguments)
         assert found == code and word in said, said

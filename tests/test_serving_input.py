@@ -110,7 +110,7 @@ BAD = {
     "spacing unknown": (IMAGES, body(spacing="wide"), 400, "invalid_value", "spacing", "leading"),
     "methods without the graph": (IMAGES, body(methods={"rescale": 0.5}), 400, "invalid_value", "methods", "export"),
     "methods a list": (IMAGES, body(methods=[1]), 400, "invalid_value", "methods", "an object"),
-    "size of words": (IMAGES, body(size="big"), 400, "invalid_value", "size", "WIDTHxHEIGHT in pixels, or auto, not 'big'"),
+    "size of words": (IMAGES, body(size="big"), 400, "invalid_value", "size", "WIDTHxHEIGHT in pixels, or auto"),
     "size of other digits": (IMAGES, body(size="٦٤x٦٤"), 400, "invalid_value", "size", "size"),
     "size not served": (IMAGES, body(size="128x128"), 400, "invalid_value", "size", "64x64"),
     "another not served": (IMAGES, body(width=128, height=64), 400, "invalid_value", "width", "--size 128x64"),

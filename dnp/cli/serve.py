@@ -56,6 +56,7 @@ _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 @click.option("--drain", type=float, default=120.0, show_default=True, help="Seconds for work in flight at the end.")
 @click.option("--body-limit", type=int, default=16, show_default=True, metavar="MB", help="Largest request.")
 @click.option("--no-cache", is_flag=True, help="Find n* anew for each request; share none.")
+@click.option("--cache", type=PATH, metavar="FOLDER", help="Keep n* there, too, as PNG files with the prompt inside.")
 @click.option("--log", "log", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log, which never holds them otherwise.")
 @click.option("--ray", is_flag=True, help="Serve on Ray: on the cluster that this machine is part of, or its own.")
@@ -83,6 +84,7 @@ def serve(
     drain: float,
     body_limit: int,
     no_cache: bool,
+    cache: Path | None,
     log: str,
     log_prompts: bool,
     ray: bool,
@@ -126,6 +128,8 @@ def serve(
     }
     if host not in _LOOPBACK and not settings.keys:
         complain(f"{host} can be reached from other machines, and no key is asked for; consider --api-keys")
+    if cache and no_cache:
+        raise click.BadParameter("nothing is kept with --no-cache; say one of them", param_hint="--cache")
     listener = bind(host, port, writer_seconds=settings.writer_seconds)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
@@ -136,13 +140,17 @@ def serve(
         port = listener.getsockname()[1]
         listener.close()  # Ray's own process takes the port
         click.echo(f"starting on Ray, to serve on {address}")
-        more = {"server": settings, "cache": not no_cache, "log": log, "fronts": fronts, "cpus": cpus, "gpus": gpus}
-        args = {**served, **more, "replicas": _range(replicas)}
+        more = {"server": settings, "log": log, "fronts": fronts, "cpus": cpus, "gpus": gpus}
+        kept = {"cache": not no_cache, "cache_folder": cache and cache.absolute()}
+        args = {**served, **more, **kept, "replicas": _range(replicas)}
         return _stopped(_run_on_ray(options, bundles, args, host, port, ready))
     engines: list[LocalEngine] = []
     try:
         logs.configure(log, prompts=log_prompts)
-        batching = BatchOptions(**served, negatives=None if no_cache else NegativeCache())
+        negatives = None if no_cache else NegativeCache(folder=cache)
+        if negatives is not None:
+            click.get_current_context().call_on_close(negatives.close)
+        batching = BatchOptions(**served, negatives=negatives)
         for name, path in map(_named, bundles or [None]):
             pipeline = replace(options, bundle=path).open()
             engines.append(LocalEngine(name or pipeline.bundle.name, pipeline, batching))

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dnp.engine.errors import DnpError
+from dnp.engine.errors import DnpError, SettingsError
 from dnp.runtime.job import Job
 from dnp.runtime.pictures import png, read_settings, write_atomically
 
@@ -49,6 +49,12 @@ class NegativeCache:
     """
 
     def __init__(self, memory: float = 256, folder: Path | None = None, disk: float = 4096) -> None:
+        """Raises SettingsError when there can be no such folder."""
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise SettingsError(f"n* cannot be kept in {str(folder)!r}: {error}; name another folder") from error
         self._most, self._folder, self._disk = memory * MB, folder, disk * MB
         self._found: OrderedDict[str, Found] = OrderedDict()
         self._bytes = 0
