@@ -356,10 +356,11 @@ $("forget").addEventListener("click", () => {
   rest();
   $("prompt").focus();
 });
-$("unlock").addEventListener("submit", (event) => {
+$("unlock").addEventListener("submit", async (event) => {
   event.preventDefault();
   useKey($("key").value.trim());
   $("key").value = "";
+  await connecting; // it may have asked with the key before this one
   connect();
 });
 for (const field of [$("prompt"), $("negative")]) {
