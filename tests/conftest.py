@@ -1,10 +1,12 @@
 """Fixtures that several test modules share: tiny models of random weights, and pipelines on a stand-in for a GPU."""
 
 import gc
+import itertools
 import os
 import pickle
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -213,6 +215,24 @@ def open_pipeline(gpu, tmp_path, default_bundle, monkeypatch):
     yield open_one
     for pipeline in opened:
         pipeline.close()
+
+
+@pytest.fixture
+def go_on(monkeypatch):
+    """Engines stand still before their 41st step, so that whoever looks finds work under way however late, until the
+    test calls this."""
+    from dnp.runtime.sampling.denoise import Denoiser
+
+    step, taken, free = Denoiser.step, itertools.count(), threading.Event()
+
+    def held(denoiser):
+        if next(taken) >= 40:
+            assert free.wait(600)
+        return step(denoiser)
+
+    monkeypatch.setattr(Denoiser, "step", held)
+    yield free.set
+    free.set()
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from dnp.serving.settings import ServerSettings
 
 PROMPT = "a large red circle left of a small blue square on a plain yellow background"
 QUICK = {"prompt": PROMPT, "steps": 2, "dns_steps": 2, "seed": 3}
+LONG = 120  # steps
 SLOW = {"prompt": PROMPT, "steps": 60, "dnp": False, "seed": 3}
 
 

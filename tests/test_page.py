@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import re
 import shutil
-import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,19 +13,17 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
-from served import serving
+from served import LONG, serving
 
 from dnp import Pipeline, Request
 from dnp.runtime.batching import BatchOptions
 from dnp.runtime.pictures import read_settings
-from dnp.runtime.sampling.denoise import Denoiser
 from dnp.serving.settings import ServerSettings
 
 pytestmark = pytest.mark.slow
 
 PROMPT = "a large blue cross on a plain red background"
 QUICK = {"seed": 3, "steps": 4, "dns_steps": 3}
-LONG = 120  # steps
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 WIDE = {"viewport": {"width": 1440, "height": 900}}
 
@@ -38,22 +34,6 @@ expect.set_options(timeout=120_000)  # milliseconds, for machines that are busy
 def server():
     with serving() as served:
         yield served
-
-
-@pytest.fixture
-def go_on(monkeypatch):
-    """Engines stand still in the middle of a long pass, so that a page finds work under way however long it takes to
-    look, until the test calls this."""
-    step, taken, free = Denoiser.step, itertools.count(), threading.Event()
-
-    def held(denoiser):
-        if next(taken) >= LONG // 3:
-            assert free.wait(600)
-        return step(denoiser)
-
-    monkeypatch.setattr(Denoiser, "step", held)
-    yield free.set
-    free.set()
 
 
 @pytest.fixture(scope="module")

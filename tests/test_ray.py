@@ -171,7 +171,7 @@ def test_it_is_ready_and_says_what_runs_and_that_once(cluster):
 def test_nothing_accepted_is_lost_when_an_engine_is_killed(cluster, alone):
     """Eight requests are told of their first step, on both engines, when one of these is killed."""
     cluster.until(lambda: len(cluster.engines) == 2)
-    bodies = [{**QUICK, "steps": 30, "seed": seed, "partial_images": 2, "progress": True} for seed in range(8)]
+    bodies = [{**QUICK, "steps": 60, "seed": seed, "partial_images": 2, "progress": True} for seed in range(8)]
     began = []
 
     def told(body):
@@ -195,7 +195,7 @@ def test_nothing_accepted_is_lost_when_an_engine_is_killed(cluster, alone):
         assert partials == list(range(len(partials))) and len(partials) <= 4  # a slow reader gets fewer
         steps = [(event["phase"], event["step"]) for event in found if event["type"].endswith("progress")]
         assert len(set(steps)) == len(steps)
-        expected = alone(steps=30, dns_steps=2, seed=body["seed"])
+        expected = alone(steps=60, dns_steps=2, seed=body["seed"])
         assert np.array_equal(pixels(found[-1]["b64_json"]), expected.arrays[0])
     cluster.until(lambda: len(cluster.engines) == 2)
 

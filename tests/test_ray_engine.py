@@ -177,7 +177,8 @@ def test_only_so_many_wait_and_who_was_begun_or_dropped_waits_no_more(known):
         with pytest.raises(Busy):
             await engine.submit(engine.resolve(REQUEST), Order("too many"))
         await waits.aclose()
-        await asyncio.sleep(0.01)
+        while len(engine._waiting) == 2:
+            await asyncio.sleep(0)
         works.append(await engine.submit(engine.resolve(REQUEST), Order("another free place")))
         for work in works:
             await work.aclose()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -91,28 +91,24 @@ def test_every_sampler_has_a_name_there():
     assert sorted(SAMPLERS.values()) == sorted(sampler_names())
 
 
-def test_each_caller_has_progress_and_a_stop_button_of_its_own():
+def test_each_caller_has_progress_and_a_stop_button_of_its_own(go_on):
     """Told apart by their keys: what one stops, and what it sees, is its own."""
-    with serving(ServerSettings(keys=("key-of-one", "key-of-two"), sdapi=True)) as served:
+    with (
+        serving(ServerSettings(keys=("key-of-one", "key-of-two"), sdapi=True)) as served,
+        ThreadPoolExecutor() as pool,
+    ):
         one, two = ({"Authorization": f"Bearer key-of-{name}"} for name in ("one", "two"))
-        answers = {}
-
-        def ask(name, headers):
-            body = {"prompt": PROMPT, "steps": 60, "negative_prompt": "x"}
-            answers[name] = served.http.post(TXT2IMG, json=body, headers=headers)
-
-        threads = [threading.Thread(target=ask, args=pair) for pair in (("one", one), ("two", two))]
-        for thread in threads:
-            thread.start()
-        served.until(lambda: served.engine.status.requests == 2)
+        body = {"prompt": PROMPT, "steps": 60, "negative_prompt": "x"}
+        of_one = pool.submit(served.http.post, TXT2IMG, json=body, headers=one)
         served.until(lambda: served.get("/sdapi/v1/progress", headers=one).json()["progress"] > 0)
+        of_two = pool.submit(served.http.post, TXT2IMG, json=body, headers=two)
+        served.until(lambda: served.get("/sdapi/v1/progress", headers=two).json()["state"]["job_count"] == 1)
         assert served.get("/sdapi/v1/progress", headers=one).json()["state"]["job_count"] == 1
         stopped = served.http.post("/sdapi/v1/interrupt", headers=one, json={})
         assert stopped.json() == {"interrupted": 1}
-        for thread in threads:
-            thread.join()
-        assert (answers["one"].status_code, answers["one"].json()["error"]["code"]) == (409, "cancelled")
-        assert len(answers["two"].json()["images"]) == 1
+        go_on()
+        assert (of_one.result().status_code, of_one.result().json()["error"]["code"]) == (409, "cancelled")
+        assert len(of_two.result().json()["images"]) == 1
         assert served.http.post("/sdapi/v1/interrupt", headers=one, json={}).json() == {"interrupted": 0}
 
 

@@ -57,14 +57,30 @@ def post(http, body):
     return http.post("/v1/images/generations", json=body)
 
 
+@contextmanager
+def begun(http):
+    """A request half of whose body is there, for which a server that stops waits; the block gets what sends the rest,
+    and returns the answer."""
+    body = json.dumps(QUICK).encode()
+    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((http.base_url.host, http.base_url.port)) as connection:
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body[:9])
+
+        def finish():
+            connection.sendall(body[9:])
+            return connection.recv(1000)
+
+        yield finish
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_work_in_flight_end(number):
     """Meanwhile the server still answers: it lives, is not ready, and takes nothing more."""
-    with process("--log", "json") as (server, http), ThreadPoolExecutor() as pool:
-        long = {**SLOW, "steps": 60}
+    with process("--log", "json") as (server, http), ThreadPoolExecutor() as pool, begun(http) as finish:
+        long = {**SLOW, "steps": 127}
         plain = pool.submit(post, http, long)
         streamed = pool.submit(post, http, {**long, "stream": True})
-        wait_for(lambda: in_flight(http, 2))
+        wait_for(lambda: in_flight(http, 3))
         server.send_signal(number)
         wait_for(lambda: is_draining(http))
         refused = post(http, QUICK)
@@ -73,6 +89,8 @@ def test_a_signal_lets_work_in_flight_end(number):
         assert http.get("/healthz").status_code == 200
         assert len(plain.result().json()["data"]) == 1
         assert streamed.result().text.count("event: image_generation.completed") == 1
+        assert server.poll() is None
+        assert finish().startswith(b"HTTP/1.1 503 ")
         assert server.wait(30) == 0
         assert "everything that was in flight was answered" in server.stdout.read()
         lines = [json.loads(line) for line in server.stderr]

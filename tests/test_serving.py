@@ -113,7 +113,7 @@ def test_the_official_client_hears_of_a_failure_in_a_stream(client):
         list(stream)
 
 
-def test_the_official_client_comes_again_when_the_queue_is_full(alone):
+def test_the_official_client_comes_again_when_the_queue_is_full(alone, go_on):
     """It is told when, waits, and is answered."""
     path, long = "/v1/images/generations", {**SLOW, "steps": 120, "n": 4, "stream": True}
     with (
@@ -130,6 +130,7 @@ def test_the_official_client_comes_again_when_the_queue_is_full(alone):
                 settings = {"seed": 3, "steps": 2, "dns_steps": 2}
                 coming = pool.submit(client.images.generate, prompt=PROMPT, extra_body=settings)
                 served.until(lambda: served.engine.status.failures["Busy"] >= 2)
+        go_on()
         answer = coming.result()
     np.testing.assert_array_equal(
         pixels(answer.data[0].b64_json), alone(PROMPT, seed=3, steps=2, dns_steps=2).arrays[0]
