@@ -250,7 +250,8 @@ def run(args: Args, host: str, port: int, ready: Callable[[], None]) -> bool:
     one of its own. Calls ``ready`` once it answers.
 
     On the signal new work is refused, and what there is finished, for at most ``drain_seconds`` or until a second
-    signal. Returns whether all of it was. Raises BundleError, and BackendError when Ray cannot start it.
+    signal. Returns whether all of it was. Raises BundleError, and BackendError when Ray cannot start it, or Serve runs
+    there already.
     """
     app, patience = build(args), args.server.drain_seconds
     stop = threading.Semaphore(0)
@@ -262,6 +263,13 @@ def run(args: Args, host: str, port: int, ready: Callable[[], None]) -> bool:
         with _told("start it"):
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             ray.init(include_dashboard=False, logging_level=logging.WARNING)
+            running = serve.status().proxies
+        if running:
+            raise BackendError(
+                "Ray Serve runs on this cluster already, and its address cannot be changed; have it serve this, too, "
+                "with `serve run dnp.serving.ray_app:app`, or end it with `serve shutdown`"
+            )
+        with _told("start it"):
             http = {"host": host, "port": port, "request_timeout_s": args.server.deadline + _MARGIN}
             serve.start(http_options=http, logging_config=_QUIET)
             front = serve.run(app, name=_NAME)
@@ -280,6 +288,8 @@ def run(args: Args, host: str, port: int, ready: Callable[[], None]) -> bool:
                 signal.signal(number, handler)
         with _told("end it"):
             serve.delete(_NAME, _blocking=not left)  # what is cut off is not waited for
+            if not left:
+                serve.shutdown()  # type: ignore[no-untyped-call]  # or its proxy would stay on a cluster that goes on
         return not left
     finally:
         ray.shutdown()

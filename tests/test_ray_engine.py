@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ from served import PROMPT, QUICK
 from dnp import Pipeline, Request
 from dnp.cli import run
 from dnp.engine.bundle.bundle import Bundle
-from dnp.engine.errors import BundleError, Busy, DeadlineExceeded, DnpError, Draining, SettingsError
+from dnp.engine.errors import BackendError, BundleError, Busy, DeadlineExceeded, DnpError, Draining, SettingsError
 from dnp.runtime.batching import Batcher, Negatives, Picture, Progress
 from dnp.serving.app import create_app
 from dnp.serving.engines import Order, result_of
@@ -294,6 +295,35 @@ def test_ray_takes_the_application_and_what_configuration_files_say_of_it(tmp_pa
 def test_what_cannot_be_served_is_said_before_ray_starts(capsys, arguments, code, word):
     assert run(["serve", "--ray", "--port", "0", *arguments]) == code
     assert word in capsys.readouterr().err
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Somebody's cluster, where Serve runs on ``proxies``; it tells what was done to it."""
+    done, front = [], SimpleNamespace(broadcast=lambda _: SimpleNamespace(results=lambda **_: [0]))
+
+    def does(name, gives=None):
+        return lambda *_, **__: done.append(name) or gives
+
+    cluster = SimpleNamespace(done=done, proxies={})
+    status = lambda: SimpleNamespace(proxies=cluster.proxies)  # noqa: E731
+    steps = {name: does(name) for name in ("start", "delete", "shutdown")}
+    monkeypatch.setattr(ray_app, "serve", SimpleNamespace(status=status, run=does("run", front), **steps))
+    monkeypatch.setattr(ray_app, "ray", SimpleNamespace(init=does("join"), shutdown=does("leave")))
+    monkeypatch.setattr(ray_app, "build", lambda args: "an application")
+    return cluster
+
+
+def test_a_cluster_that_was_joined_is_left_as_it_was(cluster):
+    assert ray_app.run(ray_app.Args(), "127.0.0.1", 1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert cluster.done == ["join", "start", "run", "delete", "shutdown", "leave"]
+
+
+def test_an_address_that_would_not_be_served_is_not_said_to_be(cluster):
+    cluster.proxies = {"a node": "HEALTHY"}
+    with pytest.raises(BackendError, match="serve shutdown"):
+        ray_app.run(ray_app.Args(), "127.0.0.1", 1, lambda: pytest.fail("it is not ready"))
+    assert cluster.done == ["join", "leave"]
 
 
 def test_the_extra_is_named_where_ray_is_missing(capsys, monkeypatch):
