@@ -16,6 +16,7 @@ from dnp.cli.streams import complain
 if TYPE_CHECKING:
     from dnp.engine.errors import BackendError
 
+SECONDS: Final = click.FloatRange(0, min_open=True)
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 
 
@@ -30,7 +31,13 @@ _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
     help="Serve this bundle, under this name or its own; several times for several. The first is the default model; "
     "the shipped bundle when left out.",
 )
-@click.option("--alias", "aliases", multiple=True, metavar="NAME", help="Another name for the default model.")
+@click.option(
+    "--alias",
+    "aliases",
+    multiple=True,
+    metavar="NAME",
+    help="Another name for the default model, besides gpt-image-1, dall-e-2 and dall-e-3.",
+)
 @click.option(
     "--api-keys",
     type=PATH,
@@ -48,22 +55,24 @@ _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
     help="Serve this image size, in pixels; several times for several. The bundle's own when left out.",
 )
 @click.option(
-    "--max-steps", type=click.IntRange(1), default=127, show_default=True, help="Most calls of the network in a pass."
+    "--max-steps", type=click.IntRange(8), default=127, show_default=True, help="Most calls of the network in a pass."
 )
-@click.option("--windows", type=click.IntRange(1, 8), default=1, show_default=True, help="Most that a prompt may fill.")
-@click.option("--max-images", type=click.IntRange(1, 256), default=10, show_default=True, help="Most of one request.")
-@click.option("--deadline", type=float, default=600.0, show_default=True, help="Seconds until a request is given up.")
-@click.option("--drain", type=float, default=120.0, show_default=True, help="Seconds for work in flight at the end.")
-@click.option("--body-limit", type=int, default=16, show_default=True, metavar="MB", help="Largest request.")
+@click.option("--windows", type=click.IntRange(1, 8), default=1, show_default=True, help="Most that a text may fill.")
+@click.option(
+    "--max-images", type=click.IntRange(1, 256), default=10, show_default=True, help="Most images of a request."
+)
+@click.option("--deadline", type=SECONDS, default=600.0, show_default=True, help="Seconds until a request is given up.")
+@click.option("--drain", type=SECONDS, default=120.0, show_default=True, help="Seconds for work in flight at the end.")
+@click.option("--body-limit", type=click.IntRange(1), default=16, show_default=True, metavar="MB", help="Largest body.")
 @click.option("--no-cache", is_flag=True, help="Find n* anew for each request; share none.")
 @click.option("--cache", type=PATH, metavar="FOLDER", help="Keep n* there, too, as PNG files with the prompt inside.")
-@click.option("--log", "log", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--log", "log", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Its form.")
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log, which never holds them otherwise.")
 @click.option("--ray", is_flag=True, help="Serve on Ray: on the cluster that this machine is part of, or its own.")
 @click.option("--fronts", type=click.IntRange(1), default=2, show_default=True, help="With --ray: replicas of the API.")
 @click.option("--replicas", default="1:4", show_default=True, metavar="MIN:MAX", help="With --ray: engines of a model.")
-@click.option("--cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="Of each of these engines.")
-@click.option("--gpus", type=click.FloatRange(0), default=0.0, show_default=True, help="Of each of these engines.")
+@click.option("--cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="With --ray: of each engine.")
+@click.option("--gpus", type=click.FloatRange(0), default=0.0, show_default=True, help="With --ray: of each engine.")
 @backend_options
 def serve(
     options: PipelineOptions,
