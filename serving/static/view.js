@@ -398,7 +398,7 @@ function summary(round) {
   return [
     seeds(round),
     ...(final ? [request.sampler, `${request.steps} steps`, `w ${[request.guidance].flat().join(" ")}`] : []),
-    seconds && `${seconds.total.toFixed(seconds.total < 10 ? 2 : 0)} s`,
+    seconds && `${seconds.total.toFixed(seconds.total < 10 ? 2 : 0)}\u00a0s`,
   ]
     .filter(Boolean)
     .join(" · ");
