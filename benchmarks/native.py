@@ -3,7 +3,8 @@
 ``python benchmarks/native.py`` runs each contender's processes in turn, round by round, and writes
 benchmarks/results/native.json and the table in docs/embedding.md. It wants ``cmake --preset release`` built. The model
 is the shipped one; ``--sd15`` adds Stable Diffusion 1.5's architecture with random weights at 256×256 pixels, which
-stable-diffusion.cpp knows too. That takes minutes, and some gigabytes in build/bench.
+stable-diffusion.cpp knows too, by its package for Python; it does not know the shipped model's. Getting all that ready
+takes the better part of an hour, and some gigabytes in build/bench.
 
 A process is timed from its start to its end, so that it holds the opening and one plain image. What a step costs
 outside the network is a slope: one process takes few steps, one many, and what they differ by outside ONNX Runtime's
@@ -30,17 +31,8 @@ import click
 SPEED = Path(__file__).parent / "speed"
 sys.path.insert(0, str(SPEED))
 
-from job import Job  # noqa: E402
-from measure import failure, rotated, run_worker  # noqa: E402
-from prepare import (  # noqa: E402
-    MODELS,
-    REPOSITORY,
-    Model,
-    prepare_contender,
-    prepare_environment,
-    prepare_model,
-    python_of,
-)
+from measure import rotated  # noqa: E402
+from prepare import MODELS, REPOSITORY, Model, prepare_environment, prepare_model, python_of  # noqa: E402
 
 from dnp.engine.system.files import write_together  # noqa: E402
 from dnp.engine.system.processor import core_count, processor_name  # noqa: E402
@@ -66,17 +58,37 @@ with Pipeline.open(folder, threads=threads, plans=Path(plans)) as pipeline:
             inside += time.perf_counter() - started
         session.run = timed
     started = time.perf_counter()
-    pipeline(**settings)
+    result = pipeline(**settings)
     seconds = time.perf_counter() - started
 peak = re.search(r"^VmHWM:\\s*(\\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-print(json.dumps({"outside": seconds - inside, "memory_bytes": int(peak[1]) << 10}))
+step = result.seconds["final"] / result.request.steps
+print(json.dumps({"outside": seconds - inside, "step": step, "memory_bytes": int(peak[1]) << 10}))
+"""
+CPP = """
+import json, re, sys, time
+from pathlib import Path
+from stable_diffusion_cpp import StableDiffusion
+model, settings, threads = json.loads(sys.argv[1])
+marks = []
+def mark(step, steps, seconds):
+    if step and steps == settings["steps"]:
+        marks.append(time.perf_counter())
+pipeline = StableDiffusion(model_path=model, n_threads=threads, rng_type="cpu", vae_decode_only=True, verbose=False)
+pipeline.generate_image(
+    prompt=settings["prompt"], cfg_scale=settings["guidance"], sample_steps=settings["steps"], seed=settings["seed"],
+    sample_method="ddim_trailing", width=settings["width"], height=settings["height"], progress_callback=mark,
+)
+peak = re.search(r"^VmHWM:\\s*(\\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+print(json.dumps({"step": (marks[-1] - marks[0]) / (len(marks) - 1), "memory_bytes": int(peak[1]) << 10}))
 """
 
 Figures = dict[str, float]
+FIGURES = "seconds", "memory_bytes", "step"
+SD15_STEPS, SD15_ROUNDS = 4, 2
 
 
 def native(bundle: Path, plans: Path, settings: Mapping[str, Any], threads: int) -> Figures:
-    """One process of ``dnp-native``: seconds outside the network, without those of opening, and peak memory."""
+    """One process of ``dnp-native``: seconds outside the network, without those of opening, of a step, peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder, "told.json")
         options = {**settings, "plans": plans, "threads": threads, "out": folder, "json": told}
@@ -85,7 +97,8 @@ def native(bundle: Path, plans: Path, settings: Mapping[str, Any], threads: int)
         found = json.loads(told.read_text())
     seconds = found["seconds"]
     outside = seconds["total"] - seconds["open"] - found["inside"]
-    return {"outside": outside, "memory_bytes": found["peak_memory_bytes"]}
+    step = seconds["final"] / found["request"]["steps"]
+    return {"outside": outside, "step": step, "memory_bytes": found["peak_memory_bytes"]}
 
 
 def python(bundle: Path, plans: Path, settings: Mapping[str, Any], threads: int) -> Figures:
@@ -96,10 +109,21 @@ def python(bundle: Path, plans: Path, settings: Mapping[str, Any], threads: int)
     return found
 
 
+def cpp(model: Path, _: Path, settings: Mapping[str, Any], threads: int) -> Figures:
+    """The same of stable-diffusion.cpp, but for what is outside; a step is between two of its calls of progress."""
+    found: Figures = json.loads(
+        _run([str(python_of(SD_CPP)), "-c", CPP, json.dumps([str(model), settings, threads])]).splitlines()[-1]
+    )
+    return found
+
+
+SD_CPP = "stable-diffusion-cpp"
 CONTENDERS: Mapping[str, Callable[[Path, Path, Mapping[str, Any], int], Figures]] = {
     "dnp-native": native,
     "dnp": python,
+    SD_CPP: cpp,
 }
+OURS = ["dnp-native", "dnp"]
 
 
 def _text(value: Any) -> str:
@@ -120,43 +144,27 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "DNP_ONNXRUNTIME": str(library)}
 
 
-def measure(model: Model, works: Mapping[str, Mapping[str, Any]], rounds: int, threads: int) -> list[dict[str, Any]]:
+def measure(
+    model: Model, names: list[str], works: Mapping[str, Mapping[str, Any]], rounds: int, threads: int
+) -> list[dict[str, Any]]:
     """Every work by every contender in every round: a process each."""
     runs = []
     for turn in range(rounds):
-        for name in rotated(list(CONTENDERS), turn):
+        for name in rotated(names, turn):
             for work, settings in works.items():
+                weights = model.source if name == SD_CPP else model.bundle
                 started = time.perf_counter()
-                figures = CONTENDERS[name](
-                    model.bundle, model.plans, {"prompt": PROMPT, "seed": 0, **settings}, threads
-                )
+                figures = CONTENDERS[name](weights, model.plans, {"prompt": PROMPT, "seed": 0, **settings}, threads)
                 seconds = time.perf_counter() - started
                 runs.append({"contender": name, "work": work, "round": turn, "seconds": seconds, **figures})
                 click.echo(f"{turn + 1}/{rounds} {name}, {work}: {seconds:.3f} s", err=True)
     return runs
 
 
-def measure_cpp(model: Model, steps: int, pixels: int, rounds: int, threads: int) -> list[dict[str, Any]]:
-    """stable-diffusion.cpp by its Python package: opening and one image; its memory includes Python's and PyTorch's."""
-    name = "stable-diffusion-cpp"
-    job = Job(
-        contender=name, model=str(model.source), captioner=str(model.captioner), converted=str(model.folder),
-        bundle=str(model.bundle), plans=str(model.plans), threads=threads, prompt=PROMPT, pixels=pixels, steps=steps,
-        works=("image",), repeats=0,
-    )  # fmt: skip
-    if reason := prepare_environment(name) or prepare_contender(name, job):
-        raise click.ClickException(f"{name}: {reason}")
-    runs = []
-    for turn in range(rounds):
-        events = run_worker(python_of(name), job, 3600)
-        if reason := failure(events):
-            raise click.ClickException(f"{name}: {reason}")
-        found = {event["event"]: event for event in events}
-        seconds = found["open"]["seconds"] + found["first"]["seconds"]
-        memory = found["memory"]["bytes"]
-        runs.append({"contender": name, "work": "image", "round": turn, "seconds": seconds, "memory_bytes": memory})
-        click.echo(f"{turn + 1}/{rounds} {name}: {seconds:.3f} s", err=True)
-    return runs
+def pinned_of(environment: str) -> str:
+    """The package that an environment is made for, with its version."""
+    lines = (SPEED / "requirements" / f"{environment}.txt").read_text().splitlines()
+    return next(line for line in lines if not line.startswith("#"))
 
 
 def median(runs: list[dict[str, Any]], contender: str, work: str, figure: str) -> float:
@@ -182,20 +190,27 @@ def table(report: Mapping[str, Any]) -> str:
         "| a step outside the network, ms |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name in CONTENDERS:
+    for name in OURS:
         memory = max(median(runs, name, work, "memory_bytes") for work in ("image", "dnp"))
         outside = step_outside(runs, name, tuple(report["steps"])) * 1e3
         seconds = [median(runs, name, work, "seconds") for work in ("image", "dnp")]
         lines.append(f"| `{name}` | {seconds[0]:.2f} | {seconds[1]:.2f} | {memory / 1e6:.0f} | {outside:.2f} |")
     if large := report.get("sd15"):
-        lines += ["", "| Stable Diffusion 1.5, 256×256, 2 steps | open and one image, s | most memory, MB |"]
-        lines += ["| --- | --- | --- |"]
-        for name in (*CONTENDERS, "stable-diffusion-cpp"):
-            seconds, memory = (median(large, name, "image", figure) for figure in ("seconds", "memory_bytes"))
-            lines.append(f"| `{name}` | {seconds:.1f} | {memory / 1e6:.0f} |")
         lines += [
             "",
-            "stable-diffusion.cpp is measured through its package for Python, which brings PyTorch's memory here.",
+            f"| Stable Diffusion 1.5, 256×256, {SD15_STEPS} steps | process with one plain image, s | most memory, MB "
+            "| a step, s |",
+            "| --- | --- | --- | --- |",
+        ]
+        for name in CONTENDERS:
+            seconds, memory, step = (median(large, name, "image", figure) for figure in FIGURES)
+            lines.append(f"| `{name}` | {seconds:.1f} | {memory / 1e6:.0f} | {step:.2f} |")
+        lines += [
+            "",
+            f"All on {machine['cores']} threads, medians of {SD15_ROUNDS} processes each, of the same random weights. "
+            "Ours compute in float32, from plans whose weights are mapped files; stable-diffusion.cpp (of "
+            f"`{report['sd_cpp']}`) takes the weights in float16, as they are stored. It does not know the default "
+            "model's architecture.",
         ]
     return "\n".join(lines)
 
@@ -203,7 +218,7 @@ def table(report: Mapping[str, Any]) -> str:
 @click.command()
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Processes of each contender.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each; all physical cores if left out.")
-@click.option("--sd15", is_flag=True, help="Also Stable Diffusion 1.5's size, beside stable-diffusion.cpp; 2 rounds.")
+@click.option("--sd15", is_flag=True, help="Also Stable Diffusion 1.5's size, beside stable-diffusion.cpp.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Where the results go.")
 def main(rounds: int, threads: int | None, sd15: bool, out: Path) -> None:
     """Measure, write the results, and render them."""
@@ -216,6 +231,8 @@ def main(rounds: int, threads: int | None, sd15: bool, out: Path) -> None:
     plain = {"dnp": False, "sampler": "ddim"}
     for model in MODELS["default"], *([MODELS["sd15"]] if sd15 else []):
         prepare_model(model)
+    if sd15 and (reason := prepare_environment(SD_CPP)):
+        raise click.ClickException(f"{SD_CPP}: {reason}")
     works = {
         "image": {"dnp": False},
         "dnp": {"dnp": True},
@@ -234,13 +251,12 @@ def main(rounds: int, threads: int | None, sd15: bool, out: Path) -> None:
         },
         "rounds": rounds,
         "steps": steps,
-        "default": measure(MODELS["default"], works, rounds, threads),
+        "default": measure(MODELS["default"], OURS, works, rounds, threads),
     }
     if sd15:
-        model, pixels = MODELS["sd15"], 256
-        settings = {**plain, "steps": 2, "height": pixels, "width": pixels}
-        report["sd15"] = measure(model, {"image": settings}, 2, threads)
-        report["sd15"] += measure_cpp(model, 2, pixels, 2, threads)
+        settings = {**plain, "steps": SD15_STEPS, "guidance": 4.0, "height": 256, "width": 256}
+        report["sd_cpp"] = pinned_of(SD_CPP)
+        report["sd15"] = measure(MODELS["sd15"], list(CONTENDERS), {"image": settings}, SD15_ROUNDS, threads)
     write_together({out: (json.dumps(report, indent=1) + "\n").encode()})
     click.echo(table(report))
     if out == RESULTS:
