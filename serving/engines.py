@@ -111,6 +111,7 @@ class Engine(ABC):
             **{name: getattr(status, name) for name in MADE_WITH},
             "sizes": [[width, height] for height, width in status.sizes],
             "limits": {"windows": max(status.windows), "steps": status.steps},
+            "company": status.company,
         }
 
     @cached_property

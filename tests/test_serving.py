@@ -90,6 +90,7 @@ def test_the_official_client_lists_models(client):
     names = [model.id for model in client.models.list()]
     assert names[0] == "dnp-tiny" and {"gpt-image-1", "dall-e-2", "dall-e-3"} < set(names)
     assert client.models.retrieve("dall-e-3").root == "dnp-tiny"
+    assert client.models.retrieve("dnp-tiny").dnp["company"] == 0  # on a processor each image is made by itself
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("midjourney")
     assert caught.value.code == "model_not_found" and "dnp-tiny" in str(caught.value)
