@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py                      # benchmarks/results/serving.json and .png
     python benchmarks/serving.py --requests 8 --clients 1 --clients 4 --out /tmp
+    python benchmarks/serving.py share                # the server's own share of a lone request: results/share.json
 
 Three servers of the same bundle, each a process of its own, are asked in turn: this process is the load. They differ
 in when a request may join: between steps; when everything before it is done, together with those that wait and have the
@@ -14,19 +15,23 @@ import asyncio
 import json
 import os
 import platform
+import socket
+import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
+from starlette.datastructures import MutableHeaders
 
 from dnp import Pipeline
 from dnp.runtime.batching import BatchOptions
-from dnp.serving import load
+from dnp.serving import load, pictures
 from dnp.serving.app import create_app
 from dnp.serving.engines import LocalEngine, Work, result_of
 from dnp.serving.server import bind, serve
@@ -37,6 +42,7 @@ WAYS = {
     "request": "request by request, equal settings together",
     "alone": "one request at a time",
 }
+WARM = 5  # requests that are not counted
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -113,7 +119,7 @@ def main(context, clients, requests, bundle, backend, threads, out):
         *(["--threads", threads] if threads else []),
     ]
     found = {way: [] for way in WAYS}
-    ready, own = {}, []
+    ready = {}
     processes = {}
     try:
         for way in WAYS:
@@ -127,11 +133,9 @@ def main(context, clients, requests, bundle, backend, threads, out):
             asyncio.run(warm)
         for count in clients:
             for way in WAYS:  # in turn, so that whatever else the machine does meets all three
-                url, before = processes[way].url, totals(processes[way].url)
+                url = processes[way].url
                 work = load.drive(url, load.Load(clients=count), load.bodies(load.DEFAULT_MIX, count), requests)
                 found[way].append(asyncio.run(work))
-                if way == "step":
-                    own.append({"clients": count, **own_share(before, totals(url), found[way][-1])})
                 if processes[way].poll() is not None or not found[way][-1].answered:
                     sys.exit(f"the server '{way}' is gone, with code {processes[way].poll()}: nothing can be compared")
                 print(way, load.table(found[way][-1:]), sep="\n", flush=True)
@@ -142,12 +146,11 @@ def main(context, clients, requests, bundle, backend, threads, out):
     out.mkdir(parents=True, exist_ok=True)
     report = {
         "what": "python benchmarks/serving.py",
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(),
         "backend": backend,
         "bundle": str(bundle or "the shipped one"),
         "mix": load.DEFAULT_MIX,
         "seconds_to_ready": ready,
-        "own_share": own,
         "ways": {way: [asdict(one) for one in measured] for way, measured in found.items()},
         "ratios": ratios(found),
     }
@@ -156,28 +159,8 @@ def main(context, clients, requests, bundle, backend, threads, out):
     print(json.dumps(report["ratios"], indent=1))
 
 
-def totals(url):
-    """The seconds and the number of all requests so far, by the server's own metrics."""
-    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
-    wanted = ("dnp_http_request_seconds", "dnp_request_latency_seconds")
-    samples = [sample for family in families if family.name in wanted for sample in family.samples]
-    return {
-        name: sum(sample.value for sample in samples if sample.name == name and is_images(sample))
-        for name in (f"{metric}_{kind}" for metric in wanted for kind in ("sum", "count"))
-    }
-
-
-def is_images(sample):
-    return sample.labels.get("endpoint", "/v1/images/generations") == "/v1/images/generations"
-
-
-def own_share(before, after, measured):
-    """Milliseconds of a request that are not the engine's: in the server, its PNG and JSON included, and as the client
-    sees it, which reads them."""
-    spent = {name: after[name] - before[name] for name in after}
-    engine = spent["dnp_request_latency_seconds_sum"] / spent["dnp_request_latency_seconds_count"]
-    server = spent["dnp_http_request_seconds_sum"] / spent["dnp_http_request_seconds_count"]
-    return {"in_server_ms": 1e3 * (server - engine), "with_client_ms": 1e3 * (measured.latency["mean"] - engine)}
+def machine():
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}"
 
 
 def ratios(found):
@@ -194,8 +177,156 @@ def ratios(found):
     return rows
 
 
+class Marked(LocalEngine):
+    """The same engine; notes the time at which the server comes to each part of a lone request."""
+
+    def __init__(self, name, pipeline, options):
+        super().__init__(name, pipeline, options)
+        self.marks = {}
+        write = pictures.png
+
+        def png(*arguments):
+            with self.marked("png"):
+                return write(*arguments)
+
+        pictures.png = png
+
+    @contextmanager
+    def marked(self, part):
+        self.marks[part] = time.perf_counter()
+        yield
+        self.marks[f"{part} done"] = time.perf_counter()
+
+    def resolve(self, request):
+        """The time of this one, too."""
+        with self.marked("resolve"):
+            return super().resolve(request)
+
+    async def submit(self, job, order):
+        """Have the end of the work noted."""
+        return _Noted(await super().submit(job, order), self.marks)
+
+
+class _Noted(_Done):
+    """Work whose end is noted when the server hears of it."""
+
+    def __init__(self, work, marks):
+        super().__init__(work)
+        self._marks = marks
+
+    async def __anext__(self):
+        event = await anext(self._result)
+        self._marks["heard"] = time.perf_counter()
+        return event
+
+
+class Telling:
+    """Middleware around all others: the seconds of each part of a request, in a header of its answer."""
+
+    def __init__(self, app, marks):
+        self._app, self._marks = app, marks
+
+    async def __call__(self, scope, receive, send):
+        began = time.perf_counter()
+
+        async def answer(message):
+            if message["type"] == "http.response.start" and "heard" in self._marks:
+                at = self._marks
+                parts = {
+                    "read": at["resolve"] - began,
+                    "resolve": at["resolve done"] - at["resolve"],
+                    "engine and back": at["heard"] - at["resolve done"],
+                    "png": at["png done"] - at["png"],
+                    "answer": time.perf_counter() - at["heard"] - (at["png done"] - at["png"]),
+                }
+                MutableHeaders(scope=message)["parts"] = json.dumps(parts)
+            await send(message)
+
+        await self._app(scope, receive, answer)
+
+
+class Wire:
+    """A connection that is kept, by a client that costs next to nothing: what it sends is written before the clock
+    starts, and what it gets is looked at when the clock has stopped."""
+
+    def __init__(self, url):
+        address = urlsplit(url)
+        self._socket = socket.create_connection((address.hostname, address.port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ask(self, body):
+        """Seconds from the call that sends to the last byte received, what the server told of them, and the answer."""
+        sent = json.dumps(body).encode()
+        head = (
+            "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(sent)}\r\n\r\n"
+        )
+        sent, got = head.encode() + sent, b""
+        started = time.perf_counter()  # not after the call, which may return when the server is at work already
+        self._socket.sendall(sent)
+        while not got.partition(b"\r\n\r\n")[1]:
+            got += self._socket.recv(2**20)
+        head, _, got = got.partition(b"\r\n\r\n")
+        headers = dict(line.split(": ", 1) for line in head.decode().lower().split("\r\n")[1:])
+        while len(got) < int(headers["content-length"]):
+            got += self._socket.recv(2**20)
+        seconds = time.perf_counter() - started
+        return seconds, json.loads(headers["parts"]), json.loads(got)
+
+
 @main.command()
-@click.argument("way", type=click.Choice(list(WAYS)))
+@click.option("--requests", default=100, show_default=True, help="Of each kind.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+@click.option("--threads", type=int)
+def share(requests, out, threads):
+    """The server's own share of a lone request: from its sending to the answer's last byte, less the time of the
+    engine, from admission to the images, and less that of writing the PNG. The client is another process."""
+    command = [sys.executable, __file__, "one", "marked", *(["--threads", str(threads)] if threads else [])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            url = process.stdout.readline().strip()
+            wire, prompt = Wire(url), {"prompt": load.PROMPTS[0]}
+            found = {
+                "DNP": parts_of(wire, prompt, requests),
+                "plain": parts_of(wire, {**prompt, "dnp": False}, requests),
+            }
+            outside = outside_by_httpx(url, {**prompt, "dnp": False}, requests)
+        finally:
+            process.terminate()
+    found["plain"]["own, with httpx as the client"] = round(outside - found["plain"]["png"], 2)
+    report = {"what": "python benchmarks/serving.py share", "machine": machine(), "milliseconds": found}
+    (out / "share.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1))
+
+
+def parts_of(wire, body, count):
+    """Milliseconds of the parts of requests, one after the other: medians, and the 95th percentile of the own share."""
+    rows = []
+    for seed in range(count + WARM):
+        seconds, parts, answer = wire.ask({**body, "seed": seed})
+        engine = answer["timings"]["total"]
+        own = seconds - engine - parts["png"]
+        parts["engine and back"] -= engine
+        told = sum(parts.values())
+        rows.append({"whole": seconds, "engine": engine, "own": own, **parts, "wire": seconds - engine - told})
+    columns = {name: [1e3 * row[name] for row in rows[WARM:]] for name in rows[0]}
+    medians = {name: round(statistics.median(values), 2) for name, values in columns.items()}
+    return {**medians, "own, p95": round(load.percentile(sorted(columns["own"]), 95), 2)}
+
+
+def outside_by_httpx(url, body, count):
+    """Milliseconds of the same requests that are not the engine's, as the usual client sees them: the median."""
+    outside = []
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for seed in range(count + WARM):
+            started = time.perf_counter()
+            answer = client.post("/v1/images/generations", json={**body, "seed": seed}).json()
+            outside.append(1e3 * (time.perf_counter() - started - answer["timings"]["total"]))
+    return statistics.median(outside[WARM:])
+
+
+@main.command()
+@click.argument("way", type=click.Choice([*WAYS, "marked"]))
 @click.option("--bundle", type=click.Path(path_type=Path))
 @click.option("--backend", default="cpu")
 @click.option("--threads", type=int)
@@ -206,10 +337,15 @@ def one(way, bundle, backend, threads):
         options = BatchOptions(queue=1000)
         if way == "step":
             engine = LocalEngine("model", pipeline, options)
+        elif way == "marked":
+            engine = Marked("model", pipeline, options)
         else:
             engine = Rounds("model", pipeline, options, 8 if way == "request" else 1)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        serve(create_app([engine], ServerSettings()), listener, [engine], lambda: print(url, flush=True))
+        app = create_app([engine], ServerSettings())
+        if way == "marked":
+            app.add_middleware(Telling, marks=engine.marks)
+        serve(app, listener, [engine], lambda: print(url, flush=True))
 
 
 if __name__ == "__main__":

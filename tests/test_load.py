@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,3 +59,16 @@ def test_a_run_counts_answers_and_errors_by_kind(served, tmp_path, capsys):
 def test_a_server_that_is_not_there(capsys):
     assert run(["bench-serve", "http://127.0.0.1:9", "--clients", "1", "--requests", "2"]) == 1
     assert "ConnectError" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_lone_request_are_all_of_it(tmp_path):
+    """Measured by ``benchmarks/serving.py share``, of a server in a process of its own."""
+    script = Path(__file__).parents[1] / "benchmarks" / "serving.py"
+    command = [sys.executable, script, "share", "--requests", "1", "--threads", "1", "--out", tmp_path]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    for parts in json.loads((tmp_path / "share.json").read_text())["milliseconds"].values():
+        assert all(milliseconds > 0 for milliseconds in parts.values())
+        own = sum(parts[name] for name in ("read", "resolve", "engine and back", "answer", "wire"))
+        assert parts["own"] == pytest.approx(own, abs=0.1)
+        assert parts["whole"] == pytest.approx(own + parts["engine"] + parts["png"], abs=0.1)
