@@ -561,7 +561,8 @@ def wheel(built, tmp_path_factory):
     kept = [f"cmake.define.{option}=ON" for option in ("DNP_TOOLS", "DNP_EXAMPLES", "BUILD_TESTING")]
     options = [f"--config-settings={option}" for option in (f"build-dir={BUILD}", *kept)]
     pip = [sys.executable, "-m", "pip", "wheel", ROOT / "native", "--no-deps", "--no-build-isolation"]
-    run(*pip, "--disable-pip-version-check", "--wheel-dir", folder, *options, env={**os.environ, "CMAKE_GENERATOR": "Unix Makefiles"})
+    made_by = {**os.environ, "CMAKE_GENERATOR": "Unix Makefiles"}
+    run(*pip, "--disable-pip-version-check", "--wheel-dir", folder, *options, env=made_by)
     (made,) = folder.glob("*.whl")
     return made
 
