@@ -25,7 +25,7 @@ from PIL import Image
 from served import PROMPT, serving
 
 from dnp import Pipeline
-from dnp.runtime.batching import BatchOptions
+from dnp.runtime.batching import BatchOptions, NegativeCache
 from dnp.serving.settings import ServerSettings
 
 REQUESTS = int(os.environ.get("DNP_SOAK", "150"))
@@ -133,8 +133,9 @@ class Client:
 def test_soak(alone):
     process = psutil.Process()
     threads = threading.active_count()
+    kept = NegativeCache(memory=0.05)  # four of them: what is found is soon found again, by some at the same time
     with (
-        serving(ServerSettings(), BatchOptions(queue=CLIENTS * 4, samples=4)) as served,
+        serving(ServerSettings(), BatchOptions(queue=CLIENTS * 4, samples=4, negatives=kept)) as served,
         ThreadPoolExecutor(CLIENTS) as pool,
     ):
         clients = [Client(served, alone, seed) for seed in range(CLIENTS)]
@@ -163,4 +164,5 @@ def test_soak(alone):
         assert (status.queued, status.requests, sum(status.running.values())) == (0, 0, 0)
         did = [name for client in clients for name in client.did]
         assert len(did) >= REQUESTS * 0.9 and len(set(did)) == 7
+        assert status.hits and status.misses
     assert threading.active_count() <= threads
