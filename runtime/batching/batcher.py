@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final, Literal, Protocol
 
 from PIL.Image import Image
@@ -21,6 +21,7 @@ from dnp.runtime.batching.core import Core
 from dnp.runtime.batching.events import Event, Listener, Picture, Progress, Ticket
 from dnp.runtime.batching.options import BatchOptions, check_served
 from dnp.runtime.batching.stages import Room, Stages
+from dnp.runtime.batching.status import Status
 from dnp.runtime.batching.tasks import NEVER, Task
 from dnp.runtime.batching.warmup import measure_cap, measure_company, rehearse
 from dnp.runtime.batching.work import Made, Sampling, Work, describe, find_negatives, make_images, sampling
@@ -32,49 +33,6 @@ from dnp.runtime.result import Result, Step, pixels_of
 
 _log = logging.getLogger("dnp.runtime")
 _HEARTBEAT: Final = 1.0  # seconds between ticks with nothing to do, which show that the thread lives
-
-
-@dataclass(frozen=True)
-class Status:
-    """How a ``Batcher`` is.
-
-    Attributes:
-        state: ``cold`` before the warm-up, ``serving``, ``draining``, ``closed``.
-        idle: seconds since the last tick; many while the thread hangs in a call, or is dead.
-        alive: whether the thread is.
-        queued: requests that wait to be begun; ``queue`` the most that may.
-        requests: those that are begun.
-        running: images, by phase; ``caption`` among them.
-        cap: the most images that share a step, by (height, width).
-        company: the most grey levels by which an image differs between being made alone and with others, as measured
-            at warm-up over 4 steps; 0 is bit for bit.
-        sizes, windows, steps: what is served.
-        counts: since the start: ``steps``, ``samples`` in them, ``finished``.
-        failures: requests that ended otherwise, by the name of their error's class.
-        hits, misses: of the cache of n*.
-        bundle, backend, precision, runs_on: what runs.
-    """
-
-    state: Literal["cold", "serving", "draining", "closed"]
-    idle: float
-    alive: bool
-    queued: int
-    queue: int
-    requests: int
-    running: Mapping[str, int]
-    cap: Mapping[tuple[int, int], int]
-    company: int
-    sizes: tuple[tuple[int, int], ...]
-    windows: tuple[int, ...]
-    steps: int
-    counts: Mapping[str, int]
-    failures: Mapping[str, int]
-    hits: int
-    misses: int
-    bundle: str
-    backend: str
-    precision: str | None
-    runs_on: str
 
 
 class Served(Protocol):
