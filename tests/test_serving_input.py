@@ -259,4 +259,4 @@ def test_what_is_no_http(served, lines):
 def test_nothing_of_it_stays(http, served):
     """After all of that the server does what it did before."""
     assert http.post(IMAGES, json=QUICK).status_code == 200
-    assert served.service.active == 0 and served.engine.status.requests == 0
+    served.until(lambda: served.service.active == 0 and served.engine.status.requests == 0)
