@@ -20,7 +20,7 @@ def configure(form: str, *, prompts: bool = False) -> None:
     for logger in (LOGGER, logging.getLogger("dnp.runtime"), logging.getLogger("uvicorn.error")):
         logger.handlers, logger.propagate = [handler], False
     LOGGER.setLevel(logging.INFO)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it tells else, we tell
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of whatever anybody may send
 
 
 def say(event: str, *, level: int = logging.INFO, failure: BaseException | None = None, **fields: Any) -> None:

@@ -78,6 +78,7 @@ def test_a_signal_lets_work_in_flight_end(number):
     """Meanwhile the server still answers: it lives, is not ready, and takes nothing more."""
     with process("--log", "json") as (server, http), ThreadPoolExecutor() as pool, begun(http) as finish:
         long = {**SLOW, "steps": 127}
+        assert http.get("/", headers={"Connection": "Upgrade", "Upgrade": "websocket"}).status_code == 200
         plain = pool.submit(post, http, long)
         streamed = pool.submit(post, http, {**long, "stream": True})
         wait_for(lambda: in_flight(http, 3))
