@@ -127,20 +127,22 @@ def serve(
                 started = time.perf_counter()
                 engine.warm_up()
                 say("warm", model=engine.name, seconds=round(time.perf_counter() - started, 2))
-            ready()
+            if not server.should_exit:
+                ready()
         except BaseException as error:
             failed.append(error)
             server.should_exit = True
 
     warming = threading.Thread(target=warm_up, name="dnp-warm-up", daemon=True)
-    try:
-        warming.start()
-        asyncio.run(server.serve(sockets=[listener]))
-    finally:
-        listener.close()
-        warming.join()  # nothing is freed under its hands
-        for engine in engines:
-            engine.close()
-    if failed:
+    with server.capture_signals():  # also when the loop has ended: supervisors repeat them
+        try:
+            warming.start()
+            asyncio.run(server.serve(sockets=[listener]))
+        finally:
+            listener.close()
+            for engine in engines:
+                engine.close()  # which ends a warm-up
+            warming.join()
+    if failed and not app.state.service.draining:
         raise failed[0]
     return not server.interrupted

@@ -173,9 +173,11 @@ def test_closing_ends_a_warm_up(monkeypatch):
         while batcher.status.state != "closed":
             time.sleep(0.001)
         go_on.set()
-        with pytest.raises(Cancelled, match="warmed up"):
+        with pytest.raises(Cancelled, match="closed"):
             warming.result(60)
         closing.result(60)
+        with pytest.raises(Cancelled, match="closed"):
+            batcher.warm_up()
 
 
 @pytest.fixture(scope="module", params=["cpu", "openvino"])

@@ -22,13 +22,13 @@ from dnp.runtime.pictures import read_settings
 
 
 @contextmanager
-def process(*options):
-    """A server as a process of its own; the block gets it and a client for it."""
+def process(*options, until="ready"):
+    """A server as a process of its own; the block gets it and a client for it, when it has said ``until``."""
     command = [sys.executable, "-m", "dnp", "serve", "--port", "0", "--threads", "1", *map(str, options)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
         try:
-            started.stdout.readline()  # that it warms up
-            address = re.search(r"http://[\w.:\[\]]+", started.stdout.readline())[0]
+            said = next(line for line in started.stdout if until in line)
+            address = re.search(r"http://[\w.:\[\]]+\b", said)[0]
             with httpx.Client(base_url=address.replace("0.0.0.0", "127.0.0.1"), timeout=120) as http:
                 yield started, http
         finally:
@@ -46,6 +46,13 @@ def wait_for(true):
 def in_flight(http, count):
     """Whether so many requests are, and this one."""
     return f"dnp_http_requests_in_flight {count + 1}.0" in http.get("/metrics").text
+
+
+def answers(http):
+    try:
+        return http.get("/healthz").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def is_draining(http):
@@ -97,6 +104,16 @@ def test_a_signal_lets_work_in_flight_end(number):
         lines = [json.loads(line) for line in server.stderr]
         assert {line["event"] for line in lines} == {"warm", "request"}
         assert PROMPT not in json.dumps(lines)
+
+
+def test_a_signal_ends_a_warm_up_without_a_word_of_error():
+    with process(until="warming up") as (server, http):
+        wait_for(lambda: answers(http))
+        server.terminate()
+        server.terminate()
+        assert server.wait(60) == 0
+        assert "everything that was in flight was answered" in server.stdout.read()
+        assert server.stderr.read() == ""
 
 
 def test_a_second_signal_ends_it_at_once():

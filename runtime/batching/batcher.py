@@ -94,7 +94,11 @@ class Batcher:
         self._ended = time.perf_counter()
 
     def warm_up(self) -> None:
-        """Open, capture and allocate everything, measure how many samples should share a step, and start to serve."""
+        """Open, capture and allocate everything, measure how many samples should share a step, and start to serve.
+
+        Raises Cancelled when it is closed, before or meanwhile.
+        """
+        self._require_open()
         if self._state != "cold":
             return
         self._holds.enter_context(self.pipeline.exclusive())
@@ -104,6 +108,8 @@ class Batcher:
         atexit.register(self.close)  # a library's threads do not survive the end of a process that runs it
         try:
             warm.result()
+        except Cancelled:  # by close(), which does the rest
+            raise
         except BaseException:  # whatever went wrong, the pipeline is its owner's again
             self.close()
             self._state = "cold"
@@ -281,7 +287,7 @@ class Batcher:
 
     def _require_open(self) -> None:
         if self._state == "closed":
-            raise Cancelled("the engine was closed while it warmed up")
+            raise Cancelled("the engine was closed before it was warm; make another one")
 
     def _require_serving(self) -> None:
         if self._state == "cold":
