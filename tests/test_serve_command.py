@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import signal
@@ -157,6 +158,8 @@ def test_several_bundles_with_keys_prompts_in_the_log_and_n_star_on_the_disk(tmp
 def refused(capsys, *arguments):
     """The exit code of ``dnp serve`` where nothing is served, and what it said."""
     code = run(["serve", *map(str, arguments)])
+    for name in ("dnp.serving", "dnp.runtime", "uvicorn.error"):  # they write to what ends with the test
+        logging.getLogger(name).handlers.clear()
     return code, capsys.readouterr().err
 
 
