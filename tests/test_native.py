@@ -722,21 +722,27 @@ def planned_for_gpus(tmp_path_factory):
 
 
 @pytest.fixture
-def on_stand_in(built, tmp_path):
-    """A function that runs ``dnp-native generate`` on a GPU where there is none: its picture, output and log.
+def stand_ins(built):
+    """Variables that put native/tests/stand_in_*.cpp in the place of what a GPU needs: the processor does the work."""
+    return {
+        "DNP_ONNXRUNTIME": str(built / "tests" / "libonnxruntime_stand_in.so"),
+        "DNP_STAND_IN_FOR": str(ONNXRUNTIME),
+        "LD_LIBRARY_PATH": str(built / "tests"),
+    }
 
-    What such a backend needs is stood in for by native/tests/stand_in_*.cpp: the processor does the work.
-    """
+
+@pytest.fixture
+def on_stand_in(built, stand_ins, tmp_path):
+    """A function that runs ``dnp-native generate`` on a GPU where there is none: its picture, output and log."""
 
     def generate(bundle, *options, backend="cuda", libraries=None, **more):
         log = tmp_path / "log"
         where = {
             **os.environ,
-            "DNP_ONNXRUNTIME": str(built / "tests" / "libonnxruntime_stand_in.so"),
-            "DNP_STAND_IN_FOR": str(ONNXRUNTIME),
+            **stand_ins,
             "DNP_STAND_IN_LOG": str(log),
             **{f"DNP_STAND_IN_{name.upper()}": str(value) for name, value in more.items()},
-            "LD_LIBRARY_PATH": str(built / "tests" if libraries is None else libraries),
+            **({} if libraries is None else {"LD_LIBRARY_PATH": str(libraries)}),
         }
         command = [built / "dnp-native", "generate", bundle, SCENE, "--seed", "5", "--out", tmp_path]
         settings = ["--steps", "4", "--dns-steps", "4", "--backend", backend, *options]
@@ -799,6 +805,11 @@ def test_cuda_without_what_it_needs_is_refused(on_stand_in, tmp_path):
         assert done.returncode == 4
         assert message in done.stderr
         assert not log
+
+
+@pytest.mark.slow
+def test_work_on_cuda_is_stopped_and_closed_from_other_threads(built, stand_ins, planned_for_gpus):
+    run(built / "tests" / "dnp-threads", planned_for_gpus, "cuda", env={**os.environ, **stand_ins})
 
 
 def test_cuda_has_pythons_options(on_stand_in, planned_for_gpus):
@@ -910,7 +921,7 @@ def test_sizes_beyond_the_plans_are_refused_with_pythons_command(on_stand_in, co
     bundle = Bundle.open(copied)
     for graph, option, dims in (
         ("decode_latents", ("--height", "48"), {"height": 12}),
-        ("denoise", ("--steps", "9"), {"steps": 9}),
+        ("denoise", ("--steps", "9"), {"steps": 10}),  # the last row of a table computes nothing
         ("encode_text", ("--windows", "2"), {"tokens": 2 * bundle.text.length}),
         ("caption_step", ("--beams", "5"), {"sequences": 5}),
     ):
@@ -967,6 +978,12 @@ def test_plans_that_tensorrt_cannot_use_are_named_as_python_names_them(on_stand_
     assert done.returncode == 4
     same_command(done.stderr, f"dnp-native: {expected.value}")
     assert not log
+
+
+@pytest.mark.slow
+def test_work_on_tensorrt_is_stopped_and_closed_from_other_threads(built, stand_ins, copied, tensorrt):
+    write_plans(copied, tensorrt, steps=Range(1, 25, 1000))
+    run(built / "tests" / "dnp-threads", copied, "tensorrt", env={**os.environ, **stand_ins})
 
 
 def test_a_plan_that_tensorrt_cannot_load_is_named(on_stand_in, planned_for_tensorrt):

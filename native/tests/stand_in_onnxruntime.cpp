@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <set>
@@ -81,6 +82,14 @@ OrtStatus* create_session(const OrtEnv* env, const ORTCHAR_T* path, const OrtSes
     return real->CreateSession(env, path, options, session);
 }
 
+void release_session(OrtSession* session) noexcept {  // what was captured of it goes too: another may get its address
+    {
+        std::lock_guard lock(mutex);
+        for (auto entry = captured.begin(); entry != captured.end();) entry = entry->first.first == session ? captured.erase(entry) : std::next(entry);
+    }
+    real->ReleaseSession(session);
+}
+
 OrtStatus* create_memory(const char* name, OrtAllocatorType type, int id, OrtMemType kind, OrtMemoryInfo** info) noexcept {
     return std::strcmp(name, "Cuda") == 0 ? real->CreateCpuMemoryInfo(type, kind, info) : real->CreateMemoryInfo(name, type, id, kind, info);
 }
@@ -131,6 +140,7 @@ const OrtApi* get_api(uint32_t version) noexcept {
     api.CreateCUDAProviderOptions = create_cuda, api.UpdateCUDAProviderOptions = update_cuda;
     api.UpdateCUDAProviderOptionsWithValue = update_cuda_pointer, api.ReleaseCUDAProviderOptions = release_cuda;
     api.SessionOptionsAppendExecutionProvider_CUDA_V2 = append_cuda, api.CreateSession = create_session;
+    api.ReleaseSession = release_session;
     api.CreateMemoryInfo = create_memory, api.AddRunConfigEntry = add_entry;
     api.BindInput = bind_input, api.BindOutput = bind_output, api.RunWithBinding = run;
     return &api;

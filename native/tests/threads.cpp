@@ -1,4 +1,4 @@
-// Cancelling and closing from other threads, while requests run: dnp-threads BUNDLE
+// Cancelling and closing from other threads, while requests run: dnp-threads BUNDLE [BACKEND]
 #include <dnp.hpp>
 
 #include <atomic>
@@ -23,9 +23,11 @@ dnp_code code_of(dnp_error* error) {
     return code;
 }
 
+std::string options = R"({"threads": 1, "backend": "cpu"})";
+
 dnp_pipeline* open(const char* bundle) {
     dnp_pipeline* pipeline = nullptr;
-    dnp_error* error = dnp_open(bundle, R"({"threads": 1})", &pipeline);
+    dnp_error* error = dnp_open(bundle, options.c_str(), &pipeline);
     if (error) std::fprintf(stderr, "%s\n", dnp_error_message(error)), std::exit(1);
     return pipeline;
 }
@@ -53,8 +55,9 @@ int try_everything(void* user_data, const dnp_step*) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    if (count != 2) return 2;
+    if (count < 2) return 2;
     const char* bundle = arguments[1];
+    if (count > 2) options.replace(options.find("cpu"), 3, arguments[2]);
     for (int round = 0; round < 4; ++round) {
         Watch watch;
         watch.pipeline = open(bundle);
@@ -87,7 +90,7 @@ int main(int count, char** arguments) {
     std::thread others[3];
     for (std::thread& other : others)
         other = std::thread([&] {
-            dnp::Pipeline pipeline(bundle, R"({"threads": 1})");
+            dnp::Pipeline pipeline(bundle, options);
             REQUIRE(pipeline.generate(request).count() == 1);
         });
     for (std::thread& other : others) other.join();
