@@ -263,6 +263,32 @@ def test_a_session_that_fails_ends_those_in_the_call_and_the_engine_lives_on(bat
     assert batcher.status.failures["OSError"] == 1
 
 
+def test_one_for_which_steps_fail_ends_alone(batcher, pipeline, monkeypatch):
+    """Whoever was in those steps with it gives the same image as ever."""
+    denoiser = batcher.pipeline.graphs.denoiser
+    run, failed = denoiser.session.run, []
+
+    def fails():
+        among = set(denoiser.session.inputs["row_place"].read().tolist())
+        held = denoiser.session.inputs["index"].read()
+        seeds = {place: sample.seed for place, sample in enumerate(denoiser._samples) if sample}
+        if any(seeds[place] == 66 and held[place] == 2 for place in among):
+            failed.append(among)
+            raise OSError("not this one")
+        run()
+
+    monkeypatch.setattr(denoiser.session, "run", fails)
+    requests = [Request(PROMPT, steps=8, dnp=False, seed=seed) for seed in (5, 66, 7)]
+    tickets = [batcher.submit(request) for request in requests]
+    for request, ticket in zip(requests, tickets, strict=True):
+        if request.seed == 66:
+            with pytest.raises(OSError, match="not this one"):
+                ticket.result(60)
+        else:
+            same(ticket.result(60), pipeline.run(request))
+    assert len(failed[-1]) == 1
+
+
 def test_captions_run_beside_requests(batcher, pipeline):
     pictures = [Image.new("RGB", (size, 64), colour) for size, colour in ((64, "red"), (48, "blue"), (64, "green"))]
     ticket = batcher.submit(Request(PROMPT, steps=8, dns_steps=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_joins_and_leaves_between_steps_change_nobody(denoiser, conditioner, sch
             left = rng.choice(sorted(running))
             denoiser.leave(left)
             del running[left]
-        denoiser.step()
+        denoiser.step(None if rng.random() < 0.7 else rng.sample(range(places), rng.randint(0, places)))
         for place, number in list(running.items()):
             if not denoiser.left(place):
                 np.testing.assert_array_equal(denoiser.latents.read()[place], expected[number])
@@ -111,6 +112,21 @@ def test_a_finished_sample_stands_still_while_others_go_on(denoiser, conditioner
     while denoiser.step():
         calls += 1
     assert calls == max(sample.table.calls for sample, _, _ in requests) > requests[0][0].table.calls
+    np.testing.assert_array_equal(denoiser.latents.read(), expected)
+
+
+@pytest.mark.parametrize("among", [None, [0], [1, 2]])
+def test_a_step_that_fails_leaves_every_sample_as_it_was(denoiser, conditioner, schedule, alone, monkeypatch, among):
+    expected = [alone(number) for number in (4, 7, 9)]
+    denoiser.open(3, **ROOM)
+    for place, number in enumerate((4, 7, 9)):
+        join(denoiser, conditioner, place, request_of(schedule, number))
+    denoiser.step()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+        patch.setattr(denoiser.session, "run", Mock(side_effect=OSError("the device is gone")))
+        denoiser.step(among)
+    while denoiser.step():
+        pass
     np.testing.assert_array_equal(denoiser.latents.read(), expected)
 
 

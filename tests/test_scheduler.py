@@ -63,9 +63,9 @@ class Stages:
         wanted, _, taken = self.held[place]
         return wanted.table.calls - taken
 
-    def step(self):
-        running = [place for place in self.held if self.left(place)]
+    def step(self, running):
         assert running
+        assert all(self.left(place) for place in running)
         self.call("step", [self.held[place][0].seeds[self.held[place][1]] for place in running], STEP)
         for place in running:
             self.held[place][2] += 1
@@ -482,7 +482,7 @@ def test_who_is_cancelled_while_captioned_with_others_is_told_nothing_more():
     same(world.ended["a"][0], alone([1], (1, 1)))
 
 
-@pytest.mark.parametrize("name", ["join", "decode", "caption"])
+@pytest.mark.parametrize("name", ["join", "step", "decode", "caption"])
 def test_an_error_ends_the_one_that_it_is_about(name):
     def broken(called, about):
         return (
@@ -498,8 +498,18 @@ def test_an_error_ends_the_one_that_it_is_about(name):
         same(world.ended[number][0], alone([seed]))
 
 
-def test_a_step_that_fails_ends_those_in_it_and_the_next_ones_go_on():
-    failures = iter([None, RuntimeError("device"), *[None] * 99])
+def test_a_step_that_fails_for_all_but_not_for_each_ends_nobody():
+    failures = iter([None, RuntimeError("too many"), *[None] * 99])
+    world = World(places=2, broken=lambda name, about: next(failures) if name == "step" else None)
+    for number, seed in enumerate((1, 2, 3)):
+        world.add(number, request([seed]))
+    world.run()
+    for number, seed in enumerate((1, 2, 3)):
+        same(world.ended[number][0], alone([seed]))
+
+
+def test_a_device_that_is_lost_ends_those_in_its_step_and_the_next_ones_go_on():
+    failures = iter([None, *[RuntimeError("device")] * 3, *[None] * 99])
     world = World(places=2, broken=lambda name, about: next(failures) if name == "step" else None)
     for number, seed in enumerate((1, 2, 3)):
         world.add(number, request([seed]))

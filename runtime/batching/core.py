@@ -192,19 +192,27 @@ class Core:
     # Step
 
     def _step(self) -> None:
-        """One step of the network for all."""
+        """One step of the network for all; where it fails, for each task alone, so that one ends that is to blame."""
         running = self._running()
-        if not running:
+        if not running or (error := self._advance(running)) is None:
             return
+        tasks = dict.fromkeys(seat.task for seat in running.values())
+        for task in tasks:
+            own = {place: seat for place, seat in running.items() if seat.task is task}
+            of_own = error if len(tasks) == 1 else self._advance(own)
+            if of_own is not None:
+                self._tasks.end(task, None, of_own)
+
+    def _advance(self, running: dict[int, _Seat]) -> Exception | None:
+        """One step of these samples; returns what failed, which leaves them as they were."""
         started = self._clock()
         try:
-            self._stages.step()
-        except Exception as error:  # nobody can tell whose fault it was
-            for task in dict.fromkeys(seat.task for seat in running.values()):
-                self._tasks.end(task, None, error)
-            return
+            self._stages.step(running)
+        except Exception as error:
+            return error
         self._pace = self._clock() - started
         self._commit(running)
+        return None
 
     def _running(self) -> dict[int, _Seat]:
         """The samples that take steps, by place."""

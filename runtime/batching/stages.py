@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,9 +88,9 @@ class Stages:
         """Calls of the network that the sample in a place still needs."""
         return self._graphs.denoiser.left(place)
 
-    def step(self) -> None:
-        """One step of every sample that is not finished."""
-        self._graphs.denoiser.step()
+    def step(self, places: Collection[int] | None = None) -> None:
+        """One step of every sample that is not finished, or of those in ``places``; one that fails changes none."""
+        self._graphs.denoiser.step(places)
         self._wait()
 
     def rehearse(self, rows: int) -> float:

@@ -7,7 +7,7 @@ compute does not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,17 +111,26 @@ class Denoiser:
         sample = self._samples[place]
         return 0 if sample is None else sample.table.calls - self._done[place]
 
-    def step(self) -> bool:
-        """Take one step with every sample that is not finished; False when there is none.
+    def step(self, among: Collection[int] | None = None) -> bool:
+        """Take one step with every sample that is not finished, or with those in the places ``among``; the others
+        stand still. False when there is none. A step that fails leaves every sample as it was.
 
         Nothing crosses to the host, and nothing is waited for. Rows of the network are computed for what is needed
         alone: two for guidance, one where a branch has no weight.
         """
-        running = [place for place in range(len(self._samples)) if self.left(place)]
+        unfinished = [place for place in range(len(self._samples)) if self.left(place)]
+        running = [place for place in unfinished if among is None or place in among]
         if not running:
             return False
-        self._set_rows(tuple((place, role) for place in running for role in self._needed(place)))
-        self.session.run()
+        held = [place for place in unfinished if place not in running]
+        try:
+            for place in held:
+                self._go_to(place, self._dims["steps"] - 1)  # the last row of every table stands still
+            self._set_rows(tuple((place, role) for place in running for role in self._needed(place)))
+            self.session.run()
+        finally:
+            for place in held:
+                self._go_to(place, self._done[place])
         for place in running:
             self._done[place] += 1
         return True
@@ -148,6 +157,9 @@ class Denoiser:
         self.session.run()
         self._rows = ()
 
+    def _go_to(self, place: int, row: int) -> None:
+        self.session.inputs["index"].at(place).write(np.array(row, np.int64))
+
     def _needed(self, place: int) -> tuple[int, ...]:
         sample = self._samples[place]
         assert sample is not None
@@ -157,6 +169,7 @@ class Denoiser:
         """Tell the session whose rows it computes; what fills a captured size up repeats the first, and is unread."""
         if rows == self._rows:
             return
+        self._rows = ()  # until all of it is told
         count = self.session.limits.fit("rows", len(rows))
         padded = np.array([*rows, *[rows[0]] * (count - len(rows))], np.int64)  # [R, 2]
         place_rows = np.zeros((len(self._samples), self._roles), np.int64)
