@@ -225,10 +225,10 @@ def go_on(monkeypatch):
 
     step, taken, free = Denoiser.step, itertools.count(), threading.Event()
 
-    def held(denoiser):
+    def held(denoiser, among=None):
         if next(taken) >= 40:
             assert free.wait(600)
-        return step(denoiser)
+        return step(denoiser, among)
 
     monkeypatch.setattr(Denoiser, "step", held)
     yield free.set
