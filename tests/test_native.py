@@ -15,7 +15,7 @@ import sys
 import zipfile
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -655,8 +655,10 @@ def test_settings_mean_what_they_mean_in_python(native, python, settings):
 
 @pytest.mark.slow
 def test_fifty_prompts_give_pythons_images_and_n_star(native, python):
-    for seed, prompt in enumerate(prompts(50)):
-        agree(native, python, {"prompt": prompt, "seed": seed, "steps": 6, "dns_steps": 6})
+    """With one sampler after another."""
+    for (seed, prompt), sampler in zip(enumerate(prompts(50)), cycle(sampler_names()), strict=False):
+        settings = {"steps": 6, "dns_steps": 6, "sampler": sampler, "dns_sampler": sampler}
+        agree(native, python, {"prompt": prompt, "seed": seed, **settings})
 
 
 @pytest.mark.parametrize(
