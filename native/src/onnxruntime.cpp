@@ -2,7 +2,6 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <cctype>
 #include <chrono>
 #include <cstdlib>
 #include <mutex>
@@ -78,11 +77,7 @@ Library* load(const std::string& asked) {
 
 // Whether ONNX Runtime, or CUDA below it, found too little memory.
 bool is_about_memory(const Ort::Exception& error) {
-    std::string said = error.what();
-    std::transform(said.begin(), said.end(), said.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-    for (const char* words : {"failed to allocate memory", "out of memory", "available memory"})
-        if (said.find(words) != std::string::npos) return true;
-    return false;
+    return mentions(error.what(), {"failed to allocate memory", "out of memory", "available memory"});
 }
 
 Ort::SessionOptions cpu_options(const Engine& engine, bool planned) {

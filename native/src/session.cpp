@@ -1,6 +1,7 @@
 #include "session.hpp"
 
 #include <algorithm>
+#include <cctype>
 #include <cstring>
 #include <set>
 #include <utility>
@@ -42,6 +43,11 @@ std::string described(const Sizes& sizes) {
     std::string text;
     for (const auto& [name, size] : sizes) text += cat(text.empty() ? "" : ", ", name, " ", size);
     return text;
+}
+
+bool mentions(std::string said, std::initializer_list<const char*> words) {
+    std::transform(said.begin(), said.end(), said.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+    return std::any_of(words.begin(), words.end(), [&](const char* word) { return said.find(word) != std::string::npos; });
 }
 
 void Engine::warn(const std::string& topic, const std::string& message) const {

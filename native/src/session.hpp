@@ -170,6 +170,7 @@ std::unique_ptr<Runner> open_tensorrt(const Bundle& bundle, const Graph& graph, 
 // Holds the names, dtypes, ranks and sizes that a library found in a file (sizes below 0: any) against the manifest's.
 void check_signature(const std::string& path, const Signature& declared, const Sizes& fixed, const Signature& found);
 std::string described(const Sizes& sizes);
+bool mentions(std::string said, std::initializer_list<const char*> words);  // any of them, given in small letters
 
 template <class T>
 void Buffer::fill(const std::vector<T>& values) {

@@ -9,7 +9,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cctype>
 #include <chrono>
 #include <mutex>
 #include <thread>
@@ -105,12 +104,7 @@ trt::Dims dims_of(const Shape& shape) {
     return dims;
 }
 
-bool is_about_memory(std::string said) {
-    std::transform(said.begin(), said.end(), said.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-    for (const char* words : {"outofmemory", "out of memory", "memory allocation"})
-        if (said.find(words) != std::string::npos) return true;
-    return false;
-}
+bool is_about_memory(const std::string& said) { return mentions(said, {"outofmemory", "out of memory", "memory allocation"}); }
 
 // A file's bytes, for as long as it lives.
 struct Mapped {
